@@ -1,0 +1,60 @@
+"""Files that are either whole or absent, and the one digest that the project uses."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+DIGEST_BYTES = 16
+
+
+@contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """Yields a temporary path beside ``path``; on success it is synced and renamed over ``path``, on an error removed."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        yield partial
+        _sync(partial, os.O_RDWR)
+        os.replace(partial, path)
+        _sync(path.parent, os.O_RDONLY)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_json(path: str | Path, value: Any) -> None:
+    """Writes ``value`` as JSON, atomically. NaN and infinities are refused: they are not JSON."""
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    with atomic_path(path) as partial:
+        partial.write_text(text + "\n", encoding="utf-8")
+
+
+def read_json(path: str | Path) -> Any:
+    """Reads one JSON value; raises ``OSError`` or ``ValueError``."""
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def digest(*parts: bytes | bytearray | memoryview) -> str:
+    """The 128-bit blake2b of the parts' concatenation, in hex."""
+    hasher = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for part in parts:
+        hasher.update(part)
+    return hasher.hexdigest()
+
+
+def json_digest(value: Any) -> str:
+    """The digest of a JSON value, independent of key order."""
+    return digest(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
