@@ -1,0 +1,79 @@
+"""The Typer application: exit codes, logging, and the commands in the order in which a user meets them."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from cache_pipeline import __version__
+from cache_pipeline.cli import data, reports, simulation, training
+from cache_pipeline.errors import CachePipelineError, CheckFailedError
+
+EXIT_ERROR, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 3, 130
+
+
+class ErrorGroup(TyperGroup):
+    """Turns our errors into one line on stderr and an exit code; anything else is a defect and keeps its traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except CachePipelineError as error:
+            message = " ".join(str(error).split())
+            typer.echo(f"error: {message}", err=True)
+            raise typer.Exit(EXIT_CHECK_FAILED if isinstance(error, CheckFailedError) else EXIT_ERROR) from error
+        except KeyboardInterrupt:
+            typer.echo("interrupted: the same command goes on where this one stopped", err=True)
+            raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+app = typer.Typer(
+    name="cache-pipeline",
+    help="Train robot policies on frozen image features that are computed once and kept in a cache that can be trusted.",
+    cls=ErrorGroup,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def _version(show: bool) -> None:
+    if show:
+        typer.echo(f"cache-pipeline {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def configure(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")] = False,
+) -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger = logging.getLogger("cache_pipeline")
+    logger.handlers[:] = [handler]
+    logger.propagate = False
+    logger.setLevel(logging.WARNING if quiet else logging.INFO)
+    # SIGTERM then leaves by the same road as Ctrl-C: what is open is closed, what is finished is kept.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+app.command("quickstart")(reports.quickstart)
+app.command("extract-features")(data.extract_features)
+app.command("inspect")(data.inspect)
+app.command("verify")(data.verify)
+app.add_typer(data.cache_app, name="cache")
+app.command("train")(training.train)
+app.command("finetune")(training.finetune)
+app.command("rollout")(simulation.rollout)
+app.command("collect")(simulation.collect)
+app.command("probe")(reports.probe)
+app.command("export")(training.export)
+app.command("bench")(reports.bench)
+app.command("report")(reports.report)

@@ -1,0 +1,162 @@
+"""extract-features, inspect, verify and the ``cache`` group: from a robomimic file to a cache that can be trusted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache_pipeline.cli import options as o
+from cache_pipeline.errors import CheckFailedError, ConfigError
+
+cache_app = typer.Typer(help="Look after a cache.", no_args_is_help=True)
+
+
+def extract_features(
+    datasets: Annotated[list[Path] | None, typer.Argument(help="robomimic HDF5 files.", metavar="DATASET…")] = None,
+    out: Annotated[str | None, typer.Option("--out", help="The cache: a folder, by convention NAME.zarr.")] = None,
+    dataset: o.Datasets = None,
+    cameras: o.Cameras = None,
+    low_dim_keys: o.LowDimKeys = None,
+    filter_key: o.FilterKey = None,
+    rgb_model_name: o.RgbModelName = "resnet18",
+    pretrained: o.Pretrained = True,
+    weights: o.Weights = None,
+    encoder: o.Encoder = None,
+    encoder_from: Annotated[
+        Path | None, typer.Option("--encoder-from", help="The encoder of this run, such as a fine-tuned one.")
+    ] = None,
+    cut: o.Cut = "avgpool",
+    imagenet_norm: o.ImagenetNorm = None,
+    resize_shape: o.ResizeShape = None,
+    crop_shape: o.CropShape = None,
+    views: Annotated[int, typer.Option("--views", min=1, help="Fixed views of every frame; the first is clean.")] = 1,
+    store_dtype: Annotated[str, typer.Option("--store-dtype", help="float16 or float32.")] = "float16",
+    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Images per batch.")] = None,
+    shard_rows: Annotated[int | None, typer.Option("--shard-rows", min=1, help="Rows per unit of work.")] = None,
+    device: o.Device = "auto",
+    precision: o.Precision = "auto",
+    seed: o.Seed = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say images, bytes and time, and do nothing.")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Read every frame again instead of trusting size and time.")] = False,
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+) -> None:
+    """Run the frozen encoder once over DATASET and keep its features in a cache; rerun to resume or to extend."""
+    from cache_pipeline.encoders.views import ViewSpec
+    from cache_pipeline.extract.config import ExtractConfig
+    from cache_pipeline.extract.pipeline import extract_features as run
+    from cache_pipeline.extract.plan import plan_extraction
+
+    paths = tuple([*(datasets or []), *(dataset or [])])
+    if not paths or out is None:
+        missing = "a dataset" if not paths else "--out"
+        raise ConfigError(f"{missing} is missing; type: extract-features DATASET.hdf5 --out NAME.zarr")
+    spec = o.encoder_spec(
+        rgb_model_name=rgb_model_name, pretrained=pretrained, weights=weights, encoder=encoder, cut=cut, seed=seed
+    )
+    config = ExtractConfig(
+        datasets=paths,
+        out=Path(out),
+        cameras=o.names(cameras),
+        low_dim_keys=o.names(low_dim_keys),
+        filter_key=filter_key,
+        encoders=spec,
+        preprocess=o.preprocessing(
+            resize_shape=resize_shape, crop_shape=crop_shape, imagenet_norm=imagenet_norm, spec=spec
+        ),
+        views=views,
+        view_spec=ViewSpec(seed=seed),
+        device=device,
+        precision=precision,
+        store_dtype=store_dtype,
+        batch_size=batch_size,
+        shard_rows=shard_rows,
+        overwrite=overwrite,
+        deep=deep,
+    )
+    if dry_run:
+        plan = plan_extraction(config)
+        o.emit(json, plan.to_json(), plan.lines())
+        return
+    result = run(config)
+    o.emit(json, result.to_json(), result.lines())
+
+
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A robomimic HDF5 file, a cache or a run.")],
+    json: o.Json = False,
+) -> None:
+    """Say what a dataset, a cache or a run holds, and whether it is sound."""
+    from cache_pipeline.reports.inspection import inspect_path
+
+    summary = inspect_path(path)
+    o.emit(json, summary.to_json(), summary.lines())
+
+
+def verify(
+    cache: Annotated[Path, typer.Argument(help="A cache.")],
+    dataset: o.Datasets = None,
+    rows: Annotated[int, typer.Option("--rows", min=1, help="Random rows to encode again, per camera.")] = 64,
+    integrity: Annotated[bool, typer.Option("--integrity", help="Read every unit and check its digest instead.")] = False,
+    device: o.Device = "auto",
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """Encode random rows live and compare them with the cache, or check every stored byte; exit 3 when they differ."""
+    if integrity:
+        from cache_pipeline.cache.integrity import check_integrity
+
+        checked = check_integrity(cache)
+        o.emit(json, checked.to_json(), checked.lines())
+        if not checked.ok:
+            raise CheckFailedError(
+                f"{cache}: {len(checked.broken)} of {checked.units} units are damaged: {', '.join(checked.broken[:5])}; "
+                "run the extract-features command again to make just these anew"
+            )
+        return
+    from cache_pipeline.extract.verify import verify_cache
+
+    result = verify_cache(cache, datasets=tuple(dataset) if dataset else None, rows=rows, seed=seed, device=device)
+    o.emit(json, result.to_json(), result.lines())
+    if not result.ok:
+        raise CheckFailedError(
+            f"{cache}: stored features differ from live ones by {result.max_rel:.2e} relative, "
+            f"more than the tolerance {result.tolerance:.0e}; check verify --integrity, then extract again with --overwrite"
+        )
+
+
+@cache_app.command("inspect")
+def cache_inspect(path: Annotated[Path, typer.Argument(help="A cache.")], json: o.Json = False) -> None:
+    """Say what a cache holds, what made it and whether it is complete."""
+    from cache_pipeline.cache.summary import inspect_cache
+
+    summary = inspect_cache(path)
+    o.emit(json, summary.to_json(), summary.lines())
+
+
+@cache_app.command("compact")
+def cache_compact(path: Annotated[Path, typer.Argument(help="A cache.")], json: o.Json = False) -> None:
+    """Give back the space of rows whose demos were removed or changed."""
+    from cache_pipeline.cache.compact import compact
+
+    result = compact(path)
+    o.emit(json, result.to_json(), result.lines())
+
+
+@cache_app.command("export")
+def cache_export(
+    path: Annotated[Path, typer.Argument(help="A cache.")],
+    out: Annotated[Path, typer.Option("--out", help="A .hdf5 file in robomimic's layout, or an .npz file.")],
+    overwrite: o.Overwrite = False,
+    json: o.Json = False,
+) -> None:
+    """Write the features as low-dim obs of a robomimic HDF5 that any robomimic script trains on, or as an .npz file."""
+    from cache_pipeline.cache.export import export_npz, export_robomimic
+
+    if out.suffix not in (".hdf5", ".h5", ".npz"):
+        raise ConfigError(f"{out}: the ending chooses the format; write .hdf5 (robomimic) or .npz")
+    write = export_npz if out.suffix == ".npz" else export_robomimic
+    result = write(path, out, overwrite=overwrite)
+    o.emit(json, result.to_json(), result.lines())
