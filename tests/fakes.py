@@ -34,8 +34,8 @@ def make_dataset(
 ) -> Path:
     """Writes a robomimic HDF5 file and returns its path.
 
-    Each demo moves a point towards a goal. Images show both as blobs, ``robot0_eef_pos`` is the point, ``object`` begins
-    with the goal. Demos depend on (seed, name) alone, so a file with one more demo holds the others unchanged.
+    Each demo moves a point towards a goal. Images show both as blobs, ``robot0_eef_pos`` is the point, ``object``
+    begins with the goal. Demos depend on (seed, name) alone, so a file with one more demo holds the others unchanged.
 
     Args:
         lengths: steps of each demo.
