@@ -48,7 +48,9 @@ class StaleCacheError(CacheError):
 
     def __init__(self, field: str, cached: object, wanted: object, meaning: str, command: str) -> None:
         self.field, self.cached, self.wanted = field, cached, wanted
-        super().__init__(f"the cache is stale: {field} is {cached!r} in the cache and {wanted!r} now: {meaning}; {command}")
+        super().__init__(
+            f"the cache is stale: {field} is {cached!r} in the cache and {wanted!r} now: {meaning}; {command}"
+        )
 
 
 class ConfigError(CachePipelineError, ValueError):

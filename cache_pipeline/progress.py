@@ -35,7 +35,13 @@ class Progress:
         self._bar: Any = None
         if self._stream.isatty():
             self._bar = tqdm(
-                total=total, initial=done, desc=label, unit=f" {unit}", file=self._stream, dynamic_ncols=True, leave=True
+                total=total,
+                initial=done,
+                desc=label,
+                unit=f" {unit}",
+                file=self._stream,
+                dynamic_ncols=True,
+                leave=True,
             )
 
     def advance(self, count: int = 1, **notes: object) -> None:
@@ -59,6 +65,8 @@ class Progress:
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -39,7 +39,9 @@ def extract_features(
     precision: o.Precision = "auto",
     seed: o.Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say images, bytes and time, and do nothing.")] = False,
-    deep: Annotated[bool, typer.Option("--deep", help="Read every frame again instead of trusting size and time.")] = False,
+    deep: Annotated[
+        bool, typer.Option("--deep", help="Read every frame again instead of trusting size and time.")
+    ] = False,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
@@ -99,7 +101,9 @@ def verify(
     cache: Annotated[Path, typer.Argument(help="A cache.")],
     dataset: o.Datasets = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Random rows to encode again, per camera.")] = 64,
-    integrity: Annotated[bool, typer.Option("--integrity", help="Read every unit and check its digest instead.")] = False,
+    integrity: Annotated[
+        bool, typer.Option("--integrity", help="Read every unit and check its digest instead.")
+    ] = False,
     device: o.Device = "auto",
     seed: o.Seed = 0,
     json: o.Json = False,

@@ -1,0 +1,78 @@
+"""One self-contained HTML page: headings, tables and pictures, with no file or script beside it."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from cache_pipeline.files import atomic_path
+
+STYLE = """
+body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#22313f;max-width:1020px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin:2.2rem 0 .4rem;border-bottom:1px solid #d8dee4}
+p.lead{color:#5f6b76;margin-top:0} img{max-width:100%;display:block;margin:.6rem 0} video{max-width:32%;margin:.2rem}
+table{border-collapse:collapse;margin:.6rem 0} td,th{padding:.25rem .9rem .25rem 0;text-align:left;border-bottom:1px solid #eef1f4}
+td.number{text-align:right;font-variant-numeric:tabular-nums} .facts{display:flex;flex-wrap:wrap;gap:1rem;margin:1rem 0}
+.fact{background:#f5f7f9;border-radius:8px;padding:.7rem 1.1rem;min-width:8rem} .fact b{display:block;font-size:1.35rem}
+code,pre{font:13px/1.45 ui-monospace,Menlo,monospace;background:#f5f7f9;border-radius:4px;padding:.1rem .3rem} pre{padding:.7rem;overflow:auto}
+"""
+
+
+class Page:
+    """Collects blocks in order; ``write`` puts the page on disk."""
+
+    def __init__(self, title: str, lead: str) -> None:
+        self._title = title
+        self._blocks = [f"<h1>{escape(title)}</h1>", f'<p class="lead">{escape(lead)}</p>']
+
+    def heading(self, text: str) -> None:
+        self._blocks.append(f"<h2>{escape(text)}</h2>")
+
+    def text(self, text: str) -> None:
+        self._blocks.append(f"<p>{escape(text)}</p>")
+
+    def code(self, text: str) -> None:
+        self._blocks.append(f"<pre>{escape(text)}</pre>")
+
+    def facts(self, facts: Sequence[tuple[str, str]]) -> None:
+        """Large figures, each a (value, what it is)."""
+        cells = "".join(f'<div class="fact"><b>{escape(value)}</b>{escape(label)}</div>' for value, label in facts)
+        self._blocks.append(f'<div class="facts">{cells}</div>')
+
+    def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
+        """A table; numbers are set right."""
+        head = "".join(f"<th>{escape(name)}</th>" for name in header)
+        body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
+        self._blocks.append(f"<table><tr>{head}</tr>{body}</table>")
+
+    def picture(self, png: bytes, caption: str) -> None:
+        data = base64.b64encode(png).decode()
+        self._blocks.append(f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">')
+
+    def video(self, path: Path) -> None:
+        data = base64.b64encode(path.read_bytes()).decode()
+        self._blocks.append(f'<video controls loop muted src="data:video/mp4;base64,{data}"></video>')
+
+    def html(self) -> str:
+        head = f'<meta charset="utf-8"><title>{escape(self._title)}</title><style>{STYLE}</style>'
+        return (
+            f'<!doctype html><html lang="en"><head>{head}</head><body>' + "\n".join(self._blocks) + "</body></html>\n"
+        )
+
+    def write(self, path: str | Path) -> Path:
+        """Writes the page, atomically; returns its path."""
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(path) as partial:
+            partial.write_text(self.html(), encoding="utf-8")
+        return path
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f'<td class="number">{value:.4g}</td>'
+    if isinstance(value, int):
+        return f'<td class="number">{value:,}</td>'
+    return f"<td>{escape(str(value))}</td>"
