@@ -34,7 +34,7 @@ class ErrorGroup(TyperGroup):
 
 app = typer.Typer(
     name="cache-pipeline",
-    help="Train robot policies on frozen image features that are computed once and kept in a cache that can be trusted.",
+    help="Train robot policies on frozen image features, computed once and kept in a cache that can be trusted.",
     cls=ErrorGroup,
     no_args_is_help=True,
     add_completion=False,

@@ -51,7 +51,7 @@ def extract_features(
     from cache_pipeline.extract.pipeline import extract_features as run
     from cache_pipeline.extract.plan import plan_extraction
 
-    paths = tuple([*(datasets or []), *(dataset or [])])
+    paths = (*(datasets or []), *(dataset or []))
     if not paths or out is None:
         missing = "a dataset" if not paths else "--out"
         raise ConfigError(f"{missing} is missing; type: extract-features DATASET.hdf5 --out NAME.zarr")
@@ -116,7 +116,8 @@ def verify(
         o.emit(json, checked.to_json(), checked.lines())
         if not checked.ok:
             raise CheckFailedError(
-                f"{cache}: {len(checked.broken)} of {checked.units} units are damaged: {', '.join(checked.broken[:5])}; "
+                f"{cache}: {len(checked.broken)} of {checked.units} units are damaged: "
+                f"{', '.join(checked.broken[:5])}; "
                 "run the extract-features command again to make just these anew"
             )
         return
@@ -127,7 +128,8 @@ def verify(
     if not result.ok:
         raise CheckFailedError(
             f"{cache}: stored features differ from live ones by {result.max_rel:.2e} relative, "
-            f"more than the tolerance {result.tolerance:.0e}; check verify --integrity, then extract again with --overwrite"
+            f"more than the tolerance {result.tolerance:.0e}; "
+            "check verify --integrity, then extract again with --overwrite"
         )
 
 

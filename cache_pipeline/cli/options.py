@@ -46,7 +46,7 @@ def byte_count(text: str | None) -> int | None:
 def encoder_spec(
     *, rgb_model_name: str, pretrained: bool, weights: Path | None, encoder: str | None, cut: str, seed: int
 ) -> EncoderSpec:
-    """The encoder that the flags describe: ``--weights`` beats ``--pretrained-encoder``, ``--encoder`` names a factory."""
+    """The encoder that the flags describe; ``--weights`` beats ``--pretrained-encoder``."""
     from cache_pipeline.encoders.image_encoder import EncoderSpec
 
     source = str(weights) if weights is not None else ("imagenet" if pretrained else "random")
@@ -56,7 +56,7 @@ def encoder_spec(
 def preprocessing(
     *, resize_shape: str | None, crop_shape: str | None, imagenet_norm: bool | None, spec: EncoderSpec
 ) -> Preprocess:
-    """The preprocessing that the flags describe; ImageNet normalisation is on by default unless the weights are random."""
+    """The preprocessing that the flags describe; ImageNet normalisation is on unless the weights are random."""
     from cache_pipeline.encoders.preprocess import Preprocess
 
     norm = spec.weights != "random" if imagenet_norm is None else imagenet_norm

@@ -10,13 +10,21 @@ from pathlib import Path
 from cache_pipeline.files import atomic_path
 
 STYLE = """
-body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#22313f;max-width:1020px;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem;margin-bottom:.2rem} h2{font-size:1.15rem;margin:2.2rem 0 .4rem;border-bottom:1px solid #d8dee4}
-p.lead{color:#5f6b76;margin-top:0} img{max-width:100%;display:block;margin:.6rem 0} video{max-width:32%;margin:.2rem}
-table{border-collapse:collapse;margin:.6rem 0} td,th{padding:.25rem .9rem .25rem 0;text-align:left;border-bottom:1px solid #eef1f4}
-td.number{text-align:right;font-variant-numeric:tabular-nums} .facts{display:flex;flex-wrap:wrap;gap:1rem;margin:1rem 0}
-.fact{background:#f5f7f9;border-radius:8px;padding:.7rem 1.1rem;min-width:8rem} .fact b{display:block;font-size:1.35rem}
-code,pre{font:13px/1.45 ui-monospace,Menlo,monospace;background:#f5f7f9;border-radius:4px;padding:.1rem .3rem} pre{padding:.7rem;overflow:auto}
+body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#22313f;
+     max-width:1020px;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem;margin-bottom:.2rem}
+h2{font-size:1.15rem;margin:2.2rem 0 .4rem;border-bottom:1px solid #d8dee4}
+p.lead{color:#5f6b76;margin-top:0}
+img{max-width:100%;display:block;margin:.6rem 0}
+video{max-width:32%;margin:.2rem}
+table{border-collapse:collapse;margin:.6rem 0}
+td,th{padding:.25rem .9rem .25rem 0;text-align:left;border-bottom:1px solid #eef1f4}
+td.number{text-align:right;font-variant-numeric:tabular-nums}
+.facts{display:flex;flex-wrap:wrap;gap:1rem;margin:1rem 0}
+.fact{background:#f5f7f9;border-radius:8px;padding:.7rem 1.1rem;min-width:8rem}
+.fact b{display:block;font-size:1.35rem}
+code,pre{font:13px/1.45 ui-monospace,Menlo,monospace;background:#f5f7f9;border-radius:4px;padding:.1rem .3rem}
+pre{padding:.7rem;overflow:auto}
 """
 
 
