@@ -1,0 +1,82 @@
+"""quickstart, report, probe and bench: what happened, whether it will do, and how fast it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cache_pipeline.cli import options as o
+
+
+def quickstart(
+    out: Annotated[Path, typer.Option("--out", help="Folder for the cache, the run and the report.")] = Path(
+        "quickstart"
+    ),
+    steps: Annotated[int, typer.Option("--steps", min=10, help="Training steps.")] = 1500,
+    weights: o.Weights = None,
+    device: o.Device = "auto",
+    seed: o.Seed = 0,
+    json: o.Json = False,
+) -> None:
+    """The whole path on the sample in data/: inspect, extract, verify, train, evaluate, and a page to look at."""
+    from cache_pipeline.reports.quickstart import run_quickstart
+
+    result = run_quickstart(out, steps=steps, weights=weights, device=device, seed=seed)
+    o.emit(json, result.to_json(), result.lines())
+
+
+def report(
+    run: Annotated[Path, typer.Argument(help="A run.")],
+    out: Annotated[Path | None, typer.Option("--out", help="The page; RUN/report.html by default.")] = None,
+    json: o.Json = False,
+) -> None:
+    """Draw a run: curves, actions, features, views, stage times and rollouts on one HTML page."""
+    from cache_pipeline.reports.run_report import write_report
+
+    page = write_report(run, out)
+    o.emit(json, {"report": str(page)}, [f"report: {page}"])
+
+
+def probe(
+    cache: Annotated[Path, typer.Argument(help="A cache.")],
+    out: Annotated[Path | None, typer.Option("--out", help="A picture of the answer (.png).")] = None,
+    seed: o.Seed = 0,
+    device: o.Device = "auto",
+    json: o.Json = False,
+) -> None:
+    """Say whether these frozen features will do, beside proprioception alone and random weights (a heuristic)."""
+    from cache_pipeline.reports.probe import probe_cache
+
+    result = probe_cache(cache, picture=out, seed=seed, device=device)
+    o.emit(json, result.to_json(), result.lines())
+
+
+def bench(
+    cases: Annotated[
+        list[str] | None, typer.Argument(help="encode, extract, load, train or finetune; all by default.")
+    ] = None,
+    dataset: Annotated[
+        Path | None, typer.Option("--dataset", help="A robomimic HDF5 file; the sample in data/ by default.")
+    ] = None,
+    rgb_model_name: o.RgbModelName = "resnet18",
+    batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows per training step.")] = 64,
+    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Least seconds per measurement.")] = 10.0,
+    out: Annotated[Path | None, typer.Option("--out", help="Keep the figures as JSON in this file.")] = None,
+    device: o.Device = "auto",
+    json: o.Json = False,
+) -> None:
+    """Measure ours, peers and limits side by side in one run."""
+    from cache_pipeline.reports.bench import run_bench
+
+    result = run_bench(
+        tuple(cases or ()),
+        dataset=dataset,
+        rgb_model_name=rgb_model_name,
+        batch_size=batch_size,
+        seconds=seconds,
+        out=out,
+        device=device,
+    )
+    o.emit(json, result.to_json(), result.lines())
