@@ -1,0 +1,169 @@
+"""``bench``: ours, peers and limits side by side in one run.
+
+Each case returns rows: ours and a peer's rate measured in turns on the same data, and where there is one, the limit that
+no arrangement of ours could beat (the encoder alone, the bare policy step, ``numpy.load``).
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cache_pipeline.errors import ConfigError, available
+from cache_pipeline.files import write_json
+from cache_pipeline.progress import logger
+
+
+class BenchRow(NamedTuple):
+    """One comparison.
+
+    Attributes:
+        case: what is measured, with its unit, such as ``train resnet18 (steps/s)``.
+        ours, peer, limit: rates in that unit; None where there is no such contender.
+        peer_name: who the peer is and how it was set.
+    """
+
+    case: str
+    ours: float
+    peer: float | None = None
+    peer_name: str | None = None
+    limit: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "case": self.case,
+            "ours": _rounded(self.ours),
+            "peer": _rounded(self.peer),
+            "peer_name": self.peer_name,
+            "ratio": None if self.peer is None else _rounded(self.ours / self.peer),
+            "limit": _rounded(self.limit),
+            "of_limit": None if self.limit is None else _rounded(self.ours / self.limit),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSetup:
+    """What the cases work on."""
+
+    dataset: Path
+    folder: Path
+    """A scratch folder that goes when the bench ends."""
+    rgb_model_name: str = "resnet18"
+    batch_size: int = 64
+    seconds: float = 10.0
+    device: str = "cpu"
+
+
+class BenchResult(NamedTuple):
+    """All rows, and where they were measured."""
+
+    device: str
+    rows: tuple[BenchRow, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"device": self.device, "rows": [row.to_json() for row in self.rows]}
+
+    def lines(self) -> list[str]:
+        lines = [f"device: {self.device}", f"{'case':<58}{'ours':>10}{'peer':>10}{'ratio':>8}{'limit':>10}{'of it':>7}"]
+        for row in self.rows:
+            shown = row.to_json()
+            figures = "".join(
+                f"{'' if shown[name] is None else format(shown[name], spec):>{width}}"
+                for name, spec, width in (
+                    ("ours", ",.4g", 10),
+                    ("peer", ",.4g", 10),
+                    ("ratio", ".3g", 8),
+                    ("limit", ",.4g", 10),
+                    ("of_limit", ".2f", 7),
+                )
+            )
+            lines.append(f"{row.case:<58}{figures}")
+        lines += [f"peer of {row.case}: {row.peer_name}" for row in self.rows if row.peer_name]
+        return lines
+
+
+def run_bench(
+    cases: tuple[str, ...],
+    *,
+    dataset: Path | None,
+    rgb_model_name: str,
+    batch_size: int,
+    seconds: float,
+    out: Path | None,
+    device: str,
+) -> BenchResult:
+    """Runs the named cases (all when empty) and returns their rows; keeps them as JSON in ``out`` where given."""
+    from cache_pipeline.encoders.frozen import resolve_device
+
+    chosen = _choose(cases)
+    resolved = str(resolve_device(device))
+    rows: list[BenchRow] = []
+    with tempfile.TemporaryDirectory(prefix="cache_pipeline_bench_") as folder:
+        setup = BenchSetup(
+            dataset=dataset if dataset is not None else sample_dataset(),
+            folder=Path(folder),
+            rgb_model_name=rgb_model_name,
+            batch_size=batch_size,
+            seconds=seconds,
+            device=resolved,
+        )
+        for name, case in chosen.items():
+            logger.info("bench %s …", name)
+            rows += case(setup)
+    result = BenchResult(describe_device(resolved), tuple(rows))
+    if out is not None:
+        write_json(out, result.to_json())
+    return result
+
+
+def sample_dataset() -> Path:
+    """The sample that lies beside the package in a checkout."""
+    path = Path(__file__).parents[2] / "data" / "lift_sample.hdf5"
+    if not path.is_file():
+        raise ConfigError(f"{path} is not there: run from a checkout of the project, or name a file with --dataset")
+    return path
+
+
+def describe_device(device: str) -> str:
+    """The processor or GPU, and the versions that decide its speed."""
+    import torch
+
+    if device.startswith("cuda"):
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_cpu_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    return f"{name}, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _choose(cases: tuple[str, ...]) -> dict[str, Callable[[BenchSetup], list[BenchRow]]]:
+    from cache_pipeline.reports import bench_encoding, bench_training
+
+    known: dict[str, Callable[[BenchSetup], list[BenchRow]]] = {
+        "encode": bench_encoding.encode,
+        "extract": bench_encoding.extract,
+        "load": bench_encoding.load,
+        "train": bench_training.train,
+        "finetune": bench_training.finetune,
+    }
+    for case in cases:
+        if case not in known:
+            raise ConfigError(f"bench has no case {case!r}; {available(known, case)}")
+    return {name: known[name] for name in (cases or known)}
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
