@@ -1,0 +1,244 @@
+"""Collects scripted demos in simulation and writes them in robomimic's HDF5 layout."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_pipeline.errors import CachePipelineError, ConfigError, available
+from cache_pipeline.files import atomic_path
+from cache_pipeline.progress import Progress
+from cache_pipeline.sim.environment import (
+    FAST_RENDER_FLAGS,
+    IMAGE_SUFFIX,
+    ROBOSUITE_ENV_TYPE,
+    Environment,
+    Obs,
+)
+from cache_pipeline.sim.opengl import load_robosuite
+from cache_pipeline.sim.scripted import Phase, lift_action, lift_phase
+
+LOW_DIM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
+HOLD_STEPS = 5
+"""A demo ends when the task has been done for so many steps."""
+ATTEMPTS_PER_DEMO = 5
+"""Collecting gives up after so many failed episodes per demo asked for."""
+
+Expert = tuple[Callable[[Obs, Phase], Phase], Callable[[Obs, Phase, NDArray], NDArray]]
+EXPERTS: dict[str, Expert] = {"Lift": (lift_phase, lift_action)}
+
+
+class CollectError(CachePipelineError, RuntimeError):
+    """The scripted expert does not succeed in this task."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CollectConfig:
+    """Which demos to collect."""
+
+    out: Path
+    """The HDF5 file to write; it appears when it is whole."""
+    task: str = "Lift"
+    demos: int = 100
+    seed: int = 0
+    cameras: tuple[str, ...] = ("agentview_image", "robot0_eye_in_hand_image")
+    """rgb obs keys: robosuite's camera names with ``_image``."""
+    image_size: int = 84
+    """Height and width of every image, in pixels."""
+    render_flags: Mapping[str, bool] = field(default_factory=lambda: dict(FAST_RENDER_FLAGS))
+    """MuJoCo scene flags that differ from the defaults; recorded in the file and honoured by rollouts."""
+    horizon: int = 150
+    """Steps after which an episode has failed."""
+    noise: float = 0.1
+    """Standard deviation of the Gaussian noise on the expert's displacement, in units of the action's limits."""
+    valid_fraction: float = 0.1
+    """Share of the demos in the filter key ``valid``; at least one of two or more."""
+    gzip_level: int = 9
+    frames_per_chunk: int = 16
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.task not in EXPERTS:
+            raise ConfigError(
+                f"there is no scripted expert for the task {self.task!r}; {available(EXPERTS, self.task)}"
+            )
+        for name in ("demos", "image_size", "horizon", "frames_per_chunk"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; give 0 or more")
+        if self.noise < 0:
+            raise ConfigError(f"noise is {self.noise}; give 0 or more")
+        if not 0 <= self.valid_fraction < 1:
+            raise ConfigError(f"valid_fraction is {self.valid_fraction}; give 0 or more, but less than 1")
+        if not 0 <= self.gzip_level <= 9:
+            raise ConfigError(f"gzip_level is {self.gzip_level}; give 0 to 9")
+        for camera in self.cameras:
+            if not camera.endswith(IMAGE_SUFFIX):
+                raise ConfigError(f"camera {camera!r} is no rgb obs key; did you mean {camera}{IMAGE_SUFFIX}?")
+
+
+class CollectResult(NamedTuple):
+    """What was written."""
+
+    out: Path
+    demos: int
+    attempts: int
+    steps: int
+    seconds: float
+    bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        return {**self._asdict(), "out": str(self.out)}
+
+
+class RecordedDemo(NamedTuple):
+    """One demo of T steps; ``obs[t]`` and ``states[t]`` are from before ``actions[t]``, rewards and dones from after it."""
+
+    obs: dict[str, NDArray]
+    actions: NDArray[np.float64]
+    rewards: NDArray[np.float64]
+    dones: NDArray[np.int64]
+    states: NDArray[np.float64]
+    model_xml: str
+    success: bool
+
+
+def collect(config: CollectConfig, *, progress: bool = True) -> CollectResult:
+    """Runs the expert until ``demos`` episodes have succeeded, and writes those.
+
+    The file's content is a pure function of the config, given one version of the simulator and its renderer.
+
+    Raises:
+        ConfigError: the file exists and ``overwrite`` is off, or a camera or flag does not exist.
+        CollectError: too few episodes succeed.
+        MissingExtraError, OpenGLError: the simulation cannot run here.
+    """
+    if config.out.exists() and not config.overwrite:
+        raise ConfigError(f"{config.out} exists; pass --overwrite to replace it, or another --out")
+    started = time.monotonic()
+    env_args = make_env_args(config)
+    size = (config.image_size, config.image_size)
+    attempts = steps = written = 0
+    config.out.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        cameras = dict.fromkeys(config.cameras, size)
+        env = stack.enter_context(Environment.from_env_args(env_args, cameras, config.render_flags))
+        partial = stack.enter_context(atomic_path(config.out))
+        file = stack.enter_context(h5py.File(partial, "w"))
+        bar = stack.enter_context(Progress("collect", config.demos, "demos")) if progress else None
+        data = file.create_group("data")
+        while written < config.demos:
+            if attempts - written >= ATTEMPTS_PER_DEMO * config.demos:
+                raise CollectError(_gave_up(config, attempts, written))
+            demo = record_demo(env, config, attempt=attempts)
+            attempts += 1
+            if demo.success:
+                write_demo(data.create_group(f"demo_{written}"), demo, config)
+                written, steps = written + 1, steps + len(demo.actions)
+                if bar is not None:
+                    bar.advance(steps=steps)
+        data.attrs["env_args"] = json.dumps(env_args, indent=4)
+        data.attrs["render_flags"] = json.dumps(dict(config.render_flags))
+        data.attrs["total"] = steps
+        write_masks(file, config)
+    seconds = time.monotonic() - started
+    return CollectResult(config.out, written, attempts, steps, seconds, config.out.stat().st_size)
+
+
+def make_env_args(config: CollectConfig) -> dict[str, Any]:
+    """The ``env_args`` of a collected file: the task, a Panda and robosuite's default controller for it."""
+    robosuite = load_robosuite()
+    return {
+        "env_name": config.task,
+        "type": ROBOSUITE_ENV_TYPE,
+        "env_version": robosuite.__version__,
+        "env_kwargs": {
+            "robots": "Panda",
+            "controller_configs": robosuite.load_composite_controller_config(robot="Panda"),
+            "has_renderer": False,
+            "has_offscreen_renderer": bool(config.cameras),
+            "use_camera_obs": bool(config.cameras),
+            "reward_shaping": False,
+            "control_freq": 20,
+            "ignore_done": True,
+            "horizon": 400,
+            "camera_names": [camera.removesuffix(IMAGE_SUFFIX) for camera in config.cameras],
+            "camera_heights": config.image_size,
+            "camera_widths": config.image_size,
+        },
+    }
+
+
+def record_demo(env: Environment, config: CollectConfig, *, attempt: int) -> RecordedDemo:
+    """Runs the expert for one episode, which (config.seed, attempt) decides."""
+    episode_seed, noise_seed = np.random.SeedSequence([config.seed, attempt]).generate_state(2)
+    noise = config.noise * np.random.default_rng(noise_seed).standard_normal((config.horizon, 3))
+    next_phase, act = EXPERTS[config.task]
+    obs = env.reset(int(episode_seed))
+    model_xml = env.model_xml()
+    phase, held = Phase(), 0
+    seen: list[Obs] = []
+    rows: list[tuple[NDArray, NDArray, float, bool]] = []
+    while len(rows) < config.horizon and held < HOLD_STEPS:
+        phase = next_phase(obs, phase)
+        action = act(obs, phase, noise[len(rows)])
+        state = env.state()
+        seen.append({key: obs[key] for key in (*config.cameras, *LOW_DIM_KEYS)})
+        obs, reward, success = env.step(action)
+        rows.append((state, action, reward, success))
+        held = held + 1 if success else 0
+    states, actions, rewards, dones = zip(*rows, strict=True)
+    return RecordedDemo(
+        obs={key: np.stack([step[key] for step in seen]) for key in seen[0]},
+        actions=np.stack(actions),
+        rewards=np.array(rewards, dtype=np.float64),
+        dones=np.array(dones, dtype=np.int64),
+        states=np.stack(states),
+        model_xml=model_xml,
+        success=held == HOLD_STEPS,
+    )
+
+
+def write_demo(group: h5py.Group, demo: RecordedDemo, config: CollectConfig) -> None:
+    """Writes one demo into ``data/<demo>``."""
+    for key, values in demo.obs.items():
+        if key not in config.cameras:
+            group.create_dataset(f"obs/{key}", data=values)
+            continue
+        chunk = (min(config.frames_per_chunk, len(values)), *values.shape[1:])
+        group.create_dataset(
+            f"obs/{key}", data=values, chunks=chunk, compression="gzip", compression_opts=config.gzip_level
+        )
+    for name in ("actions", "rewards", "dones", "states"):
+        group.create_dataset(name, data=getattr(demo, name))
+    group.attrs["num_samples"] = len(demo.actions)
+    group.attrs["model_file"] = demo.model_xml
+
+
+def write_masks(file: h5py.File, config: CollectConfig) -> None:
+    """Writes the filter keys ``train`` and ``valid``, drawn by the seed; ``valid`` only where it has a demo."""
+    count = round(config.valid_fraction * config.demos)
+    if config.valid_fraction > 0 and config.demos > 1:
+        count = max(count, 1)
+    order = np.random.default_rng(np.random.SeedSequence([config.seed, config.demos])).permutation(config.demos)
+    for key, members in (("valid", order[:count]), ("train", order[count:])):
+        if len(members):
+            names = np.array([f"demo_{index}" for index in sorted(members)], dtype="S")
+            file.create_dataset(f"mask/{key}", data=names)
+
+
+def _gave_up(config: CollectConfig, attempts: int, written: int) -> str:
+    return (
+        f"{config.out} was not written: of {attempts} episodes of {config.task} only {written} succeeded within "
+        f"{config.horizon} steps; raise --horizon or lower --noise"
+    )

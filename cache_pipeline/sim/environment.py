@@ -1,0 +1,213 @@
+"""A thin environment over the robosuite task that ``env_args`` describes, with obs as robomimic's files hold them."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_pipeline.errors import ConfigError, available
+from cache_pipeline.sim.opengl import load_robosuite
+
+Obs = dict[str, NDArray]
+ROBOSUITE_ENV_TYPE = 1
+"""robomimic's number for robosuite in ``env_args["type"]``."""
+IMAGE_SUFFIX = "_image"
+FAST_RENDER_FLAGS = {"shadow": False, "reflection": False}
+"""Off, they make software rendering about three times as fast."""
+
+
+class Step(NamedTuple):
+    """What one action led to."""
+
+    obs: Obs
+    reward: float
+    success: bool
+
+
+class Environment:
+    """One robosuite task. Use as a context manager, or call ``close``.
+
+    Obs: each camera uint8 (H, W, 3), upright; ``object`` and all ``robot0_…`` keys float64, under robomimic's names.
+    The first obs of an episode, and all that follow from the same actions, are a pure function of the seed.
+    The model is built once (building leaks memory in robosuite), so sizes that a task draws while building, such as
+    Lift's cube of 40 to 44 mm, are those of ``MODEL_SEED`` in every episode.
+    """
+
+    MODEL_SEED = 0
+
+    def __init__(
+        self, task: Any, cameras: Mapping[str, tuple[int, int]], render_flags: Mapping[str, bool] | None
+    ) -> None:
+        """Wraps a robosuite task; ``from_env_args`` is what most callers want."""
+        self._task = task
+        self.cameras = dict(cameras)
+        self.render_flags = dict(render_flags or {})
+        self._scene_flags = {_scene_flag(name): bool(on) for name, on in self.render_flags.items()}
+        _check_cameras(self.cameras, task.sim.model.camera_names)
+        for name in task.observation_names:
+            if "joint_pos" in name or "eef_vel" in name:
+                task.modify_observable(observable_name=name, attribute="active", modifier=True)
+        low, high = task.action_spec
+        self.action_low: NDArray[np.float64] = np.asarray(low, dtype=np.float64)
+        self.action_high: NDArray[np.float64] = np.asarray(high, dtype=np.float64)
+
+    @classmethod
+    def from_env_args(
+        cls,
+        env_args: Mapping[str, Any],
+        cameras: Mapping[str, tuple[int, int]],
+        render_flags: Mapping[str, bool] | None = None,
+    ) -> Environment:
+        """Builds the task that a dataset's ``env_args`` names.
+
+        Args:
+            env_args: robomimic's {"env_name", "type", "env_kwargs"}; controllers of robosuite before 1.5 are converted.
+            cameras: rgb obs key -> (H, W); may be empty, then nothing is rendered.
+            render_flags: MuJoCo scene flags that differ from the defaults, such as {"shadow": False}.
+
+        Raises:
+            ConfigError: no robosuite task, or a camera or flag that does not exist.
+            MissingExtraError: robosuite is not installed.
+            OpenGLError: nothing can render here.
+        """
+        if env_args.get("type", ROBOSUITE_ENV_TYPE) != ROBOSUITE_ENV_TYPE:
+            raise ConfigError(
+                f"env_args has type {env_args['type']!r}, which is no robosuite task; only robosuite (type 1) can be run"
+            )
+        name = env_args.get("env_name")
+        robosuite = load_robosuite()
+        if name not in robosuite.ALL_ENVIRONMENTS:
+            raise ConfigError(f"env_args names the task {name!r}; {available(robosuite.ALL_ENVIRONMENTS, str(name))}")
+        task_class = robosuite.environments.base.REGISTERED_ENVS[name]
+        kwargs = _task_kwargs(task_class, env_args.get("env_kwargs", {}), offscreen=bool(cameras))
+        return cls(robosuite.make(name, **kwargs, seed=cls.MODEL_SEED), cameras, render_flags)
+
+    @property
+    def action_dim(self) -> int:
+        return len(self.action_low)
+
+    def reset(self, seed: int) -> Obs:
+        """Starts the episode that ``seed`` decides and gives its first obs."""
+        # In place: the task's placement samplers hold this generator.
+        self._task.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
+        return self._obs(self._task.reset())
+
+    def step(self, action: NDArray) -> Step:
+        """Does ``action`` (A,) clipped to the task's limits. Raises ConfigError on another shape or NaN."""
+        action = np.asarray(action, dtype=np.float64)
+        if action.shape != self.action_low.shape or not np.isfinite(action).all():
+            raise ConfigError(f"the task takes {self.action_dim} finite numbers as an action, not {action.tolist()}")
+        raw, reward, _, _ = self._task.step(np.clip(action, self.action_low, self.action_high))
+        return Step(self._obs(raw), float(reward), self.success())
+
+    def success(self) -> bool:
+        """Whether the task is done, as robosuite judges it."""
+        answer = self._task._check_success()
+        return bool(answer["task"] if isinstance(answer, dict) else answer)
+
+    def state(self) -> NDArray[np.float64]:
+        """MuJoCo's time, positions and velocities as one vector, as in ``data/<demo>/states``."""
+        return np.array(self._task.sim.get_state().flatten())
+
+    def model_xml(self) -> str:
+        """The model as in the ``model_file`` attribute of a demo."""
+        return str(self._task.sim.model.get_xml())
+
+    def restore(self, state: NDArray, model_xml: str | None = None) -> Obs:
+        """Goes to a recorded state, in the recorded model where one is given, and gives the obs there."""
+        if model_xml is not None:
+            self._task.reset_from_xml_string(self._task.edit_model_xml(model_xml))
+        self._task.sim.reset()
+        self._task.sim.set_state_from_flattened(np.asarray(state, dtype=np.float64))
+        self._task.sim.forward()
+        return self._obs(self._task._get_observations(force_update=True))
+
+    def close(self) -> None:
+        """Frees the simulation and its OpenGL context."""
+        self._task.close()
+
+    def __enter__(self) -> Environment:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _obs(self, raw: Mapping[str, Any]) -> Obs:
+        obs = {camera: self._image(camera, *size) for camera, size in self.cameras.items()}
+        if "object-state" in raw:
+            obs["object"] = np.array(raw["object-state"], dtype=np.float64)
+        for robot in self._task.robots:
+            prefix = robot.robot_model.naming_prefix
+            for key, value in raw.items():
+                if key.startswith(prefix) and not key.endswith(("proprio-state", IMAGE_SUFFIX)):
+                    obs[key] = np.array(value, dtype=np.float64)
+        return obs
+
+    def _image(self, camera: str, height: int, width: int) -> NDArray[np.uint8]:
+        context = self._task.sim._render_context_offscreen
+        context.gl_ctx.make_current()
+        for flag, on in self._scene_flags.items():
+            context.scn.flags[flag] = on
+        pixels = self._task.sim.render(width=width, height=height, camera_name=camera.removesuffix(IMAGE_SUFFIX))
+        return np.ascontiguousarray(pixels[::-1])  # OpenGL's first row is the bottom one
+
+
+def _task_kwargs(task_class: type, recorded: Mapping[str, Any], *, offscreen: bool) -> dict[str, Any]:
+    """What robosuite is called with: the recorded settings, with our own rendering and resets."""
+    kwargs = copy.deepcopy(dict(recorded))
+    for name in [name for name in kwargs if name.startswith(("camera_", "render_")) or name == "seed"]:
+        del kwargs[name]
+    kwargs.update(
+        has_renderer=False,
+        has_offscreen_renderer=offscreen,
+        use_camera_obs=False,
+        use_object_obs=True,
+        ignore_done=True,
+        hard_reset=False,
+        renderer="mujoco",
+    )
+    unknown = sorted(set(kwargs) - set(inspect.signature(task_class).parameters))
+    if unknown:
+        raise ConfigError(
+            f"env_args has env_kwargs that robosuite's {task_class.__name__} does not take: {', '.join(unknown)}; "
+            "remove them from a copy of env_args and pass it with --env-args FILE"
+        )
+    controller = kwargs.get("controller_configs")
+    if isinstance(controller, dict):
+        kwargs["controller_configs"] = _controller(controller, kwargs.get("robots", "Panda"))
+    return kwargs
+
+
+def _controller(config: dict[str, Any], robots: str | list[str]) -> dict[str, Any]:
+    """Controller settings in the form of robosuite 1.5; those of earlier releases describe one arm."""
+    from robosuite.controllers.composite.composite_controller_factory import refactor_composite_controller_config
+
+    robot = robots if isinstance(robots, str) else robots[0]
+    return dict(refactor_composite_controller_config(config, robot, ["right", "left"]))
+
+
+def _check_cameras(cameras: Mapping[str, tuple[int, int]], names: tuple[str, ...]) -> None:
+    keys = [name + IMAGE_SUFFIX for name in names]
+    for camera, (height, width) in cameras.items():
+        if camera not in keys:
+            raise ConfigError(f"the task has no camera {camera!r}; {available(keys, camera)}")
+        if min(height, width) < 1:
+            raise ConfigError(f"camera {camera} cannot be rendered at {height}x{width}")
+
+
+def _scene_flag(name: str) -> int:
+    """The index of a MuJoCo scene flag, such as ``shadow`` for mjRND_SHADOW."""
+    import mujoco
+
+    names = [flag.removeprefix("mjRND_").lower() for flag in mujoco.mjtRndFlag.__members__ if flag != "mjNRNDFLAG"]
+    if name not in names:
+        raise ConfigError(f"{name!r} is no render flag of MuJoCo; {available(names, name)}")
+    return int(mujoco.mjtRndFlag.__members__[f"mjRND_{name.upper()}"])
