@@ -1,7 +1,7 @@
 """``bench``: ours, peers and limits side by side in one run.
 
-Each case returns rows: ours and a peer's rate measured in turns on the same data, and where there is one, the limit that
-no arrangement of ours could beat (the encoder alone, the bare policy step, ``numpy.load``).
+Each case returns rows: ours and a peer's rate measured in turns on the same data and, where there is one, the limit
+that no arrangement of ours could beat (the encoder alone, the bare policy step, ``numpy.load``).
 """
 
 from __future__ import annotations

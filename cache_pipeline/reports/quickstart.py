@@ -1,0 +1,150 @@
+"""The whole path on the sample in ``data/``: inspect, extract, verify, train, evaluate, and a page to look at."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
+from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.errors import EncoderError
+from cache_pipeline.progress import logger
+from cache_pipeline.reports.bench import sample_dataset
+from cache_pipeline.reports.inspection import inspect_path
+from cache_pipeline.reports.run_report import write_report
+
+DOWNLOAD_TIMEOUT_S = 10.0
+
+
+class QuickstartResult(NamedTuple):
+    """What the quickstart made, and the figures to look at first."""
+
+    dataset: Path
+    cache: Path
+    run: Path
+    report: Path
+    weights: str
+    seconds: float
+    images_per_s: float
+    steps_per_s: float
+    valid_action_mse: float | None
+    mean_action_mse: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {key: str(value) if isinstance(value, Path) else value for key, value in self._asdict().items()}
+
+    def lines(self) -> list[str]:
+        error = "no held-out demos"
+        if self.valid_action_mse is not None and self.mean_action_mse:
+            share = self.valid_action_mse / self.mean_action_mse
+            error = f"{self.valid_action_mse:.4g}, {share:.2f} of always predicting the mean action"
+        return [
+            f"encoder weights      {self.weights}",
+            f"extraction           {self.images_per_s:.0f} images/s",
+            f"training from cache  {self.steps_per_s:.0f} steps/s",
+            f"held-out error       {error}",
+            f"in all               {self.seconds:.0f} s",
+            f"cache                {self.cache}",
+            f"run                  {self.run}",
+            f"look at              {self.report}",
+        ]
+
+
+def run_quickstart(out: Path, *, steps: int, weights: Path | None, device: str, seed: int) -> QuickstartResult:
+    """Runs every stage into ``out``; what an earlier quickstart finished there is reused."""
+    from cache_pipeline.extract.config import ExtractConfig
+    from cache_pipeline.extract.pipeline import extract_features
+    from cache_pipeline.extract.verify import verify_cache
+    from cache_pipeline.training.config import SavingConfig, TrainConfig
+    from cache_pipeline.training.train import train
+
+    started = time.perf_counter()
+    dataset, cache, run = sample_dataset(), out / "lift_sample.zarr", out / "run"
+    _say("1/5 inspect", f"inspect {dataset}")
+    for line in inspect_path(dataset).lines():
+        logger.info("  %s", line)
+
+    spec, weights_text = choose_weights(weights, seed)
+    _say("2/5 extract", f"extract-features {dataset} --out {cache}")
+    extracted = extract_features(
+        ExtractConfig(
+            datasets=(dataset,),
+            out=cache,
+            encoders=spec,
+            preprocess=Preprocess(imagenet_norm=spec.weights != "random"),
+            device=device,
+        )
+    )
+    _log(extracted.lines())
+
+    _say("3/5 verify", f"verify {cache}")
+    _log(verify_cache(cache, rows=64, seed=seed, device=device).lines())
+
+    _say("4/5 train", f"train --from-cache {cache} --out {run} --steps {steps}")
+    trained = train(
+        TrainConfig(
+            cache=cache,
+            out=run,
+            steps=steps,
+            seed=seed,
+            device=device,
+            overwrite=True,
+            saving=SavingConfig(eval_every=max(1, steps // 6), save_every=0),
+        )
+    )
+    _log(trained.lines())
+
+    _say("5/5 report", f"report {run}")
+    page = write_report(run, out / "report.html")
+    return QuickstartResult(
+        dataset=dataset,
+        cache=cache,
+        run=run,
+        report=page,
+        weights=weights_text,
+        seconds=time.perf_counter() - started,
+        images_per_s=extracted.images_per_s,
+        steps_per_s=trained.steps_per_s,
+        valid_action_mse=trained.valid_action_mse,
+        mean_action_mse=trained.mean_action_mse,
+    )
+
+
+def choose_weights(weights: Path | None, seed: int) -> tuple[EncoderSpec, str]:
+    """The encoder of the quickstart and a sentence on its weights: a file, ImageNet's, or without a network random ones."""
+    if weights is not None:
+        name = "resnet50" if "resnet50" in weights.name else "resnet34" if "resnet34" in weights.name else "resnet18"
+        return EncoderSpec(rgb_model_name=name, weights=str(weights)), f"{name} from {weights}"
+    pretrained = EncoderSpec(rgb_model_name="resnet18", weights="imagenet")
+    try:
+        with _download_timeout():
+            build_encoder(pretrained)
+    except EncoderError as error:
+        logger.info("ImageNet weights cannot be had: %s", error)
+        text = f"resnet18 with RANDOM weights (seed {seed}): ImageNet weights could not be downloaded"
+        logger.warning("the quickstart goes on with %s", text)
+        return EncoderSpec(rgb_model_name="resnet18", weights="random", seed=seed), text
+    return pretrained, "resnet18 pretrained on ImageNet (torchvision)"
+
+
+@contextmanager
+def _download_timeout() -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _say(stage: str, command: str) -> None:
+    logger.info("\n%s   (cache-pipeline %s)", stage, command)
+
+
+def _log(lines: list[str]) -> None:
+    for line in lines:
+        logger.info("  %s", line)
