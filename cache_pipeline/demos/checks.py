@@ -1,0 +1,164 @@
+"""What makes a file unsound. Each finding is one sentence that names demo, key and frame; the callers add the file.
+
+``Dataset.open`` raises the first finding, ``inspect_dataset`` tells all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+
+from cache_pipeline.demos.hdf5 import READ_ERRORS, ArrayInfo, DemoInfo, FileInfo
+from cache_pipeline.errors import DatasetError, available
+
+PROPRIOCEPTION = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+PRIVILEGED = "object"
+
+
+class Wanted(NamedTuple):
+    """The obs keys that will be read."""
+
+    cameras: tuple[str, ...]
+    low_dim: tuple[str, ...]
+
+
+def find_cameras(demos: Iterable[DemoInfo]) -> tuple[str, ...]:
+    """Every obs key that is an image in some demo."""
+    return tuple(sorted({key for demo in demos for key, info in demo.obs.items() if info.is_image}))
+
+
+def find_low_dim(demos: Iterable[DemoInfo]) -> tuple[str, ...]:
+    """Every obs key that is a number or a row of numbers per step in some demo."""
+    return tuple(sorted({key for demo in demos for key, info in demo.obs.items() if info.is_low_dim}))
+
+
+def default_low_dim(demos: Iterable[DemoInfo], with_cameras: bool) -> tuple[str, ...]:
+    """The keys of robomimic's own configs that are there, else every low-dim key.
+
+    ``object`` is what a camera has to find out for itself: beside cameras it is left out, alone it is taken.
+    """
+    found = [key for key in find_low_dim(demos) if key != PRIVILEGED or not with_cameras]
+    usual = [key for key in (*PROPRIOCEPTION, PRIVILEGED) if key in found]
+    return tuple(usual if set(usual) & set(PROPRIOCEPTION) else found)
+
+
+def select_demos(info: FileInfo, filter_key: str | None) -> tuple[DemoInfo, ...]:
+    """The demos of a filter key, or all.
+
+    Raises:
+        DatasetError: there is no such key, it is empty, or it names demos that are not in the file.
+    """
+    if filter_key is None:
+        return info.demos
+    if filter_key not in info.masks:
+        raise DatasetError(f"{info.path} has no filter key {filter_key!r}; {available(info.masks, filter_key)}")
+    absent, present = info.absent(filter_key), set(info.present(filter_key))
+    if absent:
+        names = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
+        raise DatasetError(
+            f"filter key {filter_key!r} of {info.path} names {len(absent)} demos that are not in the file ({names}); "
+            f"{len(present)} of {len(present) + len(absent)} are there: ask for no filter key to take every demo "
+            f"that is ({len(info.demos)})"
+        )
+    if not present:
+        raise DatasetError(f"filter key {filter_key!r} of {info.path} names no demos; {available(info.masks)}")
+    return tuple(demo for demo in info.demos if demo.name in present)
+
+
+def structure_problems(demos: Sequence[DemoInfo], wanted: Wanted) -> Iterator[str]:
+    """Missing, misshapen or half-written arrays, from metadata alone."""
+    for demo in demos:
+        yield from _action_problems(demo)
+        for camera in wanted.cameras:
+            yield from _obs_problems(demo, camera, "camera")
+        for key in wanted.low_dim:
+            yield from _obs_problems(demo, key, "low-dim key")
+        for path in ("rewards", "dones"):
+            if path in demo.arrays and demo.arrays[path].shape != (demo.length,):
+                yield f"{demo.name}: {path} is {demo.arrays[path]}, but there are {demo.length} actions"
+
+
+def _action_problems(demo: DemoInfo) -> Iterator[str]:
+    actions = demo.arrays.get("actions")
+    if actions is None:
+        yield f"{demo.name} has no actions"
+    elif len(actions.shape) != 2 or actions.dtype.kind not in "fiu" or actions.shape[1] == 0:
+        yield f"{demo.name}: actions is {actions}; it must be numbers (T, action dim)"
+    elif demo.length == 0:
+        yield f"{demo.name} has no steps: its actions have length 0"
+    elif not actions.written:
+        yield f"{demo.name}: actions was never written whole; write the file again"
+
+
+def _obs_problems(demo: DemoInfo, key: str, kind: str) -> Iterator[str]:
+    info = demo.obs.get(key)
+    if info is None:
+        yield f"{demo.name} lacks the {kind} {key!r}; {available(demo.obs, key)}"
+    elif kind == "camera" and not info.is_image:
+        yield f"{demo.name}: obs/{key} is {info}; a camera must be uint8 (T, H, W, 3){_image_advice(info)}"
+    elif kind != "camera" and not info.is_low_dim:
+        yield f"{demo.name}: obs/{key} is {info}; a low-dim key must be numbers (T, width)"
+    elif info.shape[0] != demo.length:
+        yield f"{demo.name}: obs/{key} has {info.shape[0]} frames, but there are {demo.length} actions"
+    elif 0 in info.shape[1:]:
+        yield f"{demo.name}: obs/{key} is {info}: empty frames"
+    elif not info.written:
+        yield f"{demo.name}: obs/{key} was never written whole (parts of it are not in the file); write it again"
+
+
+def _image_advice(info: ArrayInfo) -> str:
+    if info.dtype.kind == "f":
+        return ": store images as uint8 0–255"
+    if info.dtype == np.uint8 and len(info.shape) == 4 and info.shape[1] == 3:
+        return ": move the channels last"
+    return ""
+
+
+def unused_images(demos: Iterable[DemoInfo]) -> Iterator[str]:
+    """Obs that look like rgb images of a wrong type or order: found as no camera, so they would be left out unsaid."""
+    for demo in demos:
+        for key, info in demo.obs.items():
+            if len(info.shape) == 4 and not info.is_image and 3 in (info.shape[1], info.shape[3]):
+                yield (
+                    f"{demo.name}: obs/{key} is {info}, not uint8 (T, H, W, 3){_image_advice(info)}, "
+                    "or name the cameras to be used"
+                )
+
+
+def agreement_problems(demos: Iterable[DemoInfo], wanted: Wanted) -> Iterator[str]:
+    """Image sizes, widths and action dims that differ from those of the first demo that has them."""
+    first: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for demo in demos:
+        for path in ("actions", *(f"obs/{key}" for key in (*wanted.cameras, *wanted.low_dim))):
+            if path in demo.arrays:
+                shape = demo.arrays[path].shape[1:]
+                name, expected = first.setdefault(path, (demo.name, shape))
+                if shape != expected:
+                    yield f"{demo.name}: {path} is {shape} per step, but {expected} in {name}"
+
+
+def content_problems(file: h5py.File, demos: Iterable[DemoInfo], wanted: Wanted) -> Iterator[str]:
+    """Numbers that cannot be read or are not finite as float32, in everything but the images."""
+    for demo in demos:
+        for path in ("actions", "rewards", "dones", *(f"obs/{key}" for key in wanted.low_dim)):
+            info = demo.arrays.get(path)
+            if info is None or info.dtype.kind not in "fiub" or not info.shape:
+                continue
+            try:
+                values = read_numbers(file, demo.name, path)
+            except READ_ERRORS as error:
+                yield f"{demo.name}: {path} cannot be read, the file is damaged ({error})"
+                continue
+            bad = np.argwhere(~np.isfinite(values))
+            if len(bad):
+                told = f"{len(np.unique(bad[:, 0]))} of {len(values)} frames are not finite"
+                yield f"{demo.name}: {path} is {values[tuple(bad[0])]} at frame {bad[0][0]} ({told})"
+
+
+def read_numbers(file: h5py.File, demo: str, path: str) -> np.ndarray:
+    """One array of a demo as float32; numbers beyond its range become infinite."""
+    with np.errstate(over="ignore"):
+        return np.asarray(file[f"data/{demo}/{path}"][()]).astype(np.float32)

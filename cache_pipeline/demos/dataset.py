@@ -1,0 +1,302 @@
+"""One or several robomimic HDF5 files read as one list of demos.
+
+dataset = Dataset.open("lift.hdf5", cameras=["agentview_image"], filter_key="train")
+dataset.frames(0, "agentview_image")        # (T, 84, 84, 3) uint8
+dataset.rows(0)["actions"]                  # (T, 7) float32
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import chain
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+from cache_pipeline.demos.checks import (
+    Wanted,
+    agreement_problems,
+    content_problems,
+    default_low_dim,
+    find_cameras,
+    find_low_dim,
+    read_numbers,
+    select_demos,
+    structure_problems,
+    unused_images,
+)
+from cache_pipeline.demos.frames import INFLATE_THREADS, read_frames
+from cache_pipeline.demos.hdf5 import READ_ERRORS, DemoInfo, FileInfo, open_file, scan_file
+from cache_pipeline.errors import DatasetError, available
+
+Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
+
+
+class Demo(NamedTuple):
+    """One demo: ``file`` is an index into ``Dataset.files``, ``length`` its steps."""
+
+    file: int
+    name: str
+    length: int
+
+
+class SourceFile(NamedTuple):
+    """One HDF5 file as it was when it was opened."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+
+class Dataset:
+    """Demos of one or several robomimic files; build it with :meth:`open`.
+
+    Holds no open handle across fork or pickle, and may be read from several threads.
+
+    Attributes:
+        files: the files, in the order given.
+        demos: in numeric order, file by file.
+        cameras: name → (H, W, 3).
+        low_dim: key → shape per step; a plain number per step counts as one of width 1.
+        action_dim: A.
+        masks: filter key → indices into ``demos``, for the keys that every file has and whose demos are all here.
+        env_args, render_flags: the files' JSON attributes where all files agree, else ``None``.
+    """
+
+    def __init__(self, infos: Sequence[FileInfo], chosen: Sequence[Sequence[DemoInfo]], wanted: Wanted) -> None:
+        self.files = tuple(SourceFile(info.path, info.size, info.mtime_ns) for info in infos)
+        self.demos = tuple(Demo(i, demo.name, demo.length) for i, demos in enumerate(chosen) for demo in demos)
+        first = chosen[0][0]
+        self.cameras = {camera: _image_size(first.obs[camera].shape) for camera in wanted.cameras}
+        self.low_dim = {key: first.obs[key].shape[1:] or (1,) for key in wanted.low_dim}
+        self.action_dim: int = first.arrays["actions"].shape[1]
+        self.masks = _combine_masks(infos, self.demos)
+        self.env_args: dict[str, Any] | None = _common([info.env_args for info in infos])
+        self.render_flags: dict[str, Any] | None = _common([info.render_flags for info in infos])
+        self._handles = _Handles(self.files)
+
+    @classmethod
+    def open(
+        cls,
+        paths: Paths,
+        *,
+        cameras: Sequence[str] | None = None,
+        low_dim_keys: Sequence[str] | None = None,
+        filter_key: str | None = None,
+    ) -> Dataset:
+        """Opens files and checks all of them: metadata, actions and low-dim obs; images are decoded when they are read.
+
+        Args:
+            paths: one path or several; several must have the same cameras, keys and action dim.
+            cameras: rgb obs keys; by default every obs that is uint8 (T, H, W, 3). ``()`` reads no images.
+            low_dim_keys: by default ``robot0_eef_pos``, ``robot0_eef_quat`` and ``robot0_gripper_qpos`` as far as they
+                are there, else every low-dim key. ``object`` is privileged: it is left out beside cameras.
+            filter_key: take only the demos of this key of each file's ``mask`` group; by default every demo.
+
+        Raises:
+            DatasetError: the first thing found wrong.
+        """
+        infos = [scan_file(path) for path in distinct_paths(paths)]
+        chosen = [select_demos(info, filter_key) for info in infos]
+        demos = list(chain.from_iterable(chosen))
+        wanted = _choose(infos, demos, cameras, low_dim_keys)
+        for info, part in zip(infos, chosen, strict=True):
+            _raise_first(info.path, _problems(info, part, wanted, found_by_type=cameras is None))
+        _check_agreement(infos, chosen, wanted)
+        return cls(infos, chosen, wanted)
+
+    @property
+    def steps(self) -> int:
+        """Steps of all demos together; frames of one camera."""
+        return sum(demo.length for demo in self.demos)
+
+    def frames(self, demo: int, camera: str, start: int = 0, stop: int | None = None) -> np.ndarray:
+        """Frames [start, stop) of a demo, uint8 (n, H, W, 3), a new array.
+
+        Raises:
+            DatasetError: no such camera; stored frames are damaged; the file is gone or changed since it was opened.
+            IndexError: rows outside the demo.
+        """
+        if camera not in self.cameras:
+            raise DatasetError(f"no camera {camera!r} was opened; {available(self.cameras, camera)}")
+        file, name, length = self.demos[demo]
+        stop = length if stop is None else stop
+        if not 0 <= start <= stop <= length:
+            raise IndexError(f"frames {start}:{stop} of {name}, which has {length}")
+        handle = self._handles.file(file)
+        try:
+            return read_frames(handle[f"data/{name}/obs/{camera}"], start, stop, self._handles.pool())
+        except (*READ_ERRORS, zlib.error) as error:
+            raise DatasetError(
+                f"{self.files[file].path}: {name}: camera {camera!r} cannot be read between frames {start} and {stop}, "
+                f"the file is damaged ({error}); copy or download it again"
+            ) from error
+
+    def rows(self, demo: int) -> dict[str, np.ndarray]:
+        """Everything but the images, as float32.
+
+        ``actions`` (T, A), ``rewards`` (T,), ``dones`` (T,), ``low_dim/<key>`` (T, …). Rewards or dones that the file
+        does not have are NaN, never zeros.
+        """
+        file, name, length = self.demos[demo]
+        handle = self._handles.file(file)
+        rows = {"actions": read_numbers(handle, name, "actions")}
+        for key in ("rewards", "dones"):
+            there = key in handle[f"data/{name}"]
+            rows[key] = read_numbers(handle, name, key) if there else np.full(length, np.nan, np.float32)
+        for key, shape in self.low_dim.items():
+            rows[f"low_dim/{key}"] = read_numbers(handle, name, f"obs/{key}").reshape(length, *shape)
+        return rows
+
+    def close(self) -> None:
+        """Closes this process's handles; they open again when needed."""
+        self._handles.close()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_handles"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._handles = _Handles(self.files)
+
+    def __repr__(self) -> str:
+        return (
+            f"Dataset({len(self.demos)} demos, {self.steps} steps, cameras {list(self.cameras)}, "
+            f"files {[str(file.path) for file in self.files]})"
+        )
+
+
+class _Handles:
+    """Open files of one process; a forked child drops its parent's and opens its own."""
+
+    def __init__(self, files: Sequence[SourceFile]) -> None:
+        self._files = files
+        self._reset()
+
+    def _reset(self) -> None:
+        self._process = os.getpid()
+        self._lock = threading.Lock()
+        self._open: dict[int, h5py.File] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def file(self, number: int) -> h5py.File:
+        if self._process != os.getpid():
+            self._reset()
+        with self._lock:
+            if number not in self._open:
+                source = self._files[number]
+                handle = open_file(source.path)
+                stat = source.path.stat()
+                if (stat.st_size, stat.st_mtime_ns) != (source.size, source.mtime_ns):
+                    handle.close()
+                    raise DatasetError(f"{source.path} has changed since it was opened; run the command again")
+                self._open[number] = handle
+            return self._open[number]
+
+    def pool(self) -> ThreadPoolExecutor:
+        with self._lock:
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(INFLATE_THREADS, thread_name_prefix="inflate")
+            return self._pool
+
+    def close(self) -> None:
+        if self._process != os.getpid():
+            self._reset()
+        with self._lock:
+            for handle in self._open.values():
+                handle.close()
+            self._open.clear()
+            if self._pool is not None:
+                self._pool.shutdown()
+                self._pool = None
+
+
+def distinct_paths(paths: Paths) -> list[Path]:
+    """The files named, in order; none or one twice is a ``DatasetError``."""
+    given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
+    if not given:
+        raise DatasetError("no dataset was named; give one or several robomimic HDF5 files")
+    found: dict[Path, Path] = {}
+    for path in (Path(path).expanduser() for path in given):
+        if path.resolve() in found:
+            raise DatasetError(f"{path} is named twice; name each file once")
+        found[path.resolve()] = path
+    return list(found.values())
+
+
+def _choose(
+    infos: Sequence[FileInfo],
+    demos: Sequence[DemoInfo],
+    cameras: Sequence[str] | None,
+    low_dim_keys: Sequence[str] | None,
+) -> Wanted:
+    where = ", ".join(str(info.path) for info in infos)
+    chosen = find_cameras(demos) if cameras is None else _named("camera", cameras, find_cameras(demos), demos, where)
+    if cameras is None and not chosen:
+        _raise_first(infos[0].path, unused_images(demos))
+        raise DatasetError(
+            f"{where} holds no cameras: no obs is uint8 (T, H, W, 3); {available(find_low_dim(demos))}; "
+            "features need a dataset with images (robomimic's dataset_states_to_obs.py renders them)"
+        )
+    if low_dim_keys is None:
+        return Wanted(chosen, default_low_dim(demos, with_cameras=bool(chosen)))
+    return Wanted(chosen, _named("low-dim key", low_dim_keys, find_low_dim(demos), demos, where))
+
+
+def _named(
+    kind: str, asked: Sequence[str], right: Sequence[str], demos: Sequence[DemoInfo], where: str
+) -> tuple[str, ...]:
+    """The names asked for; one that is nowhere is an error here, one of a wrong type is left to the checks."""
+    assert not isinstance(asked, str), f"{kind}s are a list of names"
+    everything = {key for demo in demos for key in demo.obs}
+    for name in asked:
+        if name not in everything:
+            raise DatasetError(f"{where} has no {kind} {name!r}; {available(right, name)}")
+    return tuple(dict.fromkeys(asked))
+
+
+def _problems(info: FileInfo, demos: Sequence[DemoInfo], wanted: Wanted, found_by_type: bool) -> Iterator[str]:
+    """Everything wrong with the demos chosen from a file, the cheap checks first."""
+    yield from info.problems
+    if found_by_type:
+        yield from unused_images(demos)
+    yield from structure_problems(demos, wanted)
+    yield from agreement_problems(demos, wanted)
+    with open_file(info.path) as file:
+        yield from content_problems(file, demos, wanted)
+
+
+def _raise_first(path: Path, problems: Iterator[str]) -> None:
+    for problem in problems:
+        raise DatasetError(f"{path}: {problem}")
+
+
+def _check_agreement(infos: Sequence[FileInfo], chosen: Sequence[Sequence[DemoInfo]], wanted: Wanted) -> None:
+    heads = [demos[0]._replace(name=f"{info.path}: {demos[0].name}") for info, demos in zip(infos, chosen, strict=True)]
+    for problem in agreement_problems(heads, wanted):
+        raise DatasetError(f"{problem}; several files must have the same cameras, keys and action dim")
+
+
+def _combine_masks(infos: Sequence[FileInfo], demos: Sequence[Demo]) -> dict[str, tuple[int, ...]]:
+    index = {(demo.file, demo.name): number for number, demo in enumerate(demos)}
+    masks = {}
+    for key in infos[0].masks:
+        members = [(number, name) for number, info in enumerate(infos) for name in info.masks.get(key, ())]
+        if members and all(key in info.masks for info in infos) and all(member in index for member in members):
+            masks[key] = tuple(sorted(index[member] for member in members))
+    return masks
+
+
+def _common(values: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
+    return values[0] if all(value == values[0] for value in values) else None
+
+
+def _image_size(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    _, height, width, channels = shape
+    return height, width, channels

@@ -1,0 +1,243 @@
+"""What one robomimic HDF5 file holds, read from its metadata alone.
+
+    data/<demo>/{obs/<key>, actions, rewards, dones}    mask/<filter key>    data.attrs: env_args, render_flags, total
+
+``scan_file`` raises only where nothing can be read; whatever else is odd is recorded for ``checks.py`` to judge.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+from cache_pipeline.errors import DatasetError
+
+# What h5py raises for damaged objects, broken links and types that NumPy does not have.
+READ_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError)
+STEP_ARRAYS = ("actions", "rewards", "dones")
+
+
+class ArrayInfo(NamedTuple):
+    """One HDF5 dataset: ``compression`` is ``none``, ``gzip-4``, …; ``written`` whether its bytes are all in the file."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    chunks: tuple[int, ...] | None
+    compression: str
+    stored_bytes: int
+    written: bool
+
+    @property
+    def is_image(self) -> bool:
+        """Whether it is uint8 (T, H, W, 3)."""
+        return self.dtype == np.uint8 and len(self.shape) == 4 and self.shape[-1] == 3
+
+    @property
+    def is_low_dim(self) -> bool:
+        """Whether it is a number or a row of numbers per step."""
+        return self.dtype.kind in "fiub" and len(self.shape) in (1, 2)
+
+    def __str__(self) -> str:
+        return f"{self.dtype} ({', '.join(map(str, self.shape))})"
+
+
+class DemoInfo(NamedTuple):
+    """One demo; ``arrays`` maps ``actions``, ``rewards``, ``dones`` and ``obs/<key>`` to what is there."""
+
+    name: str
+    arrays: dict[str, ArrayInfo]
+    num_samples: int | None
+
+    @property
+    def obs(self) -> dict[str, ArrayInfo]:
+        """Obs key → array."""
+        return {path.removeprefix("obs/"): info for path, info in self.arrays.items() if path.startswith("obs/")}
+
+    @property
+    def length(self) -> int:
+        """Steps: the rows of ``actions``; 0 where there are none."""
+        actions = self.arrays.get("actions")
+        return actions.shape[0] if actions is not None and actions.shape else 0
+
+
+class FileInfo(NamedTuple):
+    """One file: demos in numeric order, filter keys as they stand, unreadable items in ``problems``, odd ones in ``notes``."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+    demos: tuple[DemoInfo, ...]
+    masks: dict[str, tuple[str, ...]]
+    env_args: dict[str, Any] | None
+    render_flags: dict[str, Any] | None
+    total: int | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def present(self, key: str) -> tuple[str, ...]:
+        """The demos of a filter key that are in the file, in the order of the demos."""
+        members = set(self.masks[key])
+        return tuple(demo.name for demo in self.demos if demo.name in members)
+
+    def absent(self, key: str) -> tuple[str, ...]:
+        """The demos that a filter key names and that are not in the file."""
+        return tuple(sorted(set(self.masks[key]) - {demo.name for demo in self.demos}, key=demo_order))
+
+
+def demo_order(name: str) -> tuple[list[Any], str]:
+    """Sort key by which ``demo_2`` comes before ``demo_10``."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)], name
+
+
+def open_file(path: Path) -> h5py.File:
+    """Opens a file for reading.
+
+    Raises:
+        DatasetError: it is missing, not readable, no HDF5 file, truncated, or being written by another process.
+    """
+    if not path.exists():
+        near = sorted(other.name for other in path.parent.glob("*.hdf5")) if path.parent.is_dir() else []
+        raise DatasetError(
+            f"there is no file {path}" + (f"; the folder holds {', '.join(near[:12])}" if near else "; check the path")
+        )
+    if path.is_dir():
+        raise DatasetError(f"{path} is a folder; name a robomimic HDF5 file")
+    try:
+        return h5py.File(path, "r")
+    except PermissionError as error:
+        raise DatasetError(f"{path} may not be read by this user: check its permissions") from error
+    except BlockingIOError as error:
+        raise DatasetError(f"{path} is being written by another process; wait until it is closed") from error
+    except OSError as error:
+        if "truncated" in str(error):
+            raise DatasetError(f"{path} is cut off ({_size_told(path, error)}): copy or download it again") from error
+        if not h5py.is_hdf5(path):
+            raise DatasetError(
+                f"{path} is not an HDF5 file ({path.stat().st_size} bytes); name a robomimic .hdf5"
+            ) from error
+        raise DatasetError(f"{path} cannot be opened as HDF5, its header is damaged: {error}") from error
+
+
+def _size_told(path: Path, error: OSError) -> str:
+    expected = re.search(r"stored_eof = (\d+)", str(error))
+    return f"{path.stat().st_size} bytes" + (f" of {expected[1]}" if expected else "")
+
+
+def scan_file(path: str | Path) -> FileInfo:
+    """Reads names, shapes, types, filter keys and attributes; no array content.
+
+    Raises:
+        DatasetError: the file cannot be opened, has no ``data`` group, or has no demo in it.
+    """
+    path = Path(path).expanduser()
+    problems: list[str] = []
+    notes: list[str] = []
+    with open_file(path) as file:
+        stat = path.stat()
+        if not isinstance(_get(file, "data"), h5py.Group):
+            there = ", ".join(list(file)[:8]) or "nothing"
+            raise DatasetError(f"{path} has no group 'data' (it holds {there}); is it a robomimic dataset?")
+        data = file["data"]
+        demos = []
+        for name in sorted(data, key=demo_order):
+            group = _get(data, name)
+            if isinstance(group, h5py.Group):
+                demos.append(_scan_demo(group, name, problems))
+            else:
+                problems.append(f"{name}: data/{name} is no group, so it is no demo")
+        if not demos:
+            raise DatasetError(f"{path} holds no demos: its group 'data' is empty; collect demos first")
+        return FileInfo(
+            path=path,
+            size=stat.st_size,
+            mtime_ns=stat.st_mtime_ns,
+            demos=tuple(demos),
+            masks=_scan_masks(file, notes),
+            env_args=_json_attribute(data, "env_args", notes),
+            render_flags=_json_attribute(data, "render_flags", notes),
+            total=_int_attribute(data, "total"),
+            problems=tuple(problems),
+            notes=tuple(notes),
+        )
+
+
+def _get(group: h5py.Group, name: str) -> Any:
+    try:
+        return group[name]
+    except READ_ERRORS:
+        return None
+
+
+def _scan_demo(group: h5py.Group, name: str, problems: list[str]) -> DemoInfo:
+    paths = [path for path in STEP_ARRAYS if path in group]
+    if isinstance(_get(group, "obs"), h5py.Group):
+        paths += [f"obs/{key}" for key in sorted(group["obs"])]
+    arrays = {}
+    for path in paths:
+        try:
+            item = group[path]
+            if isinstance(item, h5py.Dataset):
+                arrays[path] = _scan_array(item)
+        except READ_ERRORS as error:
+            problems.append(f"{name}: {path} cannot be read ({error})")
+    return DemoInfo(name, arrays, _int_attribute(group, "num_samples"))
+
+
+def _scan_array(item: h5py.Dataset) -> ArrayInfo:
+    compression = "none"
+    if item.compression is not None:
+        compression = (
+            item.compression if item.compression_opts is None else f"{item.compression}-{item.compression_opts}"
+        )
+    shape, chunks = tuple(item.shape or ()), item.chunks
+    stored = item.id.get_storage_size()
+    if chunks is None:
+        written = stored > 0 or item.size == 0 or item.external is not None
+    else:
+        expected = np.prod([-(-n // c) for n, c in zip(shape, chunks, strict=True)], dtype=np.int64)
+        written = item.is_virtual or item.id.get_num_chunks() == expected
+    return ArrayInfo(shape, item.dtype, chunks, compression, stored, bool(written))
+
+
+def _scan_masks(file: h5py.File, notes: list[str]) -> dict[str, tuple[str, ...]]:
+    group = _get(file, "mask")
+    if not isinstance(group, h5py.Group):
+        return {}
+    masks = {}
+    for key in sorted(group):
+        try:
+            members = np.asarray(group[key][()])
+            if members.ndim != 1:
+                raise ValueError(f"its shape is {members.shape}, not a list of names")
+            names = [name.decode() if isinstance(name, bytes) else str(name) for name in members.tolist()]
+            masks[key] = tuple(sorted(set(names), key=demo_order))
+        except (*READ_ERRORS, AttributeError) as error:
+            notes.append(f"filter key {key!r} cannot be read and is left out: {error}")
+    return masks
+
+
+def _json_attribute(group: h5py.Group, name: str, notes: list[str]) -> dict[str, Any] | None:
+    if name not in group.attrs:
+        return None
+    try:
+        text = group.attrs[name]
+        value = json.loads(text if isinstance(text, (str, bytes)) else str(text))
+    except READ_ERRORS as error:
+        notes.append(f"{name} is not JSON and is left out: {error}")
+        return None
+    if not isinstance(value, dict):
+        notes.append(f"{name} is not a JSON object and is left out")
+        return None
+    return value
+
+
+def _int_attribute(group: h5py.Group, name: str) -> int | None:
+    try:
+        return int(group.attrs[name]) if name in group.attrs else None
+    except READ_ERRORS:
+        return None

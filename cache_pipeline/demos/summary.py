@@ -1,0 +1,302 @@
+"""What robomimic files hold and whether they are sound: every finding at once, where ``Dataset.open`` stops at the first."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cache_pipeline.demos import checks
+from cache_pipeline.demos.dataset import Paths, distinct_paths
+from cache_pipeline.demos.hdf5 import READ_ERRORS, DemoInfo, FileInfo, demo_order, open_file, scan_file
+
+SHOWN = 12
+
+
+@dataclasses.dataclass(frozen=True)
+class CameraSummary:
+    """Image size in pixels, HDF5 compression, bytes as stored and as uint8."""
+
+    height: int
+    width: int
+    compression: str
+    stored_bytes: int
+    raw_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class ActionSummary:
+    """Per dimension over all steps; non-finite numbers are left out."""
+
+    dim: int
+    min: tuple[float, ...]
+    max: tuple[float, ...]
+    constant_dims: tuple[int, ...]
+    steps_beyond_one: int
+
+
+@dataclasses.dataclass(frozen=True)
+class FileSummary:
+    """One file. ``problems`` make ``Dataset.open`` refuse it, ``notes`` are odd and allowed."""
+
+    path: str
+    bytes: int
+    demos: int
+    steps: int
+    episode_length: tuple[int, float, int]
+    """Shortest, median, longest, in steps."""
+    cameras: dict[str, CameraSummary]
+    low_dim: dict[str, int]
+    """Key → numbers per step."""
+    actions: ActionSummary | None
+    filter_keys: dict[str, int]
+    """Key → demos, for the keys whose demos are all there."""
+    absent_filter_keys: dict[str, tuple[int, int]]
+    """Key → (demos there, demos named), for the others."""
+    env_args: dict[str, Any] | None
+    render_flags: dict[str, Any] | None
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    def lines(self) -> list[str]:
+        """A table for people, a line each."""
+        low, middle, high = self.episode_length
+        env = self.env_args or {}
+        rows = [
+            ("size", f"{self.bytes / 1e6:.1f} MB"),
+            ("demos", f"{self.demos}, {self.steps} steps, {low} / {middle:g} / {high} per demo (min / median / max)"),
+            *(("camera", _camera_line(name, camera)) for name, camera in self.cameras.items()),
+            ("low-dim", ", ".join(f"{key} {width}" for key, width in self.low_dim.items()) or "none"),
+            *_action_lines(self.actions),
+            ("filter keys", ", ".join(f"{key} {count}" for key, count in self.filter_keys.items()) or "none"),
+            ("environment", f"{env.get('env_name', 'unknown')} {env.get('env_version', '')}".strip()),
+        ]
+        if self.render_flags is not None:
+            rows.append(("render flags", ", ".join(f"{key} {value}" for key, value in self.render_flags.items())))
+        for label, findings in (("PROBLEM", self.problems), ("note", self.notes)):
+            rows += [(label, finding) for finding in findings[:SHOWN]]
+            if len(findings) > SHOWN:
+                rows.append((label, f"… and {len(findings) - SHOWN} more (--json lists all)"))
+        return [self.path, *(f"  {label:<12}  {text}" for label, text in rows)]
+
+
+@dataclasses.dataclass(frozen=True)
+class DatasetSummary:
+    """Several files as one dataset; ``problems`` and ``notes`` are about how the files fit together."""
+
+    files: tuple[FileSummary, ...]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def demos(self) -> int:
+        """Demos of all files."""
+        return sum(file.demos for file in self.files)
+
+    @property
+    def steps(self) -> int:
+        """Steps of all files."""
+        return sum(file.steps for file in self.files)
+
+    @property
+    def sound(self) -> bool:
+        """Whether ``Dataset.open`` takes the files."""
+        return not self.problems and not any(file.problems for file in self.files)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values, no NaN."""
+        return {"sound": self.sound, "demos": self.demos, "steps": self.steps, **dataclasses.asdict(self)}
+
+    def lines(self) -> list[str]:
+        """A table for people, a line each."""
+        lines = [line for file in self.files for line in file.lines()]
+        lines += [f"PROBLEM  {problem}" for problem in self.problems] + [f"note  {note}" for note in self.notes]
+        if len(self.files) > 1:
+            lines.append(f"together: {len(self.files)} files, {self.demos} demos, {self.steps} steps")
+        return [*lines, "sound" if self.sound else "NOT SOUND: see the problems above"]
+
+
+def inspect_dataset(paths: Paths) -> DatasetSummary:
+    """Looks at everything but the pixels of one or several robomimic files.
+
+    Raises:
+        DatasetError: a file cannot be opened as HDF5 or has no demos; anything else that is wrong is told in the result.
+    """
+    infos = [scan_file(path) for path in distinct_paths(paths)]
+    heads = [info.demos[0]._replace(name=f"{info.path}: {info.demos[0].name}") for info in infos]
+    wanted = _default_wanted([demo for info in infos for demo in info.demos])
+    problems = tuple(checks.agreement_problems(heads, wanted)) if len(infos) > 1 else ()
+    notes = []
+    if any(info.env_args != infos[0].env_args for info in infos):
+        notes.append("the files' env_args differ, so none is used")
+    return DatasetSummary(tuple(_summarise(info, wanted) for info in infos), problems, tuple(notes))
+
+
+def _default_wanted(demos: Sequence[DemoInfo]) -> checks.Wanted:
+    cameras = checks.find_cameras(demos)
+    return checks.Wanted(cameras, checks.default_low_dim(demos, with_cameras=bool(cameras)))
+
+
+def _summarise(info: FileInfo, wanted: checks.Wanted) -> FileSummary:
+    lengths = [demo.length for demo in info.demos]
+    everything = checks.find_low_dim(info.demos)
+    problems = [*info.problems, *_findings(info, wanted), *checks.unused_images(info.demos)]
+    others = checks.Wanted((), tuple(key for key in everything if key not in wanted.low_dim))
+    optional = [f"if asked for: {finding}" for finding in _findings(info, others) if finding not in problems]
+    actions = _action_summary(info)
+    return FileSummary(
+        path=str(info.path),
+        bytes=info.size,
+        demos=len(info.demos),
+        steps=sum(lengths),
+        episode_length=(min(lengths), float(np.median(lengths)), max(lengths)),
+        cameras={name: _camera_summary(name, info.demos) for name in checks.find_cameras(info.demos)},
+        low_dim={key: _low_dim_width(key, info.demos) for key in everything},
+        actions=actions,
+        filter_keys={key: len(names) for key, names in info.masks.items() if not info.absent(key)},
+        absent_filter_keys={
+            key: (len(info.present(key)), len(info.masks[key])) for key in info.masks if info.absent(key)
+        },
+        env_args=info.env_args,
+        render_flags=info.render_flags,
+        problems=tuple(problems),
+        notes=(*info.notes, *_metadata_notes(info), *_numbering_notes(info), *_action_notes(actions), *optional),
+    )
+
+
+def _findings(info: FileInfo, wanted: checks.Wanted) -> Iterator[str]:
+    yield from checks.structure_problems(info.demos, wanted)
+    yield from checks.agreement_problems(info.demos, wanted)
+    with open_file(info.path) as file:
+        yield from checks.content_problems(file, info.demos, wanted)
+
+
+def _camera_summary(name: str, demos: Iterable[DemoInfo]) -> CameraSummary:
+    arrays = [info for demo in demos if (info := demo.obs.get(name)) is not None and info.is_image]
+    kinds = sorted({info.compression for info in arrays})
+    _, height, width, _ = arrays[0].shape
+    stored, raw = sum(info.stored_bytes for info in arrays), sum(int(np.prod(info.shape)) for info in arrays)
+    return CameraSummary(height, width, " and ".join(kinds), stored, raw)
+
+
+def _camera_line(name: str, camera: CameraSummary) -> str:
+    packed = f", {camera.stored_bytes / 1e6:.1f} MB stored" if camera.compression != "none" else ""
+    return f"{name} {camera.height}×{camera.width}, compression {camera.compression}, {camera.raw_bytes / 1e6:.1f} MB{packed}"
+
+
+def _low_dim_width(key: str, demos: Iterable[DemoInfo]) -> int:
+    shape = next(info.shape for demo in demos if (info := demo.obs.get(key)) is not None and info.is_low_dim)
+    return int(np.prod(shape[1:], dtype=np.int64))
+
+
+def _action_summary(info: FileInfo) -> ActionSummary | None:
+    parts: list[np.ndarray] = []
+    with open_file(info.path) as file:
+        for demo in info.demos:
+            actions = demo.arrays.get("actions")
+            if actions is None or len(actions.shape) != 2 or actions.dtype.kind not in "fiu":
+                continue
+            try:
+                values = checks.read_numbers(file, demo.name, "actions")
+            except READ_ERRORS:
+                continue
+            if not parts or values.shape[1] == parts[0].shape[1]:
+                parts.append(values)
+    rows = np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
+    rows = rows[np.isfinite(rows).all(axis=1)]
+    if rows.size == 0:
+        return None
+    low, high = rows.min(axis=0), rows.max(axis=0)
+    return ActionSummary(
+        dim=rows.shape[1],
+        min=tuple(float(f"{value:.6g}") for value in low),
+        max=tuple(float(f"{value:.6g}") for value in high),
+        constant_dims=tuple(np.flatnonzero(low == high).tolist()),
+        steps_beyond_one=int((np.abs(rows) > 1).any(axis=1).sum()),
+    )
+
+
+def _action_lines(actions: ActionSummary | None) -> list[tuple[str, str]]:
+    if actions is None:
+        return [("actions", "none that can be read")]
+    ranges = ", ".join(f"{low:.2f}…{high:.2f}" for low, high in zip(actions.min, actions.max, strict=True))
+    return [("actions", f"dim {actions.dim}: {ranges}")]
+
+
+def _action_notes(actions: ActionSummary | None) -> Iterator[str]:
+    if actions is None:
+        return
+    if actions.steps_beyond_one:
+        dims = [i for i in range(actions.dim) if actions.min[i] < -1 or actions.max[i] > 1]
+        yield f"actions are beyond ±1 in {actions.steps_beyond_one} steps (dims {_listed(dims)})"
+    if actions.constant_dims:
+        yield f"actions never change in dims {_listed(actions.constant_dims)}"
+
+
+def _metadata_notes(info: FileInfo) -> Iterator[str]:
+    if info.env_args is None:
+        yield "no env_args: everything but rollouts works, a rollout needs the environment named"
+    steps = sum(demo.length for demo in info.demos)
+    if info.total is not None and info.total != steps:
+        yield f"data.attrs total is {info.total}, but there are {steps} steps"
+    incomplete = [key for key in info.masks if info.absent(key)]
+    if incomplete:
+        some = _listed([f"{key} {len(info.present(key))} of {len(info.masks[key])}" for key in incomplete], limit=3)
+        yield (
+            f"{len(incomplete)} of {len(info.masks)} filter keys name demos that are not in the file "
+            f"and cannot be asked for (there: {some})"
+        )
+    empty = [key for key, names in info.masks.items() if not names]
+    if empty:
+        yield f"filter keys without demos: {_listed(empty)}"
+    for path in ("rewards", "dones"):
+        lacking = [demo.name for demo in info.demos if path not in demo.arrays]
+        if lacking:
+            yield f"no {path} in {len(lacking)} of {len(info.demos)} demos ({_listed(lacking, limit=3)}): read as NaN"
+    unread = {
+        f"{key} {array}": None
+        for demo in info.demos[:1]
+        for key, array in demo.obs.items()
+        if not array.is_image and not array.is_low_dim
+    }
+    if unread:
+        yield f"obs that are neither an rgb image nor low-dim: {_listed(unread)}"
+    if not checks.find_cameras(info.demos):
+        yield "no cameras: there is nothing to extract features from"
+
+
+def _numbering_notes(info: FileInfo) -> Iterator[str]:
+    numbers = [int(found[1]) for demo in info.demos if (found := re.fullmatch(r"demo_([0-9]+)", demo.name))]
+    other = [demo.name for demo in info.demos if not re.fullmatch(r"demo_([0-9]+)", demo.name)]
+    if other:
+        yield f"names that are not demo_<number>: {_listed(sorted(other, key=demo_order), limit=5)}"
+    if numbers and max(numbers) - min(numbers) + 1 > len(set(numbers)):
+        yield f"demo numbers have gaps: {len(numbers)} demos between {min(numbers)} and {max(numbers)}"
+    lacking = [demo.name for demo in info.demos if demo.num_samples is None]
+    if lacking:
+        yield f"no num_samples in {len(lacking)} of {len(info.demos)} demos ({_listed(lacking, limit=3)})"
+    wrong = [
+        f"{demo.name} says {demo.num_samples} of {demo.length}"
+        for demo in info.demos
+        if demo.num_samples not in (None, demo.length)
+    ]
+    if wrong:
+        yield f"num_samples is not the number of actions in {len(wrong)} demos ({_listed(wrong, limit=3)}); actions count"
+
+
+def _listed(items: Iterable[object], limit: int = SHOWN) -> str:
+    names = [str(item) for item in items]
+    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
+
+
+def holds_dataset(path: str | Path) -> bool:
+    """Whether a path is a file that HDF5 may open, told by its first bytes."""
+    path = Path(path)
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return file.read(8) == b"\x89HDF\r\n\x1a\n"

@@ -1,0 +1,120 @@
+"""Windows over demos and their order. Pure NumPy; semantics of robomimic's ``SequenceDataset``.
+
+Source: robomimic 0.3.0, ``utils/dataset.py``: obs horizon is ``frame_stack``, action horizon is ``seq_length``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from cache_pipeline.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    """Which rows belong to one sample."""
+
+    obs_horizon: int = 2
+    """To: obs of the steps t-To+1 … t (robomimic ``frame_stack``)."""
+    action_horizon: int = 8
+    """Ta: actions of the steps t … t+Ta-1 (robomimic ``seq_length``)."""
+    pad_start: bool = True
+    """Repeat the first obs where a window reaches before the demo (``pad_frame_stack``); else such windows are left out."""
+    pad_end: bool = True
+    """Repeat the last action where a window reaches past the demo (``pad_seq_length``); else such windows are left out."""
+
+    def __post_init__(self) -> None:
+        for name in ("obs_horizon", "action_horizon"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+
+
+class Windows(NamedTuple):
+    """W windows in the order of demos and steps."""
+
+    obs_rows: np.ndarray
+    """(W, To) int64, the last column is the step t."""
+    action_rows: np.ndarray
+    """(W, Ta) int64, the first column is the step t."""
+    action_mask: np.ndarray
+    """(W, Ta) bool, false where the last action is repeated."""
+    demo: np.ndarray
+    """(W,) int64, index into ``starts``."""
+
+
+def make_windows(starts: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray, spec: WindowSpec) -> Windows:
+    """One window per step t, fewer where padding is off.
+
+    Args:
+        starts: (E,) first row of each demo, in any row space.
+        lengths: (E,) its steps.
+
+    Raises:
+        ConfigError: a demo is too short for one whole window.
+    """
+    starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
+    assert starts.shape == lengths.shape
+    assert starts.ndim == 1
+    skip = 0 if spec.pad_start else spec.obs_horizon - 1
+    cut = 0 if spec.pad_end else spec.action_horizon - 1
+    counts = lengths - skip - cut
+    if (counts < 1).any():
+        number = int(np.argmax(counts < 1))
+        raise ConfigError(
+            f"demo number {number} has {lengths[number]} steps, fewer than the {skip + cut + 1} of one whole window "
+            f"(obs horizon {spec.obs_horizon}, action horizon {spec.action_horizon}); shorten the horizons or pad"
+        )
+    demo = np.repeat(np.arange(len(starts), dtype=np.int64), counts)
+    first_window = np.cumsum(counts) - counts
+    step = np.arange(len(demo), dtype=np.int64) - first_window[demo] + skip
+    obs_step = step[:, None] + np.arange(1 - spec.obs_horizon, 1)
+    action_step = step[:, None] + np.arange(spec.action_horizon)
+    start, last = starts[demo, None], lengths[demo, None] - 1
+    return Windows(start + np.maximum(obs_step, 0), start + np.minimum(action_step, last), action_step <= last, demo)
+
+
+def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
+    """(n,) int64: a permutation of 0 … n-1, a pure function of its arguments."""
+    return _generator(seed, epoch).permutation(n)
+
+
+def weighted_order(counts: Sequence[int], weights: Sequence[float], n: int, seed: int, epoch: int) -> np.ndarray:
+    """(n,) int64 sample numbers drawn from several datasets laid one after another; a pure function of its arguments.
+
+    Each draw takes dataset i with probability ``weights[i]`` / sum, whatever its size. Within a dataset every sample
+    comes once before any comes again.
+
+    Args:
+        counts: samples in each dataset. weights: how often each is drawn; 0 leaves it out.
+        n: samples in the epoch.
+
+    Raises:
+        ConfigError: weights that do not fit the datasets.
+    """
+    counts_, shares = np.asarray(counts, np.int64), np.asarray(weights, np.float64)
+    if counts_.shape != shares.shape or counts_.ndim != 1:
+        raise ConfigError(f"{shares.size} weights for {counts_.size} datasets; give one weight per dataset")
+    if not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() <= 0:
+        raise ConfigError(f"dataset weights {shares.tolist()} must be 0 or more, and one of them above 0")
+    if ((counts_ < 1) & (shares > 0)).any():
+        raise ConfigError(f"dataset number {int(np.argmax((counts_ < 1) & (shares > 0)))} has a weight but no samples")
+    rng = _generator(seed, epoch)
+    source = rng.choice(len(counts_), size=n, p=shares / shares.sum())
+    order = np.empty(n, np.int64)
+    for number, first in enumerate(np.cumsum(counts_) - counts_):
+        places = np.flatnonzero(source == number)
+        rounds = -(-len(places) // max(int(counts_[number]), 1))
+        drawn = [rng.permutation(counts_[number]) for _ in range(rounds)]
+        order[places] = first + np.concatenate(drawn)[: len(places)] if drawn else first
+    return order
+
+
+def _generator(seed: int, epoch: int) -> np.random.Generator:
+    """Philox keyed by (seed, epoch): streams of different epochs are independent."""
+    if seed < 0 or epoch < 0:
+        raise ConfigError(f"seed {seed} and epoch {epoch} must be 0 or more")
+    return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))
