@@ -23,7 +23,7 @@ STEP_ARRAYS = ("actions", "rewards", "dones")
 
 
 class ArrayInfo(NamedTuple):
-    """One HDF5 dataset: ``compression`` is ``none``, ``gzip-4``, …; ``written`` whether its bytes are all in the file."""
+    """One HDF5 dataset. ``compression`` is ``none``, ``gzip-4``, …; ``written``: its bytes are all in the file."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -66,7 +66,7 @@ class DemoInfo(NamedTuple):
 
 
 class FileInfo(NamedTuple):
-    """One file: demos in numeric order, filter keys as they stand, unreadable items in ``problems``, odd ones in ``notes``."""
+    """One file: demos in numeric order, filter keys as they stand, unreadable items, odd items."""
 
     path: Path
     size: int

@@ -14,7 +14,7 @@ HELD_OUT = 0.1
 
 
 class Split(NamedTuple):
-    """Indices into the demos given, ascending; ``rule`` is a sentence for the log. ``valid`` is empty for a single demo."""
+    """Indices into the demos given, ascending; ``rule`` is a sentence for the log. A single demo has no ``valid``."""
 
     train: tuple[int, ...]
     valid: tuple[int, ...]
@@ -43,7 +43,7 @@ def split_demos(
         valid_key: hold out this key's demos; without ``filter_key`` all others train.
 
     Raises:
-        DatasetError: a key was asked for that is not there, is empty, names absent demos, or shares demos with the other.
+        DatasetError: a key asked for is not there, is empty, names absent demos, or shares demos with the other.
     """
     assert len(demos) > 0
     place = {demo: i for i, demo in enumerate(demos)}

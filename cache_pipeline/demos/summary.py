@@ -1,4 +1,4 @@
-"""What robomimic files hold and whether they are sound: every finding at once, where ``Dataset.open`` stops at the first."""
+"""What robomimic files hold, and all that is wrong with them, where ``Dataset.open`` stops at the first finding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from cache_pipeline.demos import checks
 from cache_pipeline.demos.dataset import Paths, distinct_paths
-from cache_pipeline.demos.hdf5 import READ_ERRORS, DemoInfo, FileInfo, demo_order, open_file, scan_file
+from cache_pipeline.demos.hdf5 import READ_ERRORS, DemoInfo, FileInfo, open_file, scan_file
 
 SHOWN = 12
 
@@ -124,7 +124,7 @@ def inspect_dataset(paths: Paths) -> DatasetSummary:
     """Looks at everything but the pixels of one or several robomimic files.
 
     Raises:
-        DatasetError: a file cannot be opened as HDF5 or has no demos; anything else that is wrong is told in the result.
+        DatasetError: a file cannot be opened as HDF5 or has no demos; all else that is wrong is told in the result.
     """
     infos = [scan_file(path) for path in distinct_paths(paths)]
     heads = [info.demos[0]._replace(name=f"{info.path}: {info.demos[0].name}") for info in infos]
@@ -185,7 +185,8 @@ def _camera_summary(name: str, demos: Iterable[DemoInfo]) -> CameraSummary:
 
 def _camera_line(name: str, camera: CameraSummary) -> str:
     packed = f", {camera.stored_bytes / 1e6:.1f} MB stored" if camera.compression != "none" else ""
-    return f"{name} {camera.height}×{camera.width}, compression {camera.compression}, {camera.raw_bytes / 1e6:.1f} MB{packed}"
+    size = f"{camera.height}×{camera.width}, {camera.raw_bytes / 1e6:.1f} MB"
+    return f"{name} {size}, compression {camera.compression}{packed}"
 
 
 def _low_dim_width(key: str, demos: Iterable[DemoInfo]) -> int:
@@ -273,7 +274,7 @@ def _numbering_notes(info: FileInfo) -> Iterator[str]:
     numbers = [int(found[1]) for demo in info.demos if (found := re.fullmatch(r"demo_([0-9]+)", demo.name))]
     other = [demo.name for demo in info.demos if not re.fullmatch(r"demo_([0-9]+)", demo.name)]
     if other:
-        yield f"names that are not demo_<number>: {_listed(sorted(other, key=demo_order), limit=5)}"
+        yield f"names that are not demo_<number>: {_listed(other, limit=5)}"
     if numbers and max(numbers) - min(numbers) + 1 > len(set(numbers)):
         yield f"demo numbers have gaps: {len(numbers)} demos between {min(numbers)} and {max(numbers)}"
     lacking = [demo.name for demo in info.demos if demo.num_samples is None]
@@ -285,7 +286,7 @@ def _numbering_notes(info: FileInfo) -> Iterator[str]:
         if demo.num_samples not in (None, demo.length)
     ]
     if wrong:
-        yield f"num_samples is not the number of actions in {len(wrong)} demos ({_listed(wrong, limit=3)}); actions count"
+        yield f"num_samples is not the number of actions in {len(wrong)} demos ({_listed(wrong, limit=3)})"
 
 
 def _listed(items: Iterable[object], limit: int = SHOWN) -> str:

@@ -23,9 +23,9 @@ class WindowSpec:
     action_horizon: int = 8
     """Ta: actions of the steps t … t+Ta-1 (robomimic ``seq_length``)."""
     pad_start: bool = True
-    """Repeat the first obs where a window reaches before the demo (``pad_frame_stack``); else such windows are left out."""
+    """Repeat the first obs where a window reaches before the demo (``pad_frame_stack``); else leave it out."""
     pad_end: bool = True
-    """Repeat the last action where a window reaches past the demo (``pad_seq_length``); else such windows are left out."""
+    """Repeat the last action where a window reaches past the demo (``pad_seq_length``); else leave it out."""
 
     def __post_init__(self) -> None:
         for name in ("obs_horizon", "action_horizon"):
