@@ -30,6 +30,8 @@ from cache_pipeline.sim.scripted import Phase, lift_action, lift_phase
 LOW_DIM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
 HOLD_STEPS = 5
 """A demo ends when the task has been done for so many steps."""
+ROLLOUT_HORIZON = 200
+"""Steps of a rollout, recorded in ``env_args``: four times what the expert takes."""
 ATTEMPTS_PER_DEMO = 5
 """Collecting gives up after so many failed episodes per demo asked for."""
 
@@ -100,9 +102,17 @@ class CollectResult(NamedTuple):
     def to_json(self) -> dict[str, Any]:
         return {**self._asdict(), "out": str(self.out)}
 
+    def lines(self) -> list[str]:
+        """The result as lines for a terminal."""
+        megabytes = self.bytes / 1e6
+        return [
+            f"{self.out}: {self.demos} demos of {self.attempts} episodes, {self.steps} steps, {megabytes:.1f} MB, "
+            f"in {self.seconds:.0f} s"
+        ]
+
 
 class RecordedDemo(NamedTuple):
-    """One demo of T steps; ``obs[t]`` and ``states[t]`` are from before ``actions[t]``, rewards and dones from after it."""
+    """T steps: ``obs[t]`` and ``states[t]`` from before ``actions[t]``, ``rewards[t]`` and ``dones[t]`` from after it."""
 
     obs: dict[str, NDArray]
     actions: NDArray[np.float64]
@@ -171,7 +181,7 @@ def make_env_args(config: CollectConfig) -> dict[str, Any]:
             "reward_shaping": False,
             "control_freq": 20,
             "ignore_done": True,
-            "horizon": 400,
+            "horizon": ROLLOUT_HORIZON,
             "camera_names": [camera.removesuffix(IMAGE_SUFFIX) for camera in config.cameras],
             "camera_heights": config.image_size,
             "camera_widths": config.image_size,
@@ -240,5 +250,5 @@ def write_masks(file: h5py.File, config: CollectConfig) -> None:
 def _gave_up(config: CollectConfig, attempts: int, written: int) -> str:
     return (
         f"{config.out} was not written: of {attempts} episodes of {config.task} only {written} succeeded within "
-        f"{config.horizon} steps; raise --horizon or lower --noise"
+        f"{config.horizon} steps; raise horizon or lower noise in CollectConfig"
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -46,6 +48,7 @@ class Environment:
     ) -> None:
         """Wraps a robosuite task; ``from_env_args`` is what most callers want."""
         self._task = task
+        self._model_xml = _last_model_xml(task)
         self.cameras = dict(cameras)
         self.render_flags = dict(render_flags or {})
         self._scene_flags = {_scene_flag(name): bool(on) for name, on in self.render_flags.items()}
@@ -78,7 +81,7 @@ class Environment:
         """
         if env_args.get("type", ROBOSUITE_ENV_TYPE) != ROBOSUITE_ENV_TYPE:
             raise ConfigError(
-                f"env_args has type {env_args['type']!r}, which is no robosuite task; only robosuite (type 1) can be run"
+                f"env_args has type {env_args['type']!r}, which is no robosuite task; only those (type 1) can be run"
             )
         name = env_args.get("env_name")
         robosuite = load_robosuite()
@@ -116,13 +119,14 @@ class Environment:
         return np.array(self._task.sim.get_state().flatten())
 
     def model_xml(self) -> str:
-        """The model as in the ``model_file`` attribute of a demo."""
-        return str(self._task.sim.model.get_xml())
+        """The model as in a demo's ``model_file``, with paths from ``robosuite/`` on, which robosuite resolves."""
+        return self._model_xml
 
     def restore(self, state: NDArray, model_xml: str | None = None) -> Obs:
         """Goes to a recorded state, in the recorded model where one is given, and gives the obs there."""
         if model_xml is not None:
             self._task.reset_from_xml_string(self._task.edit_model_xml(model_xml))
+            self._model_xml = model_xml
         self._task.sim.reset()
         self._task.sim.set_state_from_flattened(np.asarray(state, dtype=np.float64))
         self._task.sim.forward()
@@ -192,6 +196,17 @@ def _controller(config: dict[str, Any], robots: str | list[str]) -> dict[str, An
 
     robot = robots if isinstance(robots, str) else robots[0]
     return dict(refactor_composite_controller_config(config, robot, ["right", "left"]))
+
+
+def _last_model_xml(task: Any) -> str:
+    """The XML of the model that was compiled last, which must be that of ``task``."""
+    import mujoco
+    import robosuite
+
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "model.xml"
+        mujoco.mj_saveLastXML(str(path), task.sim.model._model)
+        return path.read_text(encoding="utf-8").replace(f"{Path(robosuite.__file__).parents[1]}/", "")
 
 
 def _check_cameras(cameras: Mapping[str, tuple[int, int]], names: tuple[str, ...]) -> None:

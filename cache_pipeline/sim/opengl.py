@@ -33,7 +33,7 @@ class OpenGLError(CachePipelineError, RuntimeError):
 
 @cache
 def find_opengl_backend() -> OpenGLBackend:
-    """Tries, each in a process of its own (a broken driver kills it), EGL and then OSMesa; ``MUJOCO_GL``, if set, alone.
+    """Tries EGL and then OSMesa, each in a process of its own (a broken driver kills it); ``MUJOCO_GL``, if set, alone.
 
     Takes about a second per candidate. Raises MissingExtraError without mujoco.
     """

@@ -1,0 +1,45 @@
+"""Reads the description of an environment from a JSON file or from a robomimic dataset."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+
+from cache_pipeline.errors import ConfigError
+from cache_pipeline.files import read_json
+
+
+class EnvArgs(NamedTuple):
+    """robomimic's ``env_args`` and the render flags that the dataset was rendered with, if it says so."""
+
+    env_args: dict[str, Any]
+    render_flags: dict[str, bool] | None
+
+
+def read_env_args(path: Path) -> EnvArgs:
+    """Reads ``path``: a JSON object as in ``data.attrs["env_args"]``, or an HDF5 file with that attribute.
+
+    Raises ConfigError if there is no such thing in it.
+    """
+    if not path.is_file():
+        raise ConfigError(f"there is no file {path} to read env_args from")
+    try:
+        if h5py.is_hdf5(path):
+            with h5py.File(path) as file:
+                attributes = dict(file["data"].attrs) if "data" in file else {}
+            if "env_args" not in attributes:
+                raise ConfigError(f"{path} has no env_args; pass a JSON file, or a dataset whose data group has them")
+            env_args, flags = json.loads(attributes["env_args"]), attributes.get("render_flags")
+            render_flags = None if flags is None else json.loads(flags)
+        else:
+            env_args, render_flags = read_json(path), None
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{path} holds no env_args that can be read: {error}") from error
+    if not isinstance(env_args, dict) or "env_name" not in env_args:
+        raise ConfigError(f'{path} holds no env_args: a JSON object with "env_name", "type" and "env_kwargs" is needed')
+    return EnvArgs(env_args, render_flags)

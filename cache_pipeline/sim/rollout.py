@@ -1,0 +1,270 @@
+"""Runs a policy in the environment of its dataset and counts how often it succeeds."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_pipeline.errors import ConfigError
+from cache_pipeline.progress import Progress
+from cache_pipeline.sim.env_args import EnvArgs, read_env_args
+from cache_pipeline.sim.environment import Environment, Obs, Step
+from cache_pipeline.sim.history import ObsHistory
+from cache_pipeline.sim.video import side_by_side, write_video
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_HORIZON = 400
+"""Steps of an episode where neither the config nor ``env_args`` says; robomimic's for most of its tasks."""
+DEFAULT_FPS = 20
+
+
+class ActingPolicy(Protocol):
+    """What a rollout needs of a policy; ``VisuomotorPolicy`` is one."""
+
+    cameras: Mapping[str, tuple[int, ...]]
+    """rgb obs key -> (H, W, 3) of the images that it takes."""
+    low_dim: Mapping[str, tuple[int, ...]]
+    obs_horizon: int
+    env_args: dict[str, Any] | None
+    render_flags: dict[str, bool] | None
+
+    def act(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
+        """Each camera uint8 (1, To, H, W, 3), each low-dim key float32 (1, To, d) -> (1, Ta, A) in dataset units."""
+
+
+class Simulation(Protocol):
+    """What an episode needs of an environment."""
+
+    def reset(self, seed: int) -> Obs: ...
+
+    def step(self, action: NDArray) -> Step: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """Which policy to run, where, and for how long."""
+
+    run: Path
+    """A run folder or one of its checkpoints."""
+    episodes: int = 20
+    seed: int = 0
+    """Episode i starts from the state that (seed, i) decides."""
+    horizon: int | None = None
+    """Most steps of an episode; by default what ``env_args`` says, else 400."""
+    action_steps: int | None = None
+    """Steps of each chunk that are carried out before the policy is asked again; by default half of the chunk."""
+    video: Path | None = None
+    """Folder for one video per episode, the cameras side by side."""
+    videos: int = 3
+    """How many of the first episodes are filmed."""
+    env_args: Path | None = None
+    """JSON file, or dataset, that describes the environment; it overrides what the run's own dataset says."""
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("episodes", "horizon", "action_steps", "videos"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; give at least 1")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}; give 0 or more")
+
+
+class Episode(NamedTuple):
+    """How one episode went."""
+
+    seed: int
+    success: bool
+    steps: int
+    seconds: float
+    video: str | None = None
+
+
+class RolloutResult(NamedTuple):
+    """How often the policy succeeded; ``ci95`` is Wilson's interval of the rate."""
+
+    episodes: int
+    successes: int
+    success_rate: float
+    ci95: tuple[float, float]
+    seconds: float
+    records: tuple[Episode, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            **self._asdict(),
+            "ci95": list(self.ci95),
+            "records": [episode._asdict() for episode in self.records],
+        }
+
+    def lines(self) -> list[str]:
+        """The result as lines for a terminal."""
+        low, high = self.ci95
+        rate = f"{self.success_rate:.0%} (95% interval {low:.0%} to {high:.0%})"
+        videos = [f"video: {episode.video}" for episode in self.records if episode.video]
+        return [f"success: {self.successes} of {self.episodes} episodes, {rate}, in {self.seconds:.0f} s", *videos]
+
+
+def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolicy | None = None) -> RolloutResult:
+    """Runs ``policy``, or that of ``config.run``, for ``config.episodes`` episodes.
+
+    Raises:
+        ConfigError: nothing says which environment, or it lacks an obs that the policy needs.
+        CheckpointError: the run cannot be loaded.
+        MissingExtraError, OpenGLError: the simulation cannot run here.
+    """
+    started = time.monotonic()
+    device = _device(config.device)
+    if policy is None:
+        from cache_pipeline.training.checkpoint import load_policy
+
+        policy = load_policy(config.run, device)
+    environment = choose_environment(config, policy)
+    cameras = {name: (shape[0], shape[1]) for name, shape in policy.cameras.items()}
+    kwargs = environment.env_args.get("env_kwargs", {})
+    horizon = config.horizon or kwargs.get("horizon") or DEFAULT_HORIZON
+    records = []
+    with ExitStack() as stack:
+        env = stack.enter_context(Environment.from_env_args(environment.env_args, cameras, environment.render_flags))
+        bar = stack.enter_context(Progress("rollout", config.episodes, "episodes")) if progress else None
+        for index in range(config.episodes):
+            film: list[NDArray[np.uint8]] | None = None
+            if config.video is not None and index < config.videos and cameras:
+                film = []
+            seed = episode_seed(config.seed, index)
+            with _seeded(seed, device):
+                episode = run_episode(
+                    env,
+                    policy,
+                    seed=seed,
+                    horizon=horizon,
+                    action_steps=config.action_steps,
+                    device=device,
+                    film=film,
+                )
+            if film and config.video is not None:
+                name = f"episode_{index:03d}_{'success' if episode.success else 'failure'}"
+                written = write_video(config.video / name, film, round(kwargs.get("control_freq", DEFAULT_FPS)))
+                episode = episode._replace(video=str(written))
+            records.append(episode)
+            if bar is not None:
+                bar.advance(successes=sum(record.success for record in records))
+    return summarise(records, time.monotonic() - started)
+
+
+def choose_environment(config: RolloutConfig, policy: ActingPolicy) -> EnvArgs:
+    """The environment of ``config.env_args``, else that of the policy's dataset; raises ConfigError if there is none.
+
+    The render flags are the dataset's wherever it has any: the policy has seen no other images.
+    """
+    if config.env_args is not None:
+        read = read_env_args(config.env_args)
+        return EnvArgs(read.env_args, policy.render_flags or read.render_flags)
+    if policy.env_args is None:
+        raise ConfigError(
+            f"the dataset of {config.run} has no env_args, so nothing says which environment to run; "
+            "pass --env-args FILE: their JSON, or a dataset that has them"
+        )
+    return EnvArgs(policy.env_args, policy.render_flags)
+
+
+def run_episode(
+    env: Simulation,
+    policy: ActingPolicy,
+    *,
+    seed: int,
+    horizon: int,
+    action_steps: int | None = None,
+    device: str = "cpu",
+    film: list[NDArray[np.uint8]] | None = None,
+) -> Episode:
+    """Runs one episode until it succeeds or ``horizon`` steps are done, asking for a new chunk every ``action_steps``.
+
+    Args:
+        film: takes the images of every step, the policy's cameras side by side.
+    """
+    started = time.monotonic()
+    cameras = tuple(policy.cameras)
+    history = ObsHistory((*cameras, *policy.low_dim), policy.obs_horizon)
+    obs = env.reset(seed)
+    history.start(obs)
+    chunk: list[NDArray] = []
+    steps, success = 0, False
+    while steps < horizon and not success:
+        if film is not None:
+            film.append(side_by_side(obs, cameras))
+        if not chunk:
+            actions = ask(policy, history, device)
+            chunk = list(actions[: action_steps or math.ceil(len(actions) / 2)])
+        obs, _, success = env.step(chunk.pop(0))
+        history.add(obs)
+        steps += 1
+    if film is not None:
+        film.append(side_by_side(obs, cameras))
+    return Episode(seed, success, steps, time.monotonic() - started)
+
+
+def ask(policy: ActingPolicy, history: ObsHistory, device: str) -> NDArray[np.float64]:
+    """The policy's chunk (Ta, A) for what was seen last."""
+    import torch
+
+    obs = {}
+    for key, value in history.stack().items():
+        tensor = torch.from_numpy(value)
+        obs[key] = (tensor if key in policy.cameras else tensor.float()).to(device)
+    with torch.no_grad():
+        actions = policy.act(obs)
+    assert actions.shape[:-2] == (1,), actions.shape
+    return np.asarray(actions[0].double().cpu().numpy())
+
+
+def episode_seed(seed: int, index: int) -> int:
+    """The environment's seed in episode ``index``."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+
+
+def summarise(records: list[Episode], seconds: float) -> RolloutResult:
+    """Counts the successes."""
+    successes = sum(record.success for record in records)
+    rate = successes / len(records)
+    return RolloutResult(
+        len(records), successes, rate, wilson_interval(successes, len(records)), seconds, tuple(records)
+    )
+
+
+def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson's score interval of a success rate (JASA 22, 1927), 95% by default; unlike ±z·σ it has a width at 0."""
+    assert 0 <= successes <= episodes, (successes, episodes)
+    rate = successes / episodes
+    centre = rate + z**2 / (2 * episodes)
+    spread = z * math.sqrt(rate * (1 - rate) / episodes + z**2 / (4 * episodes**2))
+    scale = 1 + z**2 / episodes
+    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
+
+
+@contextmanager
+def _seeded(seed: int, device: str) -> Iterator[None]:
+    """Makes what a policy draws a function of ``seed``, and leaves the caller's random state as it was."""
+    import torch
+
+    with torch.random.fork_rng([device] if device.startswith("cuda") else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def _device(name: str) -> str:
+    if name != "auto":
+        return name
+    import torch
+
+    return "cuda:0" if torch.cuda.is_available() else "cpu"
