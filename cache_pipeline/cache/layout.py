@@ -1,0 +1,133 @@
+"""Where rows lie: a pure function of the demos that are kept, the demos that are new, and the shard size.
+
+Demos are laid one after another. A run that adds demos starts at the next shard boundary, so that a finished shard is
+never written again; rows of demos that left the table stay dead until the cache is compacted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+TARGET_SHARD_BYTES = 32 << 20
+TARGET_CHUNK_BYTES = 1 << 20
+MAX_SHARD_ROWS = 1024
+MIN_SHARD_ROWS = 64
+MIN_CHUNK_ROWS = 8
+
+
+class Unit(NamedTuple):
+    """One shard of one array, or the low-dim arrays of one block: what is written whole and then recorded.
+
+    Attributes:
+        kind: ``features``, ``frames`` (the frame digests of a camera) or ``rows`` (every array without a camera).
+        camera: rgb obs key, empty for ``rows``.
+        view: which fixed augmentation; 0 but for ``features``.
+        block: rows ``[block * shard_rows, (block + 1) * shard_rows)``.
+    """
+
+    kind: str
+    camera: str
+    view: int
+    block: int
+
+    @property
+    def name(self) -> str:
+        """The name in the ledger and in messages, such as ``features/agentview_image/0/12``."""
+        parts = {"features": (self.camera, str(self.view)), "frames": (self.camera,), "rows": ()}[self.kind]
+        return "/".join((self.kind, *parts, str(self.block)))
+
+    @classmethod
+    def parse(cls, name: str) -> Unit:
+        """The unit of a :attr:`name`; ``ValueError`` for any other text."""
+        kind, *parts = name.split("/")
+        if kind == "rows" and len(parts) == 1:
+            return cls(kind, "", 0, int(parts[0]))
+        if kind == "frames" and len(parts) >= 2:
+            return cls(kind, "/".join(parts[:-1]), 0, int(parts[-1]))
+        if kind == "features" and len(parts) >= 3:
+            return cls(kind, "/".join(parts[:-2]), int(parts[-2]), int(parts[-1]))
+        raise ValueError(f"{name!r} names no unit")
+
+
+class Segment(NamedTuple):
+    """A run of one demo's frames inside one block.
+
+    Attributes:
+        demo: index into the demo table.
+        start, stop: rows of the cache.
+        offset: the frame of the demo that lies at ``start``.
+    """
+
+    demo: int
+    start: int
+    stop: int
+    offset: int
+
+
+class Placement(NamedTuple):
+    """First row of each demo, and the number of rows of every array."""
+
+    rows: tuple[int, ...]
+    n_rows: int
+
+
+def align_up(row: int, shard_rows: int) -> int:
+    """The first shard boundary at or after ``row``."""
+    return -(-row // shard_rows) * shard_rows
+
+
+def place_demos(lengths: Sequence[int], kept: Sequence[int | None], end: int, shard_rows: int) -> Placement:
+    """Gives each demo its rows.
+
+    Args:
+        lengths: frames of each demo, in table order.
+        kept: the row at which a demo already lies, or None for a demo to be appended.
+        end: rows of the arrays so far, dead ones included.
+        shard_rows: rows of a shard.
+    """
+    cursor, rows = align_up(end, shard_rows), []
+    n_rows = end
+    for length, row in zip(lengths, kept, strict=True):
+        if row is None:
+            row, cursor = cursor, cursor + length
+            n_rows = cursor
+        rows.append(row)
+    return Placement(tuple(rows), n_rows)
+
+
+def block_segments(rows: Sequence[int], lengths: Sequence[int], shard_rows: int) -> dict[int, tuple[Segment, ...]]:
+    """The live segments of every block that has any, blocks and segments in ascending order of rows."""
+    blocks: dict[int, list[Segment]] = {}
+    for demo in sorted(range(len(rows)), key=rows.__getitem__):
+        first, last = rows[demo], rows[demo] + lengths[demo]
+        for block in range(first // shard_rows, -(-last // shard_rows)):
+            start = max(first, block * shard_rows)
+            stop = min(last, (block + 1) * shard_rows)
+            blocks.setdefault(block, []).append(Segment(demo, start, stop, start - first))
+    return {block: tuple(blocks[block]) for block in sorted(blocks)}
+
+
+def choose_shard_rows(row_bytes: int) -> int:
+    """Rows of a shard, a power of two: about 32 MB, at most 1024 rows so that a kill costs little.
+
+    Args:
+        row_bytes: stored bytes of one row of the widest camera.
+    """
+    rows = MAX_SHARD_ROWS
+    while rows > MIN_SHARD_ROWS and rows * row_bytes > TARGET_SHARD_BYTES:
+        rows //= 2
+    return rows
+
+
+def choose_chunk_rows(row_bytes: int, shard_rows: int) -> int:
+    """Rows of a chunk inside a shard, a divisor of ``shard_rows``: about 1 MB, so that loads are not all overhead.
+
+    Args:
+        row_bytes: stored bytes of one row of this array.
+        shard_rows: rows of its shard.
+    """
+    rows = shard_rows
+    while rows > MIN_CHUNK_ROWS and rows % 2 == 0 and rows * row_bytes > TARGET_CHUNK_BYTES:
+        rows //= 2
+    return rows

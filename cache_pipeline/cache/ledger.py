@@ -1,0 +1,82 @@
+"""One small record per finished unit: what went in, what came out. Only a record proves that a unit was written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cache_pipeline.cache.layout import Unit
+from cache_pipeline.files import json_digest, read_json, write_json
+
+
+class RecordedSegment(NamedTuple):
+    """A run of one demo's frames inside a unit.
+
+    Attributes:
+        file, size, mtime_ns: the source file as it was when the frames were read.
+        demo, offset: name of the demo, and its frame at ``start``.
+        start, stop: rows of the cache.
+        view_key: what the demo's view parameters are drawn from.
+        digest: of the frames' digests, or of the low-dim rows.
+    """
+
+    file: str
+    size: int
+    mtime_ns: int
+    demo: str
+    offset: int
+    start: int
+    stop: int
+    view_key: str
+    digest: str
+
+
+class LedgerRecord(NamedTuple):
+    """A finished unit.
+
+    Attributes:
+        unit: its name.
+        rows: first row and the row after the last.
+        segments: what was read for it.
+        inputs: digest of what made it: the camera's identity and view.
+        output: digest of the stored array's bytes, dead rows included.
+        seconds: time spent encoding.
+    """
+
+    unit: str
+    rows: tuple[int, int]
+    segments: tuple[RecordedSegment, ...]
+    inputs: str
+    output: str
+    seconds: float
+
+
+def record_file(path: Path, unit: Unit) -> Path:
+    """Where the record of a unit lies."""
+    return path / "ledger" / f"{unit.name}.json"
+
+
+def write_record(path: Path, unit: Unit, record: LedgerRecord) -> None:
+    """Records a unit as finished, atomically; its shard must be on the disk already."""
+    value = {**record._asdict(), "segments": [list(segment) for segment in record.segments]}
+    file = record_file(path, unit)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {**value, "digest": json_digest(value)})
+
+
+def read_record(path: Path, unit: Unit) -> LedgerRecord | None:
+    """The record of a unit; None when there is none or it is damaged, which means the same: the unit is not done."""
+    try:
+        value: Any = read_json(record_file(path, unit))
+        claimed = value.pop("digest")
+        if claimed != json_digest(value) or value["unit"] != unit.name:
+            return None
+        segments = tuple(RecordedSegment(*segment) for segment in value["segments"])
+        return LedgerRecord(**{**value, "rows": tuple(value["rows"]), "segments": segments})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+
+
+def strike_record(path: Path, unit: Unit) -> None:
+    """Takes a unit's record away, so that the next extraction makes the unit anew."""
+    record_file(path, unit).unlink(missing_ok=True)

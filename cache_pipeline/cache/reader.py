@@ -1,0 +1,170 @@
+"""Reading a complete cache: whole, by rows, by demo, in any process."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_pipeline.cache import arrays
+from cache_pipeline.cache.manifest import CameraEntry, DemoRows, Manifest, read_manifest
+from cache_pipeline.errors import CacheError, available
+
+Rows = slice | NDArray[np.integer] | None
+
+
+class FeatureCache:
+    """A complete feature cache.
+
+    Rows are those of the demo table: demo ``i`` lies at ``demos[i].row`` and has ``demos[i].length`` rows.
+    ``rows=None`` gives all live rows, demo after demo in table order, without the dead rows of demos that left; there
+    demo ``i`` begins at ``packed_starts[i]``.
+
+    Safe to pickle and to use in forked and spawned workers: arrays are opened on first use in each process.
+
+    >>> cache = FeatureCache("lift.zarr")                                  # doctest: +SKIP
+    >>> cache.features("agentview_image").shape                            # doctest: +SKIP
+    (5100, 512)
+
+    Raises:
+        NotACacheError, IncompleteCacheError, CorruptCacheError: what is wrong at ``path`` and what mends it.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest: Manifest = read_manifest(self.path)
+        for name in self._names():
+            arrays.check_metadata(self.path, name, self.manifest)
+        self._open: dict[str, arrays.StoredArray] = {}
+
+    @property
+    def cameras(self) -> dict[str, CameraEntry]:
+        """Camera → shapes, identity and number of views."""
+        return self.manifest.cameras
+
+    @property
+    def demos(self) -> tuple[DemoRows, ...]:
+        """The demo table, in the order of the source files."""
+        return self.manifest.demos
+
+    @property
+    def masks(self) -> dict[str, tuple[int, ...]]:
+        """Filter key → indices into ``demos``, for the filter keys whose demos are all in the cache."""
+        return self.manifest.masks
+
+    @property
+    def low_dim(self) -> dict[str, tuple[int, ...]]:
+        """Low-dim obs key → shape of one row."""
+        return self.manifest.low_dim
+
+    @property
+    def action_dim(self) -> int:
+        """Width A of an action."""
+        return self.manifest.action_dim
+
+    @property
+    def env_args(self) -> dict[str, Any] | None:
+        """robomimic's description of the environment, where the source file has one."""
+        return self.manifest.env_args
+
+    @property
+    def render_flags(self) -> dict[str, Any] | None:
+        """Render flags of the source file that differ from the defaults."""
+        return self.manifest.render_flags
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of what the cache holds, independent of where it lies and of how its rows are laid out."""
+        return self.manifest.fingerprint
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """(E,) frames of each demo."""
+        return np.array([demo.length for demo in self.demos], np.int64)
+
+    @property
+    def starts(self) -> NDArray[np.int64]:
+        """(E,) first row of each demo."""
+        return np.array([demo.row for demo in self.demos], np.int64)
+
+    @property
+    def packed_starts(self) -> NDArray[np.int64]:
+        """(E,) first row of each demo in what ``rows=None`` returns."""
+        return np.cumsum(self.lengths) - self.lengths
+
+    @property
+    def live_rows(self) -> NDArray[np.int64]:
+        """(N,) the rows that ``rows=None`` returns, in its order."""
+        rows = [np.arange(demo.row, demo.row + demo.length) for demo in self.demos]
+        return np.concatenate(rows) if rows else np.zeros(0, np.int64)
+
+    def features(self, camera: str, rows: Rows = None, view: int = 0) -> NDArray[Any]:
+        """Features at the cut, (n, D) or (n, D, h, w), in the stored dtype.
+
+        Args:
+            rows: None for all live rows, a slice of row numbers, or an integer array in any order.
+            view: 0 is the clean one.
+        """
+        if camera not in self.cameras:
+            raise CacheError(f"{self.path} has no camera {camera!r}; {available(self.cameras, camera)}")
+        views = self.cameras[camera].views
+        if not 0 <= view < views:
+            raise CacheError(
+                f"{self.path} has views 0 to {views - 1} of {camera}, not {view}; "
+                f"add views with the extract-features command of this cache and --views {view + 1}"
+            )
+        return self._read(f"features/{camera}", rows, view)
+
+    def array(self, name: str, rows: Rows = None) -> NDArray[Any]:
+        """``actions`` (n, A), ``rewards`` (n,), ``dones`` (n,) or ``low_dim/<key>`` (n, …) in float32."""
+        names = [name for name in self._names() if not name.startswith(("features/", "frame_digests/"))]
+        if name not in names:
+            raise CacheError(f"{self.path} has no array {name!r}; {available(names, name)}")
+        return self._read(name, rows, None)
+
+    def frame_digests(self, camera: str, rows: Rows = None) -> NDArray[np.uint8]:
+        """(n, 16) blake2b of each frame."""
+        if camera not in self.cameras:
+            raise CacheError(f"{self.path} has no camera {camera!r}; {available(self.cameras, camera)}")
+        return self._read(f"frame_digests/{camera}", rows, None)
+
+    def encoder_file(self, camera: str) -> Path:
+        """The frozen encoder's weights (safetensors) that the cache carries for this camera."""
+        if camera not in self.cameras:
+            raise CacheError(f"{self.path} has no camera {camera!r}; {available(self.cameras, camera)}")
+        return self.path / self.manifest.encoders[camera]
+
+    def nbytes(self, views: int | None = None) -> int:
+        """Bytes of all live features once loaded, of the first ``views`` views or of all."""
+        itemsize = np.dtype(self.manifest.dtype).itemsize
+        width = sum(
+            int(np.prod(entry.feature_shape)) * (entry.views if views is None else min(views, entry.views))
+            for entry in self.cameras.values()
+        )
+        return int(self.lengths.sum()) * width * itemsize
+
+    def _names(self) -> list[str]:
+        return arrays.array_names(self.manifest)
+
+    def _read(self, name: str, rows: Rows, view: int | None) -> NDArray[Any]:
+        if name not in self._open:
+            self._open[name] = arrays.StoredArray(self.path, name)
+        stored = self._open[name]
+        if rows is None:
+            return stored.spans([(demo.row, demo.row + demo.length) for demo in self.demos], view)
+        if isinstance(rows, slice):
+            start, stop, step = rows.indices(self.manifest.n_rows)
+            if step > 0:
+                return stored.spans([(start, max(start, stop))], view)[:: step if step > 1 else None]
+            rows = np.arange(start, stop, step)
+        return stored.gather(np.asarray(rows), self.manifest.n_rows, view)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"path": self.path, "manifest": self.manifest, "_open": {}}
+
+    def __repr__(self) -> str:
+        cameras = json.dumps({name: [entry.views, *entry.feature_shape] for name, entry in self.cameras.items()})
+        return f"FeatureCache({str(self.path)!r}, demos={len(self.demos)}, rows={int(self.lengths.sum())}, {cameras})"

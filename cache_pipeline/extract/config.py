@@ -1,0 +1,76 @@
+"""What to extract, from where and how."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cache_pipeline.cache.manifest import STORE_DTYPES
+from cache_pipeline.encoders.image_encoder import EncoderSpec
+from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.encoders.views import ViewSpec
+from cache_pipeline.errors import ConfigError, available
+
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractConfig:
+    """One extraction."""
+
+    datasets: tuple[Path, ...]
+    """robomimic HDF5 files, read as one list of demos."""
+    out: Path | str
+    """Folder of the cache."""
+    cameras: tuple[str, ...] | None = None
+    """rgb obs keys; all that the files have by default. Those that the cache has already are kept too."""
+    low_dim_keys: tuple[str, ...] | None = None
+    filter_key: str | None = None
+    """Take the demos of this filter key; every demo by default."""
+    encoders: EncoderSpec | Mapping[str, EncoderSpec] = field(default_factory=EncoderSpec)
+    """One encoder for all cameras, or camera → encoder."""
+    preprocess: Preprocess | Mapping[str, Preprocess] = field(default_factory=Preprocess)
+    views: int = 1
+    """Views K of every frame; the first is the clean one. A cache that has more keeps them."""
+    view_spec: ViewSpec = field(default_factory=ViewSpec)
+    device: str = "auto"
+    precision: str = "auto"
+    store_dtype: str = "float16"
+    batch_size: int | None = None
+    """Frames per batch; by default that of the cache, else chosen for the device."""
+    shard_rows: int | None = None
+    """Rows of a unit of work; by default that of the cache, else chosen by size."""
+    overwrite: bool = False
+    """Make the cache anew; the old one stays until the new one is complete."""
+    deep: bool = False
+    """Read every frame again instead of trusting the size and time of source files."""
+
+    def __post_init__(self) -> None:
+        if not self.datasets:
+            raise ConfigError("no dataset is given; type: extract-features DATASET.hdf5 --out NAME.zarr")
+        for name, value in (("views", self.views), ("batch-size", self.batch_size), ("shard-rows", self.shard_rows)):
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name} is {value}; it must be at least 1")
+        for name, text, choices in (
+            ("precision", self.precision, PRECISIONS),
+            ("store-dtype", self.store_dtype, STORE_DTYPES),
+        ):
+            if text not in choices:
+                raise ConfigError(f"--{name} is {text!r}; {available(choices, text)}")
+
+    def encoder_for(self, camera: str) -> EncoderSpec:
+        """The encoder of one camera."""
+        if isinstance(self.encoders, EncoderSpec):
+            return self.encoders
+        if camera not in self.encoders:
+            raise ConfigError(f"no encoder is given for camera {camera}; {available(self.encoders, camera)}")
+        return self.encoders[camera]
+
+    def preprocess_for(self, camera: str) -> Preprocess:
+        """The preprocessing of one camera."""
+        if isinstance(self.preprocess, Preprocess):
+            return self.preprocess
+        if camera not in self.preprocess:
+            raise ConfigError(f"no preprocessing is given for camera {camera}; {available(self.preprocess, camera)}")
+        return self.preprocess[camera]
