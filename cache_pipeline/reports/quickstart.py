@@ -115,7 +115,7 @@ def run_quickstart(out: Path, *, steps: int, weights: Path | None, device: str, 
 
 
 def choose_weights(weights: Path | None, seed: int) -> tuple[EncoderSpec, str]:
-    """The encoder of the quickstart and a sentence on its weights: a file, ImageNet's, or without a network random ones."""
+    """The encoder of the quickstart and a sentence on its weights: a file's, ImageNet's, or random ones."""
     if weights is not None:
         name = "resnet50" if "resnet50" in weights.name else "resnet34" if "resnet34" in weights.name else "resnet18"
         return EncoderSpec(rgb_model_name=name, weights=str(weights)), f"{name} from {weights}"

@@ -1,0 +1,182 @@
+"""Bench cases of encoding and the cache: the encoder alone, a whole extraction, and loading what it wrote."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
+from cache_pipeline.encoders.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
+from cache_pipeline.extract.config import ExtractConfig
+from cache_pipeline.extract.pipeline import extract_features
+from cache_pipeline.reports.bench import BenchRow
+from cache_pipeline.reports.measure import side_by_side
+
+if TYPE_CHECKING:
+    from cache_pipeline.reports.bench import BenchSetup
+
+FRAMES = 512
+EAGER_BATCH = 64
+LARGE_CACHE_BYTES = 500_000_000
+EAGER_NAME = f"torchvision, eager, fp32, no_grad, batches of {EAGER_BATCH}"
+NUMPY_NAME = "numpy.load of the same float16 features, from the page cache"
+
+
+def encode(setup: BenchSetup) -> list[BenchRow]:
+    """The encoder alone on frames in memory: default precision and fp32 beside an eager torchvision loop."""
+    frames = _frames(setup)
+    ours = {f"{setup.rgb_model_name} {name}": _frozen(setup, name) for name in ("auto", "fp32")}
+    work: dict[str, Callable[[], int]] = {"peer": _eager_loop(setup, frames)}
+    for name, frozen in ours.items():
+        work[name] = _batches(frozen, frames)
+    rates = side_by_side(work, setup.seconds)
+    error = _relative_error(ours[f"{setup.rgb_model_name} auto"], ours[f"{setup.rgb_model_name} fp32"], frames)
+    return [
+        BenchRow(
+            case=f"encode {name} ({frozen.precision}, error {0.0 if name.endswith('fp32') else error:.1e}) images/s",
+            ours=rates[name],
+            peer=rates["peer"],
+            peer_name=EAGER_NAME,
+        )
+        for name, frozen in ours.items()
+    ]
+
+
+def extract(setup: BenchSetup) -> list[BenchRow]:
+    """A whole extraction from HDF5 to a finished cache, beside an eager loop and the encoder alone."""
+    frames = _frames(setup)
+    number = count()
+    work: dict[str, Callable[[], int]] = {"peer": _eager_loop(setup, frames)}
+    for precision in ("auto", "fp32"):
+        work[f"limit {precision}"] = _batches(_frozen(setup, precision), frames)
+        work[precision] = lambda precision=precision: _extraction(  # type: ignore[misc]
+            setup, setup.folder / f"extract_{next(number)}.zarr", precision=precision
+        )
+    rates = side_by_side(work, setup.seconds)
+    return [
+        BenchRow(
+            case=f"extract {setup.rgb_model_name} {precision}, HDF5 to cache, images/s",
+            ours=rates[precision],
+            peer=rates["peer"],
+            peer_name=EAGER_NAME,
+            limit=rates[f"limit {precision}"],
+        )
+        for precision in ("auto", "fp32")
+    ]
+
+
+def load(setup: BenchSetup) -> list[BenchRow]:
+    """A whole cache into memory beside ``numpy.load``: avgpool features, and 500 MB of layer3 maps in views."""
+    small, large = setup.folder / "small.zarr", setup.folder / "large.zarr"
+    _extraction(setup, small)
+    one_view = _extraction_bytes(setup, large)
+    _extraction(setup, large, cut="layer3", views=math.ceil(LARGE_CACHE_BYTES / one_view))
+    rows = []
+    for name, path in (("avgpool", small), ("layer3, several views", large)):
+        megabytes = FeatureCache(path).nbytes() / 1e6
+        rates = side_by_side({"ours": _load_cache(path), "peer": _load_numpy(path)}, setup.seconds)
+        case = f"load {name}, {megabytes:.0f} MB in {megabytes / rates['ours']:.3f} s, MB/s"
+        rows.append(BenchRow(case=case, ours=rates["ours"], peer=rates["peer"], peer_name=NUMPY_NAME))
+    return rows
+
+
+def _frames(setup: BenchSetup) -> NDArray[np.uint8]:
+    dataset = Dataset.open((setup.dataset,))
+    camera = next(iter(dataset.cameras))
+    parts, total = [], 0
+    for demo in dataset.demos:
+        parts.append(dataset.frames(demo, camera))
+        total += len(parts[-1])
+        if total >= FRAMES:
+            break
+    frames = np.concatenate(parts)
+    return np.ascontiguousarray(np.resize(frames, (FRAMES, *frames.shape[1:])))
+
+
+def _frozen(setup: BenchSetup, precision: str) -> FrozenEncoder:
+    encoder = build_encoder(EncoderSpec(rgb_model_name=setup.rgb_model_name, weights="random"))
+    return FrozenEncoder(encoder, Preprocess(), torch.device(setup.device), precision)
+
+
+def _batches(frozen: FrozenEncoder, frames: NDArray[np.uint8]) -> Callable[[], int]:
+    resident = torch.from_numpy(frames).to(frozen.device)
+
+    def run() -> int:
+        for batch in resident.split(frozen.batch_size):
+            features = frozen(batch)
+        features.cpu()
+        return len(resident)
+
+    return run
+
+
+def _eager_loop(setup: BenchSetup, frames: NDArray[np.uint8]) -> Callable[[], int]:
+    import torchvision
+
+    model = getattr(torchvision.models, setup.rgb_model_name)(weights=None)
+    model.fc = nn.Identity()
+    model = model.eval().to(setup.device)
+    mean = torch.tensor(IMAGENET_MEAN, device=setup.device).view(1, 3, 1, 1)
+    std = torch.tensor(IMAGENET_STD, device=setup.device).view(1, 3, 1, 1)
+    resident = torch.from_numpy(frames).to(setup.device)
+
+    @torch.no_grad()
+    def run() -> int:
+        for batch in resident.split(EAGER_BATCH):
+            features = model((batch.permute(0, 3, 1, 2).float() / 255 - mean) / std)
+        features.cpu()
+        return len(resident)
+
+    return run
+
+
+def _relative_error(ours: FrozenEncoder, exact: FrozenEncoder, frames: NDArray[np.uint8]) -> float:
+    batch = torch.from_numpy(frames[: exact.batch_size]).to(exact.device)
+    expected = exact(batch)
+    return ((ours(batch) - expected).norm() / expected.norm()).item()
+
+
+def _extraction(setup: BenchSetup, out: Path, **options: Any) -> int:
+    cut = options.pop("cut", "avgpool")
+    spec = EncoderSpec(rgb_model_name=setup.rgb_model_name, weights="random", cut=cut)
+    config = ExtractConfig(datasets=(setup.dataset,), out=out, encoders=spec, device=setup.device, **options)
+    return extract_features(config, progress=False).images
+
+
+def _extraction_bytes(setup: BenchSetup, out: Path) -> int:
+    """Bytes of one view of layer3 features, both cameras; leaves a cache with that view in ``out``."""
+    _extraction(setup, out, cut="layer3")
+    return FeatureCache(out).nbytes()
+
+
+def _load_cache(path: Path) -> Callable[[], int]:
+    def run() -> Any:
+        cache = FeatureCache(path)
+        loaded = [cache.features(name, view=k) for name, entry in cache.cameras.items() for k in range(entry.views)]
+        return sum(array.nbytes for array in loaded) / 1e6
+
+    return run
+
+
+def _load_numpy(path: Path) -> Callable[[], int]:
+    cache, files = FeatureCache(path), []
+    for name, entry in cache.cameras.items():
+        for view in range(entry.views):
+            files.append(path.parent / f"{path.stem}_{name}_{view}.npy")
+            np.save(files[-1], cache.features(name, view=view))
+
+    def run() -> Any:
+        return sum(np.load(file).nbytes for file in files) / 1e6
+
+    return run

@@ -1,0 +1,296 @@
+"""``probe``: will these frozen features do? Linear and nearest-neighbour probes on held-out demos, beside baselines.
+
+A ridge regression and a k-nearest-neighbour regression predict actions and the simulator's low-dim state from the
+features of one frame, from proprioception alone, and from the features of the same network with random weights. What a linear probe
+reads from a feature, a projection can use; what it cannot read may still be there. The answer is a heuristic: a policy
+sees several frames and is no linear map (Alain and Bengio, Understanding intermediate layers using linear classifier
+probes, 2016, arXiv:1610.01644).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.demos.split import split_demos
+from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.encoders.image_encoder import build_encoder, load_encoder
+from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.errors import CacheError, CachePipelineError
+from cache_pipeline.files import atomic_path
+from cache_pipeline.progress import Progress, logger
+from cache_pipeline.reports import plots
+
+MAX_ROWS = 6000
+MAX_RANDOM_FRAMES = 1500
+RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+NEIGHBOURS = 5
+CLEAR_GAIN = 0.05
+PROPRIOCEPTION, FEATURES, RANDOM = "proprioception", "features", "random weights"
+BOTH = f"{FEATURES} + {PROPRIOCEPTION}"
+
+Array = NDArray[np.float64]
+
+
+class ProbeScore(NamedTuple):
+    """How well one set of inputs predicts one target on held-out demos; R² of 1 is perfect, of 0 is the mean."""
+
+    inputs: str
+    target: str
+    ridge_r2: float
+    knn_r2: float
+
+    @property
+    def best(self) -> float:
+        return max(self.ridge_r2, self.knn_r2)
+
+
+class ProbeResult(NamedTuple):
+    """All scores, and what they mean in words."""
+
+    cache: Path
+    train_rows: int
+    valid_rows: int
+    scores: tuple[ProbeScore, ...]
+    verdict: str
+    picture: Path | None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "cache": str(self.cache),
+            "train_rows": self.train_rows,
+            "valid_rows": self.valid_rows,
+            "scores": [score._asdict() for score in self.scores],
+            "verdict": self.verdict,
+            "picture": None if self.picture is None else str(self.picture),
+        }
+
+    def lines(self) -> list[str]:
+        lines = [f"R² on {self.valid_rows} frames of held-out demos, fitted on {self.train_rows}"]
+        lines.append(f"{'target':<24}{'inputs':<28}{'ridge':>8}{'k-NN':>8}")
+        lines += [f"{s.target:<24}{s.inputs:<28}{s.ridge_r2:>8.3f}{s.knn_r2:>8.3f}" for s in self.scores]
+        lines.append(f"heuristic: {self.verdict}")
+        return lines if self.picture is None else [*lines, f"picture: {self.picture}"]
+
+
+def probe_cache(path: Path, *, picture: Path | None = None, seed: int = 0, device: str = "auto") -> ProbeResult:
+    """Probes the clean view of a cache.
+
+    Args:
+        path: the cache.
+        picture: where to draw the scores as a PNG.
+        seed: of the split, of the rows taken from large caches and of the random weights.
+        device: where the network with random weights runs.
+
+    Raises:
+        CacheError: the cache has a single demo, so nothing can be held out.
+    """
+    cache = FeatureCache(path)
+    train, valid = _split_rows(cache, seed)
+    inputs = {FEATURES: {"train": _features(cache, train), "valid": _features(cache, valid)}}
+    proprioception = {"train": _low_dim(cache, train), "valid": _low_dim(cache, valid)}
+    if proprioception["train"].shape[1]:
+        inputs[PROPRIOCEPTION] = proprioception
+        inputs[BOTH] = {part: np.hstack([inputs[FEATURES][part], proprioception[part]]) for part in proprioception}
+    targets = {"actions": (cache.array("actions", train), cache.array("actions", valid))}
+    dataset = _source(cache)
+    if dataset is not None:
+        targets |= _privileged(cache, dataset, train, valid)
+    scores = [_score(name, x, target, y) for target, y in targets.items() for name, x in inputs.items()]
+    if dataset is not None:
+        scores += _random_scores(cache, dataset, train, valid, targets, seed=seed, device=device)
+    scores.sort(key=lambda score: list(targets).index(score.target))
+    if picture is not None:
+        _draw(scores, picture)
+    return ProbeResult(path, len(train), len(valid), tuple(scores), verdict(scores), picture)
+
+
+def verdict(scores: list[ProbeScore]) -> str:
+    """Plain words for scores that have the targets ``actions`` and perhaps ``object``."""
+    best = {(score.target, score.inputs): score.best for score in scores}
+    target = "object" if ("object", FEATURES) in best else "actions"
+    what = "the state of the objects" if target == "object" else "actions"
+    sighted, blind = best[target, FEATURES], best.get((target, PROPRIOCEPTION), 0.0)
+    random = best.get((target, RANDOM))
+    both, alone = best.get(("actions", BOTH)), best.get(("actions", PROPRIOCEPTION))
+    words = [f"from features {what} can be read with R² {sighted:.2f}, from proprioception with {blind:.2f}"]
+    if random is not None:
+        gain = sighted - random
+        words.append(f"from random weights with {random:.2f}" + (": pretraining shows" if gain > CLEAR_GAIN else ""))
+    if sighted > blind + CLEAR_GAIN:
+        words.append("the features see what the joints cannot: they should do")
+    else:
+        words.append(
+            "the features add nothing that a linear probe can read: try other weights, an earlier --cut, or finetune"
+        )
+    if both is not None and alone is not None and both < alone + CLEAR_GAIN:
+        words.append("one frame's actions are predicted about as well without any image")
+    return "; ".join(words)
+
+
+def ridge(x: Array, y: Array, x_valid: Array) -> Array:
+    """Predictions (M, A) of ridge regression; the penalty is chosen on the last fifth of the training rows."""
+    held = max(1, len(x) // 5)
+    best = min(
+        RIDGES, key=lambda penalty: float(np.mean((_fit(x[:-held], y[:-held], penalty)(x[-held:]) - y[-held:]) ** 2))
+    )
+    return _fit(x, y, best)(x_valid)
+
+
+def nearest(x: Array, y: Array, x_valid: Array, neighbours: int = NEIGHBOURS) -> Array:
+    """Mean target of the nearest training rows by Euclidean distance, (M, A)."""
+    distances = (x_valid**2).sum(1)[:, None] - 2 * x_valid @ x.T + (x**2).sum(1)[None]
+    indices = np.argpartition(distances, min(neighbours, len(x)) - 1, axis=1)[:, :neighbours]
+    return y[indices].mean(axis=1)
+
+
+def r_squared(predicted: Array, truth: Array) -> float:
+    """Share of the variance that is explained, averaged over the dimensions that vary."""
+    total = ((truth - truth.mean(0)) ** 2).sum(0)
+    varies = total > 1e-10 * max(1, len(truth))
+    if not varies.any():
+        return 0.0
+    residual = ((predicted - truth) ** 2).sum(0)
+    return float(np.mean(1 - residual[varies] / total[varies]))
+
+
+def _fit(x: Array, y: Array, penalty: float) -> Any:
+    mean = y.mean(0)
+    if x.shape[1] <= len(x):
+        weights = np.linalg.solve(x.T @ x + penalty * len(x) * np.eye(x.shape[1]), x.T @ (y - mean))
+    else:
+        weights = x.T @ np.linalg.solve(x @ x.T + penalty * len(x) * np.eye(len(x)), y - mean)
+    return lambda other: other @ weights + mean
+
+
+def _score(name: str, x: Mapping[str, Array], target: str, y: tuple[Array, Array]) -> ProbeScore:
+    mean, deviation = x["train"].mean(0), x["train"].std(0)
+    deviation = np.where(deviation > 1e-6, deviation, 1.0) * np.sqrt(x["train"].shape[1])
+    train, valid = (x["train"] - mean) / deviation, (x["valid"] - mean) / deviation
+    truth = y[1].astype(np.float64)
+    return ProbeScore(
+        inputs=name,
+        target=target,
+        ridge_r2=r_squared(ridge(train, y[0].astype(np.float64), valid), truth),
+        knn_r2=r_squared(nearest(train, y[0].astype(np.float64), valid), truth),
+    )
+
+
+def _split_rows(cache: FeatureCache, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    split = split_demos([demo.name for demo in cache.demos], cache.masks, seed=seed)
+    if not len(split.valid):
+        raise CacheError(f"{cache.path} holds a single demo, so none can be held out to probe on; extract more demos")
+    rng = np.random.default_rng(seed)
+    parts = []
+    for demos in (split.train, split.valid):
+        rows = np.concatenate(
+            [np.arange(cache.demos[i].row, cache.demos[i].row + cache.demos[i].length) for i in demos]
+        )
+        parts.append(rows if len(rows) <= MAX_ROWS else np.sort(rng.choice(rows, MAX_ROWS, replace=False)))
+    return parts[0], parts[1]
+
+
+def _features(cache: FeatureCache, rows: NDArray[np.int64]) -> Array:
+    return np.hstack([_pooled(cache.features(camera, rows).astype(np.float64)) for camera in cache.cameras])
+
+
+def _pooled(features: Array) -> Array:
+    return features.mean((2, 3)) if features.ndim == 4 else features
+
+
+def _low_dim(cache: FeatureCache, rows: NDArray[np.int64]) -> Array:
+    parts = [cache.array(f"low_dim/{key}", rows).reshape(len(rows), -1) for key in cache.low_dim]
+    return np.hstack([np.zeros((len(rows), 0)), *parts])
+
+
+def _source(cache: FeatureCache) -> Dataset | None:
+    try:
+        return Dataset.open([Path(source.path) for source in cache.manifest.files], cameras=tuple(cache.cameras))
+    except CachePipelineError as error:
+        logger.info("without the source file there is no baseline of random weights and no object state: %s", error)
+        return None
+
+
+def _frames_of(cache: FeatureCache, rows: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
+    """Demo → its frames among the rows, in order of rows."""
+    starts = np.array([demo.row for demo in cache.demos])
+    order = np.argsort(starts)
+    owner = order[np.searchsorted(starts[order], rows, side="right") - 1]
+    return [(int(i), rows[owner == i] - starts[i]) for i in dict.fromkeys(owner.tolist())]
+
+
+def _privileged(
+    cache: FeatureCache, dataset: Dataset, train: NDArray[np.int64], valid: NDArray[np.int64]
+) -> dict[str, tuple[Array, Array]]:
+    try:
+        with_object = Dataset.open([file.path for file in dataset.files], cameras=(), low_dim_keys=("object",))
+    except CachePipelineError:
+        return {}
+    by_name = {(demo.file, demo.name): demo for demo in with_object.demos}
+
+    def read(rows: NDArray[np.int64]) -> Array:
+        parts = []
+        for i, frames in _frames_of(cache, rows):
+            demo = by_name[cache.demos[i].file, cache.demos[i].name]
+            parts.append(with_object.rows(demo)["low_dim/object"][frames])
+        return np.concatenate(parts)
+
+    return {"object": (read(train), read(valid))}
+
+
+def _random_scores(
+    cache: FeatureCache,
+    dataset: Dataset,
+    train: NDArray[np.int64],
+    valid: NDArray[np.int64],
+    targets: Mapping[str, tuple[Array, Array]],
+    *,
+    seed: int,
+    device: str,
+) -> list[ProbeScore]:
+    rng = np.random.default_rng(seed)
+    picks = [np.sort(rng.permutation(len(rows))[:MAX_RANDOM_FRAMES]) for rows in (train, valid)]
+    rows = [train[picks[0]], valid[picks[1]]]
+    encoded = {
+        part: _encode_random(cache, dataset, r, seed, device) for part, r in zip(("train", "valid"), rows, strict=True)
+    }
+    return [_score(RANDOM, encoded, target, (y[0][picks[0]], y[1][picks[1]])) for target, y in targets.items()]
+
+
+def _encode_random(cache: FeatureCache, dataset: Dataset, rows: NDArray[np.int64], seed: int, device: str) -> Array:
+    by_name = {(demo.file, demo.name): demo for demo in dataset.demos}
+    per_camera = []
+    for camera, entry in cache.cameras.items():
+        saved = load_encoder(None, cache.encoder_file(camera))
+        if saved.spec is None or saved.spec.factory is not None:
+            raise CacheError(f"random weights are a baseline for ResNets; {camera} has {saved.architecture}")
+        spec = saved.spec.__class__(
+            rgb_model_name=saved.spec.rgb_model_name, weights="random", seed=seed, cut=saved.cut
+        )
+        frozen = FrozenEncoder(build_encoder(spec), Preprocess.from_json(entry.identity["preprocess"]), device, "auto")
+        parts = []
+        with Progress(f"random weights {camera}", len(rows), "images") as progress:
+            for i, frames in _frames_of(cache, rows):
+                demo = cache.demos[i]
+                images = dataset.frames(by_name[demo.file, demo.name], camera)[frames]
+                parts.append(_pooled(frozen(torch.from_numpy(images)).cpu().numpy().astype(np.float64)))
+                progress.advance(len(images))
+        per_camera.append(np.concatenate(parts))
+    return np.hstack(per_camera)
+
+
+def _draw(scores: list[ProbeScore], picture: Path) -> None:
+    groups: dict[str, dict[str, float]] = {}
+    for score in scores:
+        groups.setdefault(score.target, {})[score.inputs] = max(score.best, 0.0)
+    png = plots.bars(groups, "What can be read from one frame, held-out demos", "R², better of ridge and k-NN")
+    picture.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(picture) as partial:
+        partial.write_bytes(png)
