@@ -1,10 +1,10 @@
 """``probe``: will these frozen features do? Linear and nearest-neighbour probes on held-out demos, beside baselines.
 
 A ridge regression and a k-nearest-neighbour regression predict actions and the simulator's low-dim state from the
-features of one frame, from proprioception alone, and from the features of the same network with random weights. What a linear probe
-reads from a feature, a projection can use; what it cannot read may still be there. The answer is a heuristic: a policy
-sees several frames and is no linear map (Alain and Bengio, Understanding intermediate layers using linear classifier
-probes, 2016, arXiv:1610.01644).
+features of one frame, from proprioception alone, and from the features of the same network with random weights. What a
+linear probe reads from a feature, a projection can use; what it cannot read may still be there. The answer is a
+heuristic: a policy sees several frames and is no linear map (Alain and Bengio, Understanding intermediate layers using
+linear classifier probes, 2016, arXiv:1610.01644).
 """
 
 from __future__ import annotations
@@ -184,7 +184,7 @@ def _score(name: str, x: Mapping[str, Array], target: str, y: tuple[Array, Array
 
 
 def _split_rows(cache: FeatureCache, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    split = split_demos([demo.name for demo in cache.demos], cache.masks, seed=seed)
+    split = split_demos(range(len(cache.demos)), cache.masks, seed=seed)
     if not len(split.valid):
         raise CacheError(f"{cache.path} holds a single demo, so none can be held out to probe on; extract more demos")
     rng = np.random.default_rng(seed)
