@@ -95,7 +95,7 @@ def _frames(setup: BenchSetup) -> NDArray[np.uint8]:
     dataset = Dataset.open((setup.dataset,))
     camera = next(iter(dataset.cameras))
     parts, total = [], 0
-    for demo in dataset.demos:
+    for demo in range(len(dataset.demos)):
         parts.append(dataset.frames(demo, camera))
         total += len(parts[-1])
         if total >= FRAMES:

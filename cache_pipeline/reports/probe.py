@@ -226,6 +226,10 @@ def _frames_of(cache: FeatureCache, rows: NDArray[np.int64]) -> list[tuple[int, 
     return [(int(i), rows[owner == i] - starts[i]) for i in dict.fromkeys(owner.tolist())]
 
 
+def _numbers(dataset: Dataset) -> dict[tuple[int, str], int]:
+    return {(demo.file, demo.name): number for number, demo in enumerate(dataset.demos)}
+
+
 def _privileged(
     cache: FeatureCache, dataset: Dataset, train: NDArray[np.int64], valid: NDArray[np.int64]
 ) -> dict[str, tuple[Array, Array]]:
@@ -233,13 +237,13 @@ def _privileged(
         with_object = Dataset.open([file.path for file in dataset.files], cameras=(), low_dim_keys=("object",))
     except CachePipelineError:
         return {}
-    by_name = {(demo.file, demo.name): demo for demo in with_object.demos}
+    numbers = _numbers(with_object)
 
     def read(rows: NDArray[np.int64]) -> Array:
         parts = []
         for i, frames in _frames_of(cache, rows):
-            demo = by_name[cache.demos[i].file, cache.demos[i].name]
-            parts.append(with_object.rows(demo)["low_dim/object"][frames])
+            number = numbers[cache.demos[i].file, cache.demos[i].name]
+            parts.append(with_object.rows(number)["low_dim/object"][frames])
         return np.concatenate(parts)
 
     return {"object": (read(train), read(valid))}
@@ -265,7 +269,7 @@ def _random_scores(
 
 
 def _encode_random(cache: FeatureCache, dataset: Dataset, rows: NDArray[np.int64], seed: int, device: str) -> Array:
-    by_name = {(demo.file, demo.name): demo for demo in dataset.demos}
+    numbers = _numbers(dataset)
     per_camera = []
     for camera, entry in cache.cameras.items():
         saved = load_encoder(None, cache.encoder_file(camera))
@@ -279,7 +283,7 @@ def _encode_random(cache: FeatureCache, dataset: Dataset, rows: NDArray[np.int64
         with Progress(f"random weights {camera}", len(rows), "images") as progress:
             for i, frames in _frames_of(cache, rows):
                 demo = cache.demos[i]
-                images = dataset.frames(by_name[demo.file, demo.name], camera)[frames]
+                images = dataset.frames(numbers[demo.file, demo.name], camera)[frames]
                 parts.append(_pooled(frozen(torch.from_numpy(images)).cpu().numpy().astype(np.float64)))
                 progress.advance(len(images))
         per_camera.append(np.concatenate(parts))
