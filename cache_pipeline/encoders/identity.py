@@ -1,0 +1,86 @@
+"""What decides an encoder's feature values, as JSON, and what its features look like."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cache_pipeline.encoders.image_encoder import ImageEncoder
+from cache_pipeline.encoders.preprocess import Preprocess
+
+COLLAPSED_SPREAD = 1e-3
+
+
+def encoder_identity(
+    encoder: ImageEncoder, preprocess: Preprocess, compute: str, image_shape: tuple[int, ...]
+) -> dict[str, Any]:
+    """Everything that decides the features at the cut. Two encoders that give different features never share one.
+
+    Compare all of it but ``weights.source``, which names a file for people: ``weights.digest`` decides.
+
+    Args:
+        encoder: the encoder, cut.
+        preprocess: what comes before it.
+        compute: the precision that it computes in: ``fp32``, ``tf32``, ``bf16`` or ``fp16``.
+        image_shape: (H, W, 3) of the frames.
+    """
+    shape = preprocess.output_shape(image_shape[0], image_shape[1])
+    structure = encoder.structure()
+    return {
+        "architecture": encoder.architecture,
+        **({} if structure is None else {"structure": structure}),
+        "cut": encoder.cut,
+        "feature_shape": list(encoder.feature_shape(*shape)),
+        "weights": {"source": encoder.source, "digest": encoder.weights_digest()},
+        "preprocess": preprocess.to_json(),
+        "precision": {"compute": compute},
+    }
+
+
+class FeatureStatistics(NamedTuple):
+    """How features of N different frames are spread.
+
+    Attributes:
+        rms: root mean square of all values.
+        spread: root mean square of the deviation from the mean feature, relative to ``rms``: 0 where every frame
+            gives the same feature, about 0.1–0.5 for useful encoders.
+        constant: share of the values that are the same for all frames.
+        finite: whether no value is NaN or infinite.
+    """
+
+    rms: float
+    spread: float
+    constant: float
+    finite: bool
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the features cannot tell frames apart: a spread below ``COLLAPSED_SPREAD``, or not finite."""
+        return not self.finite or self.spread < COLLAPSED_SPREAD
+
+
+def feature_statistics(features: Tensor) -> FeatureStatistics:
+    """Statistics of features (N, …) of N different frames. The spread of a single frame counts as 1."""
+    flat = features.detach().flatten(1).double()
+    if not bool(torch.isfinite(flat).all()):
+        return FeatureStatistics(float("nan"), float("nan"), float("nan"), False)
+    rms = float(flat.square().mean().sqrt())
+    if len(flat) < 2:
+        return FeatureStatistics(rms, 1.0, 0.0, True)
+    deviation = flat - flat.mean(0)
+    spread = float(deviation.square().mean().sqrt()) / rms if rms > 0 else 0.0
+    return FeatureStatistics(rms, spread, float((deviation.abs().amax(0) == 0).double().mean()), True)
+
+
+def collapse_warning(statistics: FeatureStatistics, camera: str) -> str | None:
+    """One line of warning for a collapsed encoder, or ``None``."""
+    if not statistics.collapsed:
+        return None
+    if not statistics.finite:
+        return f"{camera}: features are not finite; compute in fp32 (--precision fp32) or mend the weights"
+    return (
+        f"{camera}: features of different frames differ by {statistics.spread:.1e} of their size: the encoder has "
+        f"collapsed, and a policy cannot see through it; check its weights and normalisation"
+    )

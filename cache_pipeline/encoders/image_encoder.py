@@ -1,0 +1,302 @@
+"""One image encoder: a ResNet cut into trunk and head, or any network of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from cache_pipeline.encoders.cut import CUTS, check_cut, head_stages, run_stages, trunk_stages
+from cache_pipeline.encoders.factory import call_factory, structure_digest
+from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.encoders.resnet import RESNETS, ResNet, get_resnet
+from cache_pipeline.encoders.weights import state_digest
+from cache_pipeline.errors import EncoderError, available
+
+OUTPUT = "output"
+PROBE_SIDE = 224
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderSpec:
+    """Which encoder, with which weights, cut where."""
+
+    rgb_model_name: str = "resnet18"
+    weights: str = "imagenet"
+    """``imagenet`` (torchvision's IMAGENET1K_V1), ``random``, or a ``.pth`` or ``.safetensors`` file."""
+    seed: int = 0
+    """Of random weights; without effect on others."""
+    cut: str = "avgpool"
+    """``avgpool``, ``layer4``, ``layer3``, ``layer2``, ``layer1``; for a factory always its ``output``."""
+    factory: str | None = None
+    """``module:factory`` or ``file.py:factory`` in place of a ResNet; it brings its own weights."""
+    use_group_norm: bool = False
+    """GroupNorm in place of BatchNorm; for random weights."""
+
+    def __post_init__(self) -> None:
+        if self.factory is not None:
+            self._check_factory()
+            object.__setattr__(self, "cut", OUTPUT)
+            return
+        check_cut(self.cut)
+        if self.rgb_model_name not in RESNETS:
+            names = available(RESNETS, self.rgb_model_name)
+            raise EncoderError(f"there is no encoder {self.rgb_model_name!r}; {names}; any other network: --encoder")
+        if self.use_group_norm and self.weights == "imagenet":
+            raise EncoderError(
+                "GroupNorm in place of the BatchNorm of ImageNet weights would make features meaningless; "
+                "leave use_group_norm off, or start from random weights (--no-pretrained-encoder)"
+            )
+
+    def _check_factory(self) -> None:
+        if self.cut not in ("avgpool", OUTPUT):
+            raise EncoderError(
+                f"--encoder {self.factory} cannot be cut at {self.cut!r}; only ResNets have {', '.join(CUTS)}"
+            )
+        if self.use_group_norm:
+            raise EncoderError(f"use_group_norm is for ResNets; --encoder {self.factory} brings its own layers")
+        if self.weights not in ("imagenet", "factory"):
+            raise EncoderError(f"--weights {self.weights} with --encoder {self.factory}: load them in the factory")
+        object.__setattr__(self, "weights", "factory")
+
+    @property
+    def source(self) -> str:
+        """Where the weights come from, for people; it decides nothing."""
+        if self.weights == "random":
+            return f"random, seed {self.seed}"
+        if self.factory is not None:
+            return self.factory
+        return "torchvision IMAGENET1K_V1" if self.weights == "imagenet" else Path(self.weights).name
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object, for a run or beside saved weights. Not an identity: it names files."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> EncoderSpec:
+        """The inverse of ``to_json``."""
+        return cls(**value)
+
+
+class ImageEncoder(nn.Module):
+    """Images (B,3,h,w), preprocessed, to features (B,D).
+
+    Args:
+        net: a ``ResNet``, or any module from (B,3,h,w) to (B,D) or (B,D,h',w').
+        cut: where trunk and head part; for other modules than a ``ResNet`` the output.
+        source: where the weights come from, for people.
+        spec: how ``net`` can be made again; ``None`` for a ready module, which cannot be loaded from a file.
+    """
+
+    def __init__(
+        self, net: nn.Module, cut: str = "avgpool", *, source: str = "a ready module", spec: EncoderSpec | None = None
+    ):
+        super().__init__()
+        self.net = net
+        self.cut = _cut_of(net, cut)
+        self.source, self.spec = source, spec
+        self.gradient_checkpointing = False
+        self.train_batch_norm = False
+
+    @property
+    def is_resnet(self) -> bool:
+        """Whether the stages of a ResNet can be told apart."""
+        return isinstance(self.net, ResNet)
+
+    @property
+    def out_dim(self) -> int:
+        """D of the pooled feature."""
+        if isinstance(self.net, ResNet):
+            return self.net.out_dim
+        shape = _declared_shape(self.net) or (PROBE_SIDE, PROBE_SIDE)
+        return self.feature_shape(*shape)[0]
+
+    @property
+    def architecture(self) -> str:
+        """``resnet18``, …, or the class of the user's own module."""
+        if isinstance(self.net, ResNet):
+            return self.net.name + ("+groupnorm" if self.net.use_group_norm else "")
+        return type(self.net).__qualname__
+
+    def train(self, mode: bool = True) -> ImageEncoder:
+        """As in ``torch.nn.Module``, but what is frozen stays in eval; and so does all BatchNorm, unless
+        ``train_batch_norm`` is set: statistics of small batches of near-equal frames would spoil the pretrained ones.
+        """
+        super().train(mode)
+        if mode:
+            keep_frozen_in_eval(self.net, self.train_batch_norm)
+        return self
+
+    def trunk(self, x: Tensor) -> Tensor:
+        """Images (B,3,h,w) to the feature at the cut: (B,D) or a map (B,D,h',w')."""
+        if self.training:
+            keep_frozen_in_eval(self.net, self.train_batch_norm)
+        if not isinstance(self.net, ResNet):
+            return _checked(self.net(x), len(x), self.net)
+        x = run_stages(self.net, x, trunk_stages(self.cut), self.gradient_checkpointing)
+        return self.pool(x) if self.cut == "avgpool" else x
+
+    def head_map(self, features: Tensor) -> Tensor:
+        """The feature at the cut to the encoder's last output before pooling."""
+        if not isinstance(self.net, ResNet):
+            return features
+        return run_stages(self.net, features, head_stages(self.cut), self.gradient_checkpointing)
+
+    def head(self, features: Tensor) -> Tensor:
+        """The feature at the cut to the pooled feature (B,D)."""
+        return self.pool(self.head_map(features))
+
+    def pool(self, features: Tensor) -> Tensor:
+        """The mean over a map's places; pooled features as they are."""
+        return features.mean((2, 3)) if features.dim() == 4 else features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (B,3,h,w) to features (B,D)."""
+        return self.head(self.trunk(x))
+
+    def feature_shape(self, height: int, width: int) -> tuple[int, ...]:
+        """Shape at the cut, (D,) or (D,h',w'), for preprocessed images of this size; found by one forward pass.
+
+        Raises:
+            EncoderError: the network does not take images of this size.
+        """
+        return self._probe(self.trunk, height, width)
+
+    def head_shape(self, height: int, width: int, *, pooled: bool) -> tuple[int, ...]:
+        """Shape above the head: (D,) if ``pooled``, else that of the map that pooling takes."""
+        return self._probe(lambda x: (self.head if pooled else self.head_map)(self.trunk(x)), height, width)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Keeps only the blocks' inputs for the backward pass; the rest is computed again there.
+
+        Raises:
+            EncoderError: BatchNorm statistics are trained, which would count each batch twice; or the user's own module
+                has no ``set_grad_checkpointing``.
+        """
+        if self.train_batch_norm:
+            raise EncoderError("gradient checkpointing runs BatchNorm twice a step; leave train_batch_norm off with it")
+        if self.is_resnet:
+            self.gradient_checkpointing = True
+        elif hasattr(self.net, "set_grad_checkpointing"):
+            cast(Any, self.net).set_grad_checkpointing()
+        else:
+            raise EncoderError(
+                f"{self.architecture} has no set_grad_checkpointing(), so gradient checkpointing is not to be had"
+            )
+
+    def _probe(self, function: Callable[[Tensor], Tensor], height: int, width: int) -> tuple[int, ...]:
+        reference = next(self.parameters(), torch.empty(0))
+        images = torch.zeros(1, 3, height, width, device=reference.device, dtype=reference.dtype)
+        training = [module for module in self.modules() if module.training]
+        try:
+            self.eval()
+            with torch.no_grad():
+                return tuple(function(images).shape[1:])
+        except (RuntimeError, AssertionError) as error:
+            raise EncoderError(
+                f"{self.architecture} does not take images of {height}×{width} pixels "
+                f"({str(error).splitlines()[0]}); give a size that it takes with --resize-shape H,W"
+            ) from error
+        finally:
+            for module in training:
+                module.training = True
+
+    def trunk_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters below the cut: those that decide what is cached."""
+        above = tuple(f"net.{stage}." for stage in head_stages(self.cut)) if self.is_resnet else ()
+        return ((name, p) for name, p in self.named_parameters() if not name.startswith(above))
+
+    def head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters above the cut: those that can be trained on cached features."""
+        below = {name for name, _ in self.trunk_parameters()}
+        return ((name, p) for name, p in self.named_parameters() if name not in below)
+
+    def weights_digest(self) -> str:
+        """Digest of all weights and BatchNorm statistics, whatever file they came from."""
+        return state_digest(self.state_dict())
+
+    def structure(self) -> str | None:
+        """Digest of what a module of the user's own computes apart from its weights; ``None`` for a ResNet."""
+        return None if self.is_resnet else structure_digest(self.net)
+
+
+def keep_frozen_in_eval(module: nn.Module, train_batch_norm: bool) -> None:
+    """Puts every submodule without trainable parameters of its own or below it into eval; layers without any go with
+    the module they are in. BatchNorm goes into eval unless ``train_batch_norm``.
+    """
+    parameters = list(module.parameters())
+    frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
+    if frozen or (isinstance(module, nn.modules.batchnorm._BatchNorm) and not train_batch_norm):
+        module.eval()
+        return
+    for child in module.children():
+        keep_frozen_in_eval(child, train_batch_norm)
+
+
+def _cut_of(net: nn.Module, cut: str) -> str:
+    if isinstance(net, ResNet):
+        check_cut(cut)
+        return cut
+    if cut not in ("avgpool", OUTPUT):
+        raise EncoderError(f"{type(net).__name__} cannot be cut at {cut!r}; only ResNets have {', '.join(CUTS)}")
+    return OUTPUT
+
+
+def _checked(features: Any, count: int, net: nn.Module) -> Tensor:
+    if not isinstance(features, Tensor) or features.dim() not in (2, 4) or len(features) != count:
+        what = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise EncoderError(
+            f"the encoder {type(net).__name__} gave {what} for {count} images; it must give (B,D) or (B,D,h,w)"
+        )
+    return features
+
+
+def _declared_shape(net: nn.Module) -> tuple[int, int] | None:
+    return cast("tuple[int, int] | None", getattr(net, "preprocess_resize_shape", None))
+
+
+def build_encoder(spec: EncoderSpec) -> ImageEncoder:
+    """Builds the encoder of a spec, in eval mode, without touching torch's global generator.
+
+    Raises:
+        EncoderError: the weights or the factory cannot be had, or do not fit.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        if spec.factory is not None:
+            encoder = ImageEncoder(call_factory(spec.factory), spec.cut, source=spec.source, spec=spec)
+        else:
+            weights = None if spec.weights == "random" else spec.weights
+            net = get_resnet(spec.rgb_model_name, weights, use_group_norm=spec.use_group_norm)
+            encoder = ImageEncoder(net, spec.cut, source=spec.source, spec=spec)
+    return encoder.eval()
+
+
+def make_preprocess(
+    encoder: ImageEncoder,
+    *,
+    resize_shape: tuple[int, int] | None = None,
+    crop_shape: tuple[int, int] | None = None,
+    imagenet_norm: bool | None = None,
+) -> Preprocess:
+    """The preprocessing that an encoder wants.
+
+    A module of the user's own declares it by the attributes ``preprocess_mean`` and ``preprocess_std`` (RGB, pixels on
+    0–1) and ``preprocess_resize_shape`` (H, W). ImageNet normalisation is on unless weights are random.
+
+    Args:
+        encoder: the encoder.
+        resize_shape, crop_shape: (H, W) in pixels; a resize given here wins over a declared one.
+        imagenet_norm: on or off, over what the encoder declares; ``None`` to go by the encoder.
+    """
+    resize_shape = resize_shape or _declared_shape(encoder.net)
+    if imagenet_norm is None:
+        mean, std = (getattr(encoder.net, f"preprocess_{name}", None) for name in ("mean", "std"))
+        if mean is not None or std is not None:
+            return Preprocess(resize_shape, crop_shape, False, mean, std)
+        imagenet_norm = encoder.spec is None or encoder.spec.weights != "random"
+    return Preprocess(resize_shape, crop_shape, imagenet_norm)

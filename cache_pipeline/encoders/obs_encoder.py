@@ -1,0 +1,357 @@
+"""The guide's observation encoder: an image encoder per camera, low-dim obs beside them, and a small projection."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder, make_preprocess
+from cache_pipeline.encoders.obs import camera_frames, feature_rows, low_dim_rows, one_lead, parse_shape_meta
+from cache_pipeline.encoders.pooling import SpatialSoftmax
+from cache_pipeline.encoders.preprocess import Preprocess, preprocess
+from cache_pipeline.encoders.resnet import as_backbone
+from cache_pipeline.encoders.views import ViewBatch
+from cache_pipeline.errors import EncoderError, available
+
+logger = logging.getLogger("cache_pipeline")
+
+Shape = tuple[int, int]
+Model = str | nn.Module | EncoderSpec
+Value = TypeVar("Value")
+PerCamera: TypeAlias = Value | Mapping[str, Value] | None
+
+
+class Projection(nn.Sequential):
+    """(B, features of all cameras + low-dim obs) to (B, emb_dim): Linear → LeakyReLU → Linear."""
+
+    def __init__(self, in_dim: int, emb_dim: int) -> None:
+        super().__init__(nn.Linear(in_dim, emb_dim), nn.LeakyReLU(), nn.Linear(emb_dim, emb_dim))
+
+
+class CameraEncoders(nn.ModuleDict):
+    """Camera → encoder. An encoder that cameras share is held, saved and counted once."""
+
+    def __init__(self, encoders: Mapping[str, ImageEncoder], shared: bool) -> None:
+        self._slots = {camera: "shared" if shared else camera for camera in encoders}
+        super().__init__({self._slots[camera]: encoder for camera, encoder in encoders.items()})
+
+    def __getitem__(self, key: str) -> ImageEncoder:
+        if key not in self._slots:
+            raise KeyError(f"there is no camera {key!r}; {available(self._slots, key)}")
+        return self._modules[self._slots[key]]  # type: ignore[return-value]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._slots)
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._slots
+
+    def distinct(self) -> list[ImageEncoder]:
+        """Every encoder once."""
+        return cast("list[ImageEncoder]", list(self._modules.values()))
+
+    def keys(self) -> Any:
+        """Cameras."""
+        return self._slots.keys()
+
+    def values(self) -> Any:
+        """An encoder for each camera."""
+        return [self[camera] for camera in self._slots]
+
+    def items(self) -> Any:
+        """Cameras with their encoders."""
+        return [(camera, self[camera]) for camera in self._slots]
+
+
+class MultiImageObsEncoder(nn.Module):
+    """Observations to (B[,T], emb_dim): an image encoder per camera, low-dim obs beside, a projection on top.
+
+    Args:
+        shape_meta: ``{'obs': {key: {'shape': …, 'type': 'rgb' | 'low_dim'}}}``; cameras, then low-dim keys, are
+            concatenated in its order.
+        rgb_model_name: a ResNet's name, a ``file.py:factory``, an ``EncoderSpec``, a ready module, or one of these for
+            each camera. A ready module comes with its weights; cameras that do not share it get copies.
+        emb_dim: width of the output.
+        pretrained: ImageNet weights, or those of ``weights``; otherwise random ones drawn from ``seed``.
+        freeze_rgb_encoder: train nothing of the encoders; see ``unfreeze_rgb_encoder``.
+        share_rgb_model: one encoder for all cameras.
+        imagenet_norm: ImageNet normalisation; ``None``: what the encoder declares, else on with pretrained weights.
+        weights: a ``.pth`` or ``.safetensors`` file in place of the ImageNet weights.
+        seed: of random weights.
+        resize_shape, crop_shape: (H, W) in pixels for all cameras, or for each.
+        random_crop: in training, crops at random, one place per window; in eval the centre.
+        use_group_norm: GroupNorm for BatchNorm; with random weights only.
+        cut: where ``features`` are taken; see ``docs/encoders.md``.
+        pooling: of the last map: the mean, or ``spatial_softmax`` (trainable, for cuts below avgpool).
+        gradient_checkpointing: trade time for memory in the backward pass through the encoders.
+        train_batch_norm: let BatchNorm statistics follow the batches where its layer is trained; ``None``: only for
+            random weights that are not frozen.
+        preprocess: one or for each camera, in place of what follows from the options above.
+
+    Attributes:
+        key_model_map: camera → ``ImageEncoder``, with torchvision's parameter names under ``net.``.
+        preprocessing: camera → ``Preprocess``.
+        feature_shapes: camera → shape of a feature at the cut.
+        projection: the trainable MLP.
+
+    Raises:
+        EncoderError: options that do not fit together, or weights that cannot be had.
+    """
+
+    def __init__(
+        self,
+        shape_meta: Mapping[str, Any],
+        rgb_model_name: Model | Mapping[str, Model] = "resnet18",
+        emb_dim: int = 256,
+        pretrained: bool = True,
+        freeze_rgb_encoder: bool = True,
+        share_rgb_model: bool = False,
+        imagenet_norm: bool | None = None,
+        *,
+        weights: str | None = None,
+        seed: int = 0,
+        resize_shape: PerCamera[Shape] = None,
+        crop_shape: PerCamera[Shape] = None,
+        random_crop: bool = False,
+        use_group_norm: bool = False,
+        cut: str = "avgpool",
+        pooling: Literal["avg", "spatial_softmax"] = "avg",
+        gradient_checkpointing: bool = False,
+        train_batch_norm: bool | None = None,
+        preprocess: PerCamera[Preprocess] = None,
+    ) -> None:
+        super().__init__()
+        self.shapes = parse_shape_meta(shape_meta)
+        cameras = list(self.shapes.cameras)
+        if weights is not None and not pretrained:
+            raise EncoderError(f"weights {weights} with pretrained=False: leave one of the two out")
+        source = (weights or "imagenet") if pretrained else "random"
+        options = {"weights": source, "seed": seed, "cut": cut, "use_group_norm": use_group_norm}
+        self.key_model_map = CameraEncoders(_build(rgb_model_name, cameras, share_rgb_model, options), share_rgb_model)
+        self.random_crop = random_crop
+        sizes, crops = (
+            _per_camera("resize_shape", resize_shape, cameras),
+            _per_camera("crop_shape", crop_shape, cameras),
+        )
+        given = _per_camera("preprocess", preprocess, cameras)
+        self.preprocessing: dict[str, Preprocess] = {
+            camera: given[camera]
+            or make_preprocess(
+                encoder, resize_shape=sizes[camera], crop_shape=crops[camera], imagenet_norm=imagenet_norm
+            )
+            for camera, encoder in self.key_model_map.items()
+        }
+        self._check_crops()
+        self.feature_shapes: dict[str, tuple[int, ...]] = {}
+        self.pooling = nn.ModuleDict()
+        widths = [self._add_camera(camera, pooling) for camera in cameras]
+        low_dim = sum(math.prod(shape) for shape in self.shapes.low_dim.values())
+        self.projection = Projection(sum(widths) + low_dim, emb_dim)
+        self.out_dim = emb_dim
+        scratch = not (pretrained or freeze_rgb_encoder)
+        self._set_training_options(gradient_checkpointing, scratch if train_batch_norm is None else train_batch_norm)
+        if freeze_rgb_encoder:
+            self.freeze_rgb_encoder()
+        self._log_start(freeze_rgb_encoder)
+
+    @classmethod
+    def from_config(cls, shape_meta: Mapping[str, Any], config: Mapping[str, Any]) -> MultiImageObsEncoder:
+        """Builds from a config with the guide's names: ``pretrained_encoder`` and ``freeze_encoder`` among them.
+
+        Raises:
+            EncoderError: a name that is no option.
+        """
+        names = {"pretrained_encoder": "pretrained", "freeze_encoder": "freeze_rgb_encoder"}
+        options = {names.get(key, key): value for key, value in config.items() if (key, value) != ("encoder", "image")}
+        known = [name for name in inspect.signature(cls).parameters if name != "shape_meta"]
+        for key in options:
+            if key not in known:
+                raise EncoderError(f"the encoder has no option {key!r}; {available([*names, *known], key)}")
+        return cls(shape_meta, **options)
+
+    def forward(self, obs: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
+        """Observations (B[,T],…) to (B[,T], emb_dim).
+
+        Args:
+            obs: for each camera images (B[,T],3,H,W) or (B[,T],H,W,3), uint8 or float on 0–1; low-dim obs (B[,T],…).
+            generator: of random crops in training.
+
+        Raises:
+            EncoderError: a missing key, or another shape, dtype or range.
+        """
+        return self.project(self.features(obs, generator=generator), obs)
+
+    def features(self, obs: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
+        """Camera → features at the cut, (B[,T],D) or (B[,T],D,h,w): what a cache holds."""
+        features = {}
+        for camera, size in self.shapes.cameras.items():
+            frames, leading = camera_frames(obs, camera, size)
+            frames = frames.to(self.device, non_blocking=True)
+            view = self._random_view(leading, generator) if self.training and self.random_crop else None
+            images = preprocess(frames, self.preprocessing[camera], view)
+            features[camera] = _split(self.key_model_map[camera].trunk(images), leading)
+        return features
+
+    def project(self, features: Mapping[str, Tensor], low_dim: Mapping[str, Tensor]) -> Tensor:
+        """Features at the cut, live or cached, and low-dim obs to (B[,T], emb_dim).
+
+        Args:
+            features: camera → (B[,T],D) or (B[,T],D,h,w), any float dtype.
+            low_dim: key → (B[,T],…); other keys are not looked at.
+        """
+        dtype = self._weight.dtype
+        parts: dict[str, Tensor] = {}
+        leads: dict[str, tuple[int, ...]] = {}
+        for camera, shape in self.feature_shapes.items():
+            rows, leads[camera] = feature_rows(features, camera, shape)
+            parts[camera] = self._pooled(camera, rows.to(self.device, dtype))
+        for key, shape in self.shapes.low_dim.items():
+            rows, leads[key] = low_dim_rows(low_dim, key, shape)
+            parts[key] = rows.to(self.device)
+        rows = torch.cat([part.to(dtype) for part in parts.values()], dim=-1)
+        return _split(self.projection(rows), one_lead(leads))
+
+    def freeze_rgb_encoder(self) -> None:
+        """Trains nothing of the encoders from now on; projection and spatial softmax stay trainable."""
+        self.key_model_map.requires_grad_(False)
+        self.train(self.training)
+
+    def unfreeze_rgb_encoder(self, layers: Sequence[str] | None = None) -> None:
+        """Trains the encoders from now on: all of them, or the named layers besides what is trained already.
+
+        The optimiser has to be told. BatchNorm statistics stay as they are; see ``train_batch_norm``.
+
+        Args:
+            layers: of a ResNet ``conv1``, ``bn1``, ``layer1`` … ``layer4``; of another module its children's names.
+
+        Raises:
+            EncoderError: an encoder has no such layer.
+        """
+        for encoder in self.key_model_map.distinct():
+            children = {name: child for name, child in encoder.net.named_children() if any(child.parameters())}
+            for layer in children if layers is None else layers:
+                if layer not in children:
+                    raise EncoderError(f"{encoder.architecture} has no layer {layer!r}; {available(children, layer)}")
+                children[layer].requires_grad_(True)
+            if layers is None:
+                encoder.requires_grad_(True)
+        self.train(self.training)
+        logger.info("unfroze %s of the RGB encoder; %s", ", ".join(layers or ["all"]), self.parameter_report())
+
+    def parameter_report(self) -> str:
+        """``Encoder: 197,888 / 11,374,400 parameters trainable (1.7%)``; shared ones count once."""
+        total = sum(p.numel() for p in self.parameters())
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        return f"Encoder: {trainable:,} / {total:,} parameters trainable ({trainable / total:.1%})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self._weight.device
+
+    @property
+    def _weight(self) -> Tensor:
+        return cast(nn.Linear, self.projection[0]).weight
+
+    def _pooled(self, camera: str, features: Tensor) -> Tensor:
+        encoder = self.key_model_map[camera]
+        if camera not in self.pooling:
+            return encoder.head(features)
+        return cast(Tensor, self.pooling[camera](encoder.head_map(features)))
+
+    def _random_view(self, leading: tuple[int, ...], generator: torch.Generator | None) -> ViewBatch:
+        device = self.device if generator is None else generator.device
+        crop = torch.rand(leading[0], 2, generator=generator, device=device)
+        return ViewBatch(crop.repeat_interleave(math.prod(leading[1:]), dim=0).to(self.device))
+
+    def _check_crops(self) -> None:
+        bare = [camera for camera, p in self.preprocessing.items() if p.crop_shape is None]
+        if self.random_crop and bare:
+            raise EncoderError(f"random_crop needs a crop_shape for {bare[0]}, such as (76, 76) for 84×84 frames")
+
+    def _add_camera(self, camera: str, pooling: str) -> int:
+        encoder, size = (
+            self.key_model_map[camera],
+            self.preprocessing[camera].output_shape(*self.shapes.cameras[camera]),
+        )
+        self.feature_shapes[camera] = encoder.feature_shape(*size)
+        if pooling == "avg":
+            return encoder.head_shape(*size, pooled=True)[0]
+        if pooling != "spatial_softmax":
+            raise EncoderError(f"there is no pooling {pooling!r}; {available(('avg', 'spatial_softmax'), pooling)}")
+        shape = encoder.head_shape(*size, pooled=False)
+        if len(shape) != 3:
+            raise EncoderError(
+                f"{camera}: spatial softmax needs feature maps, but the cut {encoder.cut} gives pooled features; "
+                f"take cut layer4 (--cut layer4)"
+            )
+        self.pooling[camera] = SpatialSoftmax((shape[0], shape[1], shape[2]))
+        return cast(SpatialSoftmax, self.pooling[camera]).out_dim
+
+    def _set_training_options(self, gradient_checkpointing: bool, train_batch_norm: bool) -> None:
+        for encoder in self.key_model_map.distinct():
+            encoder.train_batch_norm = train_batch_norm
+            if gradient_checkpointing:
+                encoder.enable_gradient_checkpointing()
+        self.train(self.training)
+
+    def _log_start(self, frozen: bool) -> None:
+        for camera, encoder in self.key_model_map.items():
+            logger.info("%s: %s, weights: %s", camera, encoder.architecture, encoder.source)
+        if frozen:
+            logger.info("froze the RGB encoder: what lies above it is trained")
+        logger.info("%s", self.parameter_report())
+
+
+def _split(rows: Tensor, leading: tuple[int, ...]) -> Tensor:
+    return rows.reshape(*leading, *rows.shape[1:])
+
+
+def _build(
+    models: Model | Mapping[str, Model], cameras: Sequence[str], shared: bool, options: Mapping[str, Any]
+) -> dict[str, ImageEncoder]:
+    if isinstance(models, Mapping):
+        if shared:
+            raise EncoderError("share_rgb_model with an encoder for each camera: give one encoder, or do not share")
+        return {
+            camera: _one(model, options) for camera, model in _per_camera("rgb_model_name", models, cameras).items()
+        }
+    if shared or not cameras:
+        encoder = _one(models, options)
+        return dict.fromkeys(cameras, encoder)
+    first = _one(models, options)
+    return {camera: first if index == 0 else copy.deepcopy(first) for index, camera in enumerate(cameras)}
+
+
+def _one(model: Any, options: Mapping[str, Any]) -> ImageEncoder:
+    if isinstance(model, ImageEncoder):
+        return model
+    if isinstance(model, EncoderSpec):
+        return build_encoder(model)
+    if isinstance(model, nn.Module):
+        return ImageEncoder(as_backbone(model), options["cut"]).eval()
+    if ":" in model:
+        return build_encoder(EncoderSpec(factory=model, cut=options["cut"]))
+    return build_encoder(EncoderSpec(rgb_model_name=model, **options))
+
+
+def _per_camera(name: str, value: Any, cameras: Sequence[str]) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(cameras, value)
+    for camera in value:
+        if camera not in cameras:
+            raise EncoderError(f"{name} is given for {camera!r}, which is no camera; {available(cameras, camera)}")
+    missing = [camera for camera in cameras if camera not in value]
+    if missing:
+        raise EncoderError(f"{name} is missing for the camera {missing[0]!r}; given for: {', '.join(value)}")
+    return dict(value)

@@ -1,0 +1,41 @@
+"""What a device computes in, and how far that is from float32."""
+
+from __future__ import annotations
+
+import torch
+
+from cache_pipeline.errors import EncoderError, available
+
+PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+AMPERE = (8, 0)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX), and torch's oneDNN makes use of it."""
+    if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        return False
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """What to compute in: ``fp32``, ``tf32``, ``bf16`` or ``fp16``.
+
+    ``auto`` takes bf16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX), fp16 on
+    older CUDA devices, fp32 elsewhere.
+
+    Raises:
+        EncoderError: unknown, or not for this device.
+    """
+    if precision not in PRECISIONS:
+        raise EncoderError(f"there is no precision {precision!r}; {available(PRECISIONS, precision)}")
+    if precision in ("tf32", "fp16") and device.type == "cpu":
+        raise EncoderError(f"--precision {precision} needs a CUDA device; on a CPU take fp32 or bf16")
+    if precision == "tf32" and torch.cuda.get_device_capability(device) < AMPERE:
+        raise EncoderError("--precision tf32 needs a CUDA device of compute capability 8.0 or more; take fp32 or fp16")
+    if precision != "auto":
+        return precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= AMPERE else "fp16"
+    return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"

@@ -1,0 +1,144 @@
+"""From frames to what the encoder takes: one function for extraction, training, fine-tuning and rollout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cache_pipeline.encoders.views import View, ViewBatch, crop_frames, jitter_colors, view_batch
+from cache_pipeline.errors import EncoderError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+RANGE_SLACK = 1e-3
+
+Shape = tuple[int, int]
+Triple = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What happens to a frame before the encoder: resize, then crop, then normalise."""
+
+    resize_shape: Shape | None = None
+    """(H, W) in pixels; bilinear with antialiasing."""
+    crop_shape: Shape | None = None
+    """(H, W) in pixels, after resizing: the centre in the clean view."""
+    imagenet_norm: bool = True
+    """Subtract ImageNet's mean and divide by its standard deviation; otherwise pixels stay 0–1."""
+    mean: Triple | None = None
+    """Own RGB mean of pixels on 0–1, in place of ImageNet's; ``imagenet_norm`` is then not looked at."""
+    std: Triple | None = None
+    """Own RGB standard deviation; given with ``mean``."""
+
+    def __post_init__(self) -> None:
+        for name in ("resize_shape", "crop_shape"):
+            object.__setattr__(self, name, _shape(name, getattr(self, name)))
+        if (self.mean is None) != (self.std is None):
+            raise EncoderError("preprocessing: mean and std are given together or not at all")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is not None and len(value) != 3:
+                raise EncoderError(f"preprocessing: {name} has {len(value)} values; give one each for red, green, blue")
+            object.__setattr__(self, name, None if value is None else tuple(float(v) for v in value))
+        if self.std is not None and min(self.std) <= 0:
+            raise EncoderError(f"preprocessing: std {self.std} must be positive")
+
+    @property
+    def normalization(self) -> tuple[Triple, Triple] | None:
+        """Mean and standard deviation that are applied, or ``None``."""
+        if self.mean is not None and self.std is not None:
+            return self.mean, self.std
+        return (IMAGENET_MEAN, IMAGENET_STD) if self.imagenet_norm else None
+
+    def output_shape(self, height: int, width: int) -> Shape:
+        """Height and width that the encoder sees for frames of this size."""
+        return self.crop_shape or self.resize_shape or (height, width)
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object: part of an encoder's identity; equal for settings of equal effect."""
+        mean, std = self.normalization or ((0.0,) * 3, (1.0,) * 3)
+        shapes = {"resize_shape": self.resize_shape, "crop_shape": self.crop_shape}
+        return {
+            **{name: None if shape is None else list(shape) for name, shape in shapes.items()},
+            "mean": list(mean),
+            "std": list(std),
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Preprocess:
+        """The inverse of ``to_json``, in effect."""
+        return cls(**value)
+
+
+def preprocess(frames: Tensor, p: Preprocess, view: View | None = None) -> Tensor:
+    """Frames to the encoder's input.
+
+    Args:
+        frames: (B,H,W,3) uint8, or float on 0–1, on any device.
+        p: what to do.
+        view: the clean view; or one augmentation for all frames, or one for each.
+
+    Returns:
+        (B,3,h,w) float32, normalised, in channels-last memory format.
+
+    Raises:
+        EncoderError: wrong shape or dtype, float pixels beyond 0–1, or a crop larger than the frame.
+    """
+    images = augment(frames, p, view)
+    if p.normalization is None:
+        return images
+    mean, std = (images.new_tensor(value)[:, None, None] for value in p.normalization)
+    return torch.addcmul(-mean / std, images, 1 / std)
+
+
+def augment(frames: Tensor, p: Preprocess, view: View | None = None) -> Tensor:
+    """``preprocess`` without the normalisation: what the encoder sees, as pixels on 0–1, (B,3,h,w) float32."""
+    check_frames(frames)
+    batch = None if view is None else view_batch(view, len(frames), frames.device)
+    if p.resize_shape is not None and p.resize_shape != tuple(frames.shape[1:3]):
+        size = list(p.resize_shape)
+        images = functional.interpolate(_pixels(frames), size, mode="bilinear", antialias=True, align_corners=False)
+        frames = images.permute(0, 2, 3, 1)
+    if p.crop_shape is not None:
+        frames = crop_frames(frames, p.crop_shape, batch)
+    return _color(_pixels(frames), batch)
+
+
+def _color(images: Tensor, batch: ViewBatch | None) -> Tensor:
+    return images if batch is None or batch.color is None else jitter_colors(images, batch.color)
+
+
+def _pixels(frames: Tensor) -> Tensor:
+    images = frames.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last)
+    return images.float().div_(255) if images.dtype == torch.uint8 else images.float()
+
+
+def check_frames(frames: Tensor) -> None:
+    """Raises ``EncoderError`` unless frames are (B,H,W,3), uint8 or float on 0–1."""
+    if frames.dim() != 4 or frames.shape[-1] != 3:
+        raise EncoderError(f"frames have the shape {tuple(frames.shape)}; RGB frames (B,H,W,3) are needed")
+    if frames.dtype == torch.uint8 or not len(frames):
+        return
+    if not frames.is_floating_point():
+        raise EncoderError(f"frames are {frames.dtype}; give uint8 (0–255) or float on 0–1")
+    low, high = (float(value) for value in frames.aminmax())
+    if not (low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK):
+        raise EncoderError(
+            f"float frames range from {low:.4g} to {high:.4g}, but float pixels lie on 0–1; "
+            f"give 0–255 as uint8 or divide by 255, and leave normalisation to the encoder"
+        )
+
+
+def _shape(name: str, value: Any) -> Shape | None:
+    if value is None:
+        return None
+    pair = tuple(value) if isinstance(value, tuple | list) else (value,)
+    if len(pair) != 2 or not all(isinstance(side, int) and side > 0 for side in pair):
+        raise EncoderError(f"preprocessing: {name} is {value!r}; give two positive numbers of pixels, height and width")
+    return pair[0], pair[1]

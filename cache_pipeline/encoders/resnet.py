@@ -1,0 +1,94 @@
+"""torchvision ResNets without their classifier, as backbones of image encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
+from torchvision.models.resnet import ResNet as TorchvisionResNet
+
+from cache_pipeline.errors import EncoderError, available
+
+RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
+    "resnet18": (BasicBlock, (2, 2, 2, 2)),
+    "resnet34": (BasicBlock, (3, 4, 6, 3)),
+    "resnet50": (Bottleneck, (3, 4, 6, 3)),
+}
+CHANNELS_PER_GROUP = 16
+
+
+class ResNet(TorchvisionResNet):
+    """torchvision's ResNet with ``fc = Identity()``: images (B,3,H,W) to features (B, 512 or 2048).
+
+    ``load_state_dict`` takes the state of a whole torchvision ResNet: its classifier ``fc.*`` is left out.
+    """
+
+    def __init__(self, name: str, use_group_norm: bool = False) -> None:
+        block, layers = RESNETS[name]
+        super().__init__(block, list(layers), norm_layer=group_norm if use_group_norm else None)
+        self.name, self.use_group_norm = name, use_group_norm
+        self.out_dim = 512 * block.expansion
+        self.fc = nn.Identity()
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """Loads a state dict, with or without a classifier; otherwise as in ``torch.nn.Module``."""
+        backbone = {name: value for name, value in state_dict.items() if not name.startswith("fc.")}
+        return super().load_state_dict(backbone, strict=strict, assign=assign)
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """GroupNorm with 16 channels in a group, as diffusion_policy and robomimic put in place of BatchNorm."""
+    return nn.GroupNorm(channels // CHANNELS_PER_GROUP, channels)
+
+
+def get_resnet(name: str, weights: str | Path | None = None, *, use_group_norm: bool = False) -> ResNet:
+    """Makes a ResNet whose output is the pooled feature.
+
+    Args:
+        name: ``resnet18``, ``resnet34`` or ``resnet50``.
+        weights: ``None`` (random, from torch's global generator), ``"IMAGENET1K_V1"`` (also ``"imagenet"``),
+            or a ``.pth`` or ``.safetensors`` file.
+        use_group_norm: GroupNorm in place of BatchNorm; refused with weights that were trained with BatchNorm.
+
+    Raises:
+        EncoderError: unknown name, or the weights cannot be had or do not fit.
+    """
+    from cache_pipeline.encoders.weights import imagenet_state, load_backbone, read_weights
+
+    if name not in RESNETS:
+        raise EncoderError(
+            f"there is no ResNet named {name!r}; {available(RESNETS, name)}; any other network: --encoder"
+        )
+    resnet = ResNet(name, use_group_norm)
+    if weights is None:
+        return resnet
+    if str(weights) in ("IMAGENET1K_V1", "imagenet"):
+        load_backbone(resnet, name, imagenet_state(name), f"torchvision's {name} weights")
+    else:
+        load_backbone(resnet, name, read_weights(weights), str(weights))
+    return resnet
+
+
+def backbone_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the parameters of a ResNet without its classifier."""
+    with torch.device("meta"):
+        return {key: tuple(value.shape) for key, value in ResNet(name).named_parameters()}
+
+
+def as_backbone(module: nn.Module) -> nn.Module:
+    """A ready module as a backbone: torchvision's own ResNets become ``ResNet`` and can be cut, others stay."""
+    if type(module) is not TorchvisionResNet:
+        return module
+    shapes = {key: tuple(value.shape) for key, value in module.named_parameters() if not key.startswith("fc.")}
+    for name in RESNETS:
+        if backbone_shapes(name) == shapes:
+            resnet = ResNet(name)
+            resnet.load_state_dict(module.state_dict())
+            return resnet
+    raise EncoderError(
+        f"only {', '.join(RESNETS)} of torchvision's ResNets are known; set fc = Identity() and wrap the module"
+    )

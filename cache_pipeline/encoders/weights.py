@@ -1,0 +1,165 @@
+"""Weights of encoders: where they come from, what fits, and their digest. No file is ever unpickled beyond tensors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from cache_pipeline.errors import EncoderError
+from cache_pipeline.files import DIGEST_BYTES
+
+if TYPE_CHECKING:
+    from cache_pipeline.encoders.resnet import ResNet
+
+STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "encoder", "backbone")
+COUNTER = "num_batches_tracked"
+
+
+def imagenet_state(name: str) -> dict[str, Tensor]:
+    """torchvision's IMAGENET1K_V1 weights of a ResNet, downloaded once into torch's hub folder.
+
+    Raises:
+        EncoderError: they cannot be downloaded; the message names the ways out.
+    """
+    from torchvision.models import get_model_weights
+
+    url = get_model_weights(name)["IMAGENET1K_V1"].url
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    try:
+        return torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError) as error:
+        file = os.path.basename(url)
+        raise EncoderError(
+            f"cannot get torchvision's {name} weights from {url} ({_first_line(error)}); give them by --weights FILE, "
+            f"or place {file} in {folder}, or start from random weights with --no-pretrained-encoder --seed N"
+        ) from error
+
+
+def read_weights(path: str | Path) -> dict[str, Tensor]:
+    """Reads the tensors of a ``.safetensors`` or torch (``.pth``, ``.pt``, …) file; torch files as ``weights_only``.
+
+    A state dict nested in a checkpoint under one of ``STATE_KEYS`` is found.
+
+    Raises:
+        EncoderError: no such file, not such a file, or no tensors in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise EncoderError(f"there is no weights file {path}; give a .pth or .safetensors file with --weights FILE")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        raise EncoderError(
+            f"cannot read weights from {path} ({_first_line(error)}); "
+            f"a plain state dict saved with torch.save or as .safetensors is needed"
+        ) from error
+    return _find_state(loaded, path)
+
+
+def _find_state(value: Any, path: Path) -> dict[str, Tensor]:
+    if isinstance(value, Mapping):
+        tensors = {str(key): item for key, item in value.items() if isinstance(item, Tensor)}
+        if tensors:
+            return tensors
+        for key in STATE_KEYS:
+            if key in value:
+                return _find_state(value[key], path)
+        keys = ", ".join(map(str, list(value)[:8])) or "nothing"
+    else:
+        keys = f"a {type(value).__name__}"
+    raise EncoderError(f"{path} holds no state dict but {keys}; save model.state_dict() and give that file")
+
+
+def strip_prefix(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    """Takes the ResNet out of a state dict in which its names have a prefix, such as ``module.`` or ``backbone.``.
+
+    Raises:
+        EncoderError: no ResNet, or several, are in the state dict.
+    """
+    marks = ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight")
+    ends = (name.removesuffix(marks[0]) for name in state if name.endswith(marks[0]))
+    prefixes = [prefix for prefix in ends if all(prefix + mark in state for mark in marks)]
+    if len(prefixes) != 1:
+        found = ", ".join(prefixes) if prefixes else ", ".join(list(state)[:6])
+        what = "several ResNets, under the prefixes" if prefixes else "no ResNet; its tensors are named"
+        raise EncoderError(f"{source} holds {what} {found}; save the state dict of the one wanted and give that file")
+    (prefix,) = prefixes
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def load_backbone(resnet: ResNet, name: str, state: Mapping[str, Tensor], source: str) -> None:
+    """Loads weights into ``resnet`` as float32.
+
+    Args:
+        resnet: the network, which may have GroupNorm.
+        name: its architecture, for messages.
+        state: a ResNet's state dict; prefixes and a classifier are left out.
+        source: where it comes from, for messages.
+
+    Raises:
+        EncoderError: names or shapes do not fit (the message names the architecture that would), values are not
+            finite, or BatchNorm weights are to go into a network with GroupNorm.
+    """
+    state = {key: value for key, value in strip_prefix(state, source).items() if not key.startswith("fc.")}
+    wanted = resnet.state_dict()
+    if "bn1.running_mean" in state and "bn1.running_mean" not in wanted:
+        raise EncoderError(
+            f"{source} was trained with BatchNorm: its weights give other features under GroupNorm; "
+            f"leave use_group_norm off, or start from random weights (--no-pretrained-encoder)"
+        )
+    shapes = {key: tuple(value.shape) for key, value in state.items() if not key.endswith(COUNTER)}
+    if shapes != {key: tuple(value.shape) for key, value in wanted.items() if not key.endswith(COUNTER)}:
+        raise EncoderError(_misfit(name, shapes, {key: tuple(value.shape) for key, value in wanted.items()}, source))
+    broken = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if broken:
+        raise EncoderError(f"{source} holds values that are not finite in {broken[0]} ({len(broken)} tensors in all)")
+    counters = {key: value for key, value in wanted.items() if key.endswith(COUNTER)}
+    resnet.load_state_dict({**counters, **state})
+
+
+def _misfit(name: str, shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], source: str) -> str:
+    from cache_pipeline.encoders.resnet import RESNETS, backbone_shapes
+
+    fitting = [other for other in RESNETS if backbone_shapes(other).items() <= shapes.items() and other != name]
+    if fitting:
+        return f"{source} holds the weights of a {fitting[0]}, not of a {name}; use --rgb-model-name {fitting[0]}"
+    missing = sorted(key for key in wanted if key not in shapes and not key.endswith(COUNTER))
+    extra = sorted(key for key in shapes if key not in wanted)
+    other_shape = sorted(key for key in shapes if key in wanted and shapes[key] != wanted[key])
+    facts = [
+        f"{len(keys)} {what} ({keys[0]})"
+        for keys, what in ((missing, "missing"), (extra, "unknown"), (other_shape, "of another shape"))
+        if keys
+    ]
+    return f"{source} does not fit a {name} or any of {', '.join(RESNETS)}: tensors {', '.join(facts)}"
+
+
+def state_digest(state: Mapping[str, Tensor]) -> str:
+    """Digest of names, kinds, shapes and values, the same for a state kept in float16 and its float32 copy.
+
+    BatchNorm statistics count, its batch counter does not. Independent of device, order and file.
+    """
+    hasher = hashlib.blake2b(digest_size=DIGEST_BYTES)
+    for name in sorted(state):
+        if name.endswith(COUNTER):
+            continue
+        value = state[name].detach().cpu()
+        value = value.float() if value.is_floating_point() else value
+        hasher.update(f"{name}:{value.dtype}:{tuple(value.shape)};".encode())
+        hasher.update(value.contiguous().numpy().tobytes())
+    return hasher.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
