@@ -70,9 +70,9 @@ def make_dataset(
                 for key, width in low_dim.items():
                     obs[key] = demo_low_dim(key, point[rows], goal, width)
                 for number, (camera, shape) in enumerate(cameras.items()):
-                    chunks = None if compression is None else (min(chunk_frames, max(length, 1)), *shape)
                     images = demo_images(point[rows], goal, shape, number)
-                    obs.create_dataset(camera, data=images, chunks=chunks, compression=compression)
+                    layout = {"chunks": (min(chunk_frames, length), *shape), "compression": compression}
+                    obs.create_dataset(camera, data=images, **(layout if compression and length else {}))
         for key, members in masks.items():
             file[f"mask/{key}"] = np.array([name.encode() for name in members], dtype="S12")
     return Path(path)

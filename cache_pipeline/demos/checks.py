@@ -145,7 +145,7 @@ def content_problems(file: h5py.File, demos: Iterable[DemoInfo], wanted: Wanted)
     for demo in demos:
         for path in ("actions", "rewards", "dones", *(f"obs/{key}" for key in wanted.low_dim)):
             info = demo.arrays.get(path)
-            if info is None or info.dtype.kind not in "fiub" or not info.shape:
+            if info is None or info.dtype.kind not in "fiub" or not info.shape or not info.written:
                 continue
             try:
                 values = read_numbers(file, demo.name, path)

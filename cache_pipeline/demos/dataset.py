@@ -32,7 +32,7 @@ from cache_pipeline.demos.checks import (
     unused_images,
 )
 from cache_pipeline.demos.frames import INFLATE_THREADS, read_frames
-from cache_pipeline.demos.hdf5 import READ_ERRORS, DemoInfo, FileInfo, open_file, scan_file
+from cache_pipeline.demos.hdf5 import READ_ERRORS, DemoInfo, FileInfo, damage_told, open_file, scan_file
 from cache_pipeline.errors import DatasetError, available
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -146,17 +146,24 @@ class Dataset:
         """
         file, name, length = self.demos[demo]
         handle = self._handles.file(file)
-        rows = {"actions": read_numbers(handle, name, "actions")}
-        for key in ("rewards", "dones"):
-            there = key in handle[f"data/{name}"]
-            rows[key] = read_numbers(handle, name, key) if there else np.full(length, np.nan, np.float32)
-        for key, shape in self.low_dim.items():
-            rows[f"low_dim/{key}"] = read_numbers(handle, name, f"obs/{key}").reshape(length, *shape)
+        with damage_told(self.files[file].path, f"the actions and low-dim obs of {name}"):
+            rows = {"actions": read_numbers(handle, name, "actions")}
+            for key in ("rewards", "dones"):
+                there = key in handle[f"data/{name}"]
+                rows[key] = read_numbers(handle, name, key) if there else np.full(length, np.nan, np.float32)
+            for key, shape in self.low_dim.items():
+                rows[f"low_dim/{key}"] = read_numbers(handle, name, f"obs/{key}").reshape(length, *shape)
         return rows
 
     def close(self) -> None:
         """Closes this process's handles; they open again when needed."""
         self._handles.close()
+
+    def __enter__(self) -> Dataset:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_handles"}

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +130,18 @@ def _size_told(path: Path, error: OSError) -> str:
     return f"{path.stat().st_size} bytes" + (f" of {expected[1]}" if expected else "")
 
 
+@contextmanager
+def damage_told(path: Path, what: str = "its structure") -> Iterator[None]:
+    """Turns what h5py raises for damaged bytes into a ``DatasetError``."""
+    try:
+        yield
+    except DatasetError:
+        raise
+    except READ_ERRORS as error:
+        told = " ".join(str(error).split())
+        raise DatasetError(f"{path} is damaged, {what} cannot be read ({told}); copy or download it again") from error
+
+
 def scan_file(path: str | Path) -> FileInfo:
     """Reads names, shapes, types, filter keys and attributes; no array content.
 
@@ -137,7 +151,7 @@ def scan_file(path: str | Path) -> FileInfo:
     path = Path(path).expanduser()
     problems: list[str] = []
     notes: list[str] = []
-    with open_file(path) as file:
+    with open_file(path) as file, damage_told(path):
         stat = path.stat()
         if not isinstance(_get(file, "data"), h5py.Group):
             there = ", ".join(list(file)[:8]) or "nothing"
@@ -197,9 +211,9 @@ def _scan_array(item: h5py.Dataset) -> ArrayInfo:
     shape, chunks = tuple(item.shape or ()), item.chunks
     stored = item.id.get_storage_size()
     if chunks is None:
-        written = stored > 0 or item.size == 0 or item.external is not None
+        written = item.external is not None or stored == int(np.prod(shape, dtype=object)) * item.dtype.itemsize
     else:
-        expected = np.prod([-(-n // c) for n, c in zip(shape, chunks, strict=True)], dtype=np.int64)
+        expected = np.prod([-(-n // c) for n, c in zip(shape, chunks, strict=True)], dtype=object)
         written = item.is_virtual or item.id.get_num_chunks() == expected
     return ArrayInfo(shape, item.dtype, chunks, compression, stored, bool(written))
 

@@ -199,7 +199,7 @@ def _action_summary(info: FileInfo) -> ActionSummary | None:
     with open_file(info.path) as file:
         for demo in info.demos:
             actions = demo.arrays.get("actions")
-            if actions is None or len(actions.shape) != 2 or actions.dtype.kind not in "fiu":
+            if actions is None or not actions.written or len(actions.shape) != 2 or actions.dtype.kind not in "fiu":
                 continue
             try:
                 values = checks.read_numbers(file, demo.name, "actions")

@@ -1,0 +1,209 @@
+"""What ``Dataset`` gives for sound files, in any process and thread."""
+
+import multiprocessing
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+
+import h5py
+import numpy as np
+import pytest
+from fakes import make_dataset
+
+from cache_pipeline.demos.dataset import Dataset, Demo
+from cache_pipeline.errors import DatasetError
+
+CAMERA, EYE = "agentview_image", "robot0_eye_in_hand_image"
+
+
+def stored(path, key):
+    with h5py.File(path) as file:
+        return file[key][()]
+
+
+def test_demos_are_in_numeric_order_with_gaps(tmp_path):
+    path = make_dataset(tmp_path / "gaps.hdf5", names=["demo_10", "demo_2", "demo_103"])
+    assert Dataset.open(path).demos == (Demo(0, "demo_2", 5), Demo(0, "demo_10", 7), Demo(0, "demo_103", 9))
+
+
+def test_cameras_are_found_by_type_and_shape_and_may_differ_in_size(tmp_path):
+    path = make_dataset(tmp_path / "lift.hdf5", cameras={"front": (24, 32, 3), "wrist_rgb": (16, 16, 3)})
+    with h5py.File(path, "r+") as file:
+        for name, demo in file["data"].items():
+            length = len(demo["actions"])
+            file[f"data/{name}/obs/front_depth"] = np.zeros((length, 24, 32, 1), np.float32)
+            file[f"data/{name}/obs/masks"] = np.zeros((length, 24, 32, 1), np.uint8)
+    assert Dataset.open(path).cameras == {"front": (24, 32, 3), "wrist_rgb": (16, 16, 3)}
+
+
+def test_cameras_and_keys_come_in_the_order_asked(tmp_path):
+    dataset = Dataset.open(
+        make_dataset(tmp_path / "lift.hdf5"), cameras=[EYE, CAMERA], low_dim_keys=["object", "robot0_eef_pos"]
+    )
+    assert list(dataset.cameras) == [EYE, CAMERA]
+    assert dataset.low_dim == {"object": (4,), "robot0_eef_pos": (3,)}
+
+
+@pytest.mark.parametrize(
+    ("there", "cameras", "expected"),
+    [
+        (
+            ("robot0_gripper_qpos", "robot0_joint_pos", "robot0_eef_pos", "object"),
+            None,
+            "robot0_eef_pos robot0_gripper_qpos",
+        ),
+        (("robot0_eef_pos", "object"), (), "robot0_eef_pos object"),
+        (("joints", "object", "force"), None, "force joints"),
+        (("joints", "object"), (), "joints object"),
+        (("object",), None, ""),
+    ],
+)
+def test_default_low_dim_keys_are_proprioception_and_object_only_without_cameras(tmp_path, there, cameras, expected):
+    path = make_dataset(tmp_path / "lift.hdf5", low_dim=dict.fromkeys(there, 2))
+    assert list(Dataset.open(path, cameras=cameras).low_dim) == expected.split()
+
+
+@pytest.mark.parametrize("compression", ["gzip", "lzf", None])
+def test_frames_are_the_stored_ones(tmp_path, compression):
+    path = make_dataset(tmp_path / "lift.hdf5", compression=compression)
+    dataset = Dataset.open(path)
+    for number, demo in enumerate(dataset.demos):
+        for camera in dataset.cameras:
+            expected = stored(path, f"data/{demo.name}/obs/{camera}")
+            np.testing.assert_array_equal(dataset.frames(number, camera), expected)
+            np.testing.assert_array_equal(dataset.frames(number, camera, 3, 5), expected[3:5])
+
+
+def test_frames_outside_the_demo_are_an_index_error_and_an_unknown_camera_ours(tmp_path):
+    dataset = Dataset.open(make_dataset(tmp_path / "lift.hdf5"), cameras=[CAMERA])
+    for start, stop in ((0, 8), (-1, 2), (3, 2)):
+        with pytest.raises(IndexError):
+            dataset.frames(0, CAMERA, start, stop)
+    with pytest.raises(DatasetError, match=f"available: {CAMERA}"):
+        dataset.frames(0, EYE)
+
+
+def test_rows_are_the_stored_ones_as_float32(tmp_path):
+    path = make_dataset(tmp_path / "lift.hdf5")
+    rows = Dataset.open(path).rows(1)
+    assert {name: (values.shape, values.dtype) for name, values in rows.items()} == {
+        "actions": ((5, 7), np.float32),
+        "rewards": ((5,), np.float32),
+        "dones": ((5,), np.float32),
+        "low_dim/robot0_eef_pos": ((5, 3), np.float32),
+        "low_dim/robot0_gripper_qpos": ((5, 2), np.float32),
+    }
+    np.testing.assert_array_equal(rows["actions"], stored(path, "data/demo_1/actions").astype(np.float32))
+    np.testing.assert_array_equal(rows["dones"], [0, 0, 0, 0, 1])
+
+
+def test_a_number_per_step_is_read_as_a_row_of_width_one(tmp_path):
+    path = make_dataset(tmp_path / "lift.hdf5")
+    with h5py.File(path, "r+") as file:
+        for demo in file["data"].values():
+            demo["obs/phase"] = np.arange(len(demo["actions"]))
+    dataset = Dataset.open(path, low_dim_keys=["phase"])
+    assert dataset.low_dim == {"phase": (1,)}
+    assert dataset.rows(1)["low_dim/phase"].tolist() == [[0], [1], [2], [3], [4]]
+
+
+def test_rewards_that_are_not_there_are_nan_and_never_zeros(tmp_path):
+    path = make_dataset(tmp_path / "lift.hdf5")
+    with h5py.File(path, "r+") as file:
+        del file["data/demo_1/rewards"]
+    dataset = Dataset.open(path)
+    assert np.isnan(dataset.rows(1)["rewards"]).all()
+    assert dataset.rows(1)["rewards"].shape == (5,)
+    assert np.isfinite(dataset.rows(0)["rewards"]).all()
+
+
+def test_a_filter_key_chooses_demos_and_masks_keep_only_whole_keys(tmp_path):
+    masks = {"train": ["demo_0", "demo_1"], "valid": ["demo_2"], "gone": ["demo_1", "demo_7"], "none": []}
+    path = make_dataset(tmp_path / "lift.hdf5", masks=masks)
+    assert Dataset.open(path).masks == {"train": (0, 1), "valid": (2,)}
+    dataset = Dataset.open(path, filter_key="valid")
+    assert [demo.name for demo in dataset.demos] == ["demo_2"]
+    assert dataset.masks == {"valid": (0,)}
+
+
+def test_env_args_and_total_may_be_absent(tmp_path):
+    path = make_dataset(tmp_path / "bare.hdf5", env_args=None, total=False)
+    dataset = Dataset.open(path)
+    assert dataset.env_args is None
+    assert dataset.render_flags is None
+
+
+def test_env_args_and_render_flags_are_read(tmp_path):
+    path = make_dataset(tmp_path / "lift.hdf5", render_flags={"shadow": False})
+    dataset = Dataset.open(path)
+    assert dataset.env_args["env_name"] == "Lift"
+    assert dataset.render_flags == {"shadow": False}
+
+
+def test_several_files_are_one_list_of_demos_file_by_file(tmp_path):
+    first = make_dataset(tmp_path / "a.hdf5", lengths=(4, 3))
+    second = make_dataset(
+        tmp_path / "b.hdf5", lengths=(6,), seed=1, masks={"train": ["demo_0"]}, env_args={"env_name": "Can"}
+    )
+    dataset = Dataset.open([first, second])
+    assert dataset.demos == (Demo(0, "demo_0", 4), Demo(0, "demo_1", 3), Demo(1, "demo_0", 6))
+    assert dataset.steps == 13
+    assert dataset.masks == {"train": (0, 2)}
+    assert dataset.env_args is None
+    np.testing.assert_array_equal(dataset.frames(2, CAMERA), stored(second, f"data/demo_0/obs/{CAMERA}"))
+
+
+def test_a_wrong_num_samples_is_overruled_by_the_actions(tmp_path):
+    path = make_dataset(tmp_path / "lift.hdf5")
+    with h5py.File(path, "r+") as file:
+        file["data/demo_0"].attrs["num_samples"] = 99
+        del file["data/demo_1"].attrs["num_samples"]
+    assert [demo.length for demo in Dataset.open(path).demos] == [7, 5, 9]
+
+
+def test_a_dataset_pickles_without_its_handles_after_it_was_read(tmp_path):
+    dataset = Dataset.open(make_dataset(tmp_path / "lift.hdf5"))
+    frames = dataset.frames(0, CAMERA)
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert copy.demos == dataset.demos
+    np.testing.assert_array_equal(copy.frames(0, CAMERA), frames)
+
+
+def read_all(dataset):
+    return [int(dataset.frames(i, CAMERA).sum()) for i in range(len(dataset.demos))]
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_a_dataset_that_was_read_reads_the_same_in_child_processes(tmp_path, method):
+    dataset = Dataset.open(make_dataset(tmp_path / "lift.hdf5"))
+    expected = read_all(dataset)
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(read_all, [dataset] * 3) == [expected] * 3
+    assert read_all(dataset) == expected
+
+
+def test_a_forked_child_uses_the_inherited_dataset_and_leaves_the_parents_alone(tmp_path):
+    dataset = Dataset.open(make_dataset(tmp_path / "lift.hdf5"))
+    expected = read_all(dataset)
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=lambda: queue.put(read_all(dataset)))
+    child.start()
+    child.join(30)
+    assert child.exitcode == 0
+    assert queue.get() == expected
+    assert read_all(dataset) == expected
+
+
+def test_threads_read_what_one_thread_reads(tmp_path):
+    dataset = Dataset.open(make_dataset(tmp_path / "lift.hdf5", lengths=(20,) * 8))
+    expected = read_all(dataset)
+    dataset.close()
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(lambda _: read_all(dataset), range(8))) == [expected] * 8
+
+
+def test_a_closed_dataset_opens_again_when_it_is_read(tmp_path):
+    dataset = Dataset.open(make_dataset(tmp_path / "lift.hdf5"))
+    expected = read_all(dataset)
+    dataset.close()
+    assert read_all(dataset) == expected

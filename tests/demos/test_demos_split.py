@@ -1,0 +1,91 @@
+"""Which demos are held out, and that the rule is said."""
+
+import pytest
+from fakes import make_dataset
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.demos.split import split_demos
+from cache_pipeline.errors import DatasetError
+
+NAMES = [f"demo_{i}" for i in range(10)]
+
+
+def test_the_files_keys_are_taken_when_all_their_demos_are_here():
+    split = split_demos(NAMES, {"train": NAMES[:8], "valid": NAMES[8:]})
+    assert split.train == tuple(range(8))
+    assert split.valid == (8, 9)
+    assert split.rule == "8 demos train and 2 are held out: the file's filter keys 'train' and 'valid'"
+
+
+@pytest.mark.parametrize(
+    "masks",
+    [
+        {},
+        {"train": NAMES},
+        {"train": [*NAMES[:8], "demo_99"], "valid": NAMES[8:]},
+        {"train": NAMES[:8], "valid": ["demo_99"]},
+        {"train": NAMES[:8], "valid": []},
+        {"train": NAMES, "valid": NAMES[8:]},
+    ],
+)
+def test_otherwise_a_tenth_is_held_out_by_seed_and_the_reason_is_said(masks):
+    split = split_demos(NAMES, masks, seed=3)
+    assert len(split.valid) == 1
+    assert "a seeded split by demo (seed 3) because" in split.rule
+    assert split == split_demos(NAMES, masks, seed=3)
+
+
+def test_seeds_hold_out_different_demos():
+    assert len({split_demos(NAMES, {}, seed=seed).valid for seed in range(20)}) > 4
+
+
+@given(count=st.integers(2, 200), seed=st.integers(0, 2**40))
+def test_a_seeded_split_covers_every_demo_once_and_holds_out_about_a_tenth(count, seed):
+    split = split_demos(range(count), {}, seed=seed)
+    assert sorted(split.train + split.valid) == list(range(count))
+    assert len(split.valid) == max(1, round(count / 10))
+    assert split.train
+
+
+def test_a_single_demo_has_no_held_out_split_and_the_log_says_so():
+    split = split_demos(["demo_0"], {})
+    assert split.train == (0,)
+    assert split.valid == ()
+    assert "single demo" in split.rule
+
+
+def test_a_datasets_own_demos_and_masks_can_be_split(tmp_path):
+    dataset = Dataset.open(make_dataset(tmp_path / "lift.hdf5"))
+    split = split_demos(range(len(dataset.demos)), dataset.masks)
+    assert (split.train, split.valid) == ((0, 1), (2,))
+
+
+def test_keys_asked_for_are_taken():
+    masks = {"train": NAMES[:8], "valid": NAMES[8:], "some": NAMES[:3], "other": NAMES[5:7]}
+    assert split_demos(NAMES, masks, filter_key="some", valid_key="other")[:2] == ((0, 1, 2), (5, 6))
+    assert split_demos(NAMES, masks, filter_key="some")[:2] == ((0, 1, 2), (8, 9))
+    assert split_demos(NAMES, masks, valid_key="other")[:2] == ((0, 1, 2, 3, 4, 7, 8, 9), (5, 6))
+
+
+def test_a_key_without_a_valid_key_beside_it_is_split_by_seed():
+    split = split_demos(NAMES, {"some": NAMES[:3], "valid": NAMES[2:]}, filter_key="some")
+    assert sorted(split.train + split.valid) == [0, 1, 2]
+    assert len(split.valid) == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"filter_key": "trian"}, "no filter key 'trian'; available: train, all .did you mean train"),
+        ({"valid_key": "gone"}, "'gone' names 2 demos that are not here .demo_77, ….; available: train, all"),
+        ({"filter_key": "empty"}, "'empty' names no demos"),
+        ({"filter_key": "train", "valid_key": "all"}, "share 8 demos .demo_0"),
+        ({"valid_key": "all"}, "leaves none to train on"),
+    ],
+)
+def test_keys_that_cannot_be_had_are_refused_with_those_that_can(options, message):
+    masks = {"train": NAMES[:8], "all": NAMES, "gone": ["demo_1", "demo_77", "demo_78"], "empty": []}
+    with pytest.raises(DatasetError, match=message):
+        split_demos(NAMES, masks, **options)
