@@ -75,10 +75,10 @@ def stage_times(stages: Mapping[str, float], title: str) -> bytes:
     return _png(figure)
 
 
-def contact_sheet(rows: Mapping[str, Sequence[NDArray[np.uint8]]], scale: int = 1) -> bytes:
-    """Frames (H, W, 3) side by side, one labelled row per name; every frame is drawn ``scale`` times its size."""
+def contact_sheet(rows: Mapping[str, Sequence[NDArray[np.uint8]]]) -> bytes:
+    """Frames (H, W, 3) side by side, one labelled row per name."""
     columns = max(len(frames) for frames in rows.values())
-    figure, axes = _axes(len(rows), columns, height=WIDTH_IN / columns * len(rows) * 1.02 * scale + 0.2)
+    figure, axes = _axes(len(rows), columns, height=(WIDTH_IN / columns + 0.2) * len(rows))
     for r, (name, frames) in enumerate(rows.items()):
         for c in range(columns):
             axis = axes[r * columns + c]
@@ -86,7 +86,6 @@ def contact_sheet(rows: Mapping[str, Sequence[NDArray[np.uint8]]], scale: int = 
             if c < len(frames):
                 axis.imshow(frames[c], interpolation="nearest")
         axes[r * columns].set_title(name, fontsize=8, loc="left", color=INK)
-    figure.subplots_adjust(wspace=0.03, hspace=0.15)
     return _png(figure)
 
 
@@ -131,7 +130,7 @@ def _axes(rows: int, columns: int, height: float) -> tuple[Figure, list[Any]]:
 
     style = {"axes.edgecolor": GRID, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK}
     with mpl.rc_context({**style, "font.size": 9, "axes.titlesize": 10}):
-        figure = Figure(figsize=(WIDTH_IN, height), dpi=DPI, layout="constrained" if rows * columns <= 8 else None)
+        figure = Figure(figsize=(WIDTH_IN, height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
         axes = list(np.atleast_1d(figure.subplots(rows, columns)).ravel())
     for axis in axes:
