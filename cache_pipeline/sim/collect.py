@@ -112,7 +112,7 @@ class CollectResult(NamedTuple):
 
 
 class RecordedDemo(NamedTuple):
-    """T steps: ``obs[t]`` and ``states[t]`` from before ``actions[t]``, ``rewards[t]`` and ``dones[t]`` from after it."""
+    """T steps: obs and states at t are from before ``actions[t]``, rewards and dones at t from after it."""
 
     obs: dict[str, NDArray]
     actions: NDArray[np.float64]

@@ -123,7 +123,10 @@ class Environment:
         return self._model_xml
 
     def restore(self, state: NDArray, model_xml: str | None = None) -> Obs:
-        """Goes to a recorded state, in the recorded model where one is given, and gives the obs there."""
+        """Goes to a recorded state, in the recorded model where one is given, and gives the obs there.
+
+        For looking: the controllers start afresh, so recorded actions played from there drift by millimetres.
+        """
         if model_xml is not None:
             self._task.reset_from_xml_string(self._task.edit_model_xml(model_xml))
             self._model_xml = model_xml

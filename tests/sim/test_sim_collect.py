@@ -1,0 +1,105 @@
+"""What collect writes, and the sample that it wrote; no simulator needed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from cache_pipeline.errors import ConfigError
+from cache_pipeline.sim.collect import LOW_DIM_KEYS, CollectConfig, RecordedDemo, collect, write_demo, write_masks
+
+SAMPLE = Path(__file__).parents[2] / "data" / "lift_sample.hdf5"
+CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
+
+
+def recorded(steps: int) -> RecordedDemo:
+    obs = {"agentview_image": np.zeros((steps, 8, 8, 3), np.uint8), "object": np.zeros((steps, 10))}
+    zeros = np.zeros(steps)
+    return RecordedDemo(
+        obs, np.ones((steps, 7)), zeros, zeros.astype(np.int64), np.zeros((steps, 32)), "<mujoco/>", True
+    )
+
+
+def masks(tmp_path: Path, **options: float) -> dict[str, list[str]]:
+    config = CollectConfig(out=tmp_path / "x.hdf5", **options)
+    with h5py.File(tmp_path / "masks.hdf5", "w") as file:
+        write_masks(file, config)
+        return {key: [name.decode() for name in names] for key, names in file["mask"].items()} if "mask" in file else {}
+
+
+def test_a_demo_is_laid_out_as_robomimic_reads_it(tmp_path: Path) -> None:
+    config = CollectConfig(out=tmp_path / "x.hdf5", cameras=("agentview_image",))
+    with h5py.File(tmp_path / "demo.hdf5", "w") as file:
+        write_demo(file.create_group("data/demo_0"), recorded(40), config)
+        group = file["data/demo_0"]
+        assert sorted(group) == ["actions", "dones", "obs", "rewards", "states"]
+        assert group.attrs["num_samples"] == 40
+        assert group.attrs["model_file"] == "<mujoco/>"
+        images = group["obs/agentview_image"]
+        assert (images.chunks, images.compression) == ((16, 8, 8, 3), "gzip")
+
+
+def test_a_demo_shorter_than_a_chunk_can_be_written(tmp_path: Path) -> None:
+    config = CollectConfig(out=tmp_path / "x.hdf5", cameras=("agentview_image",))
+    with h5py.File(tmp_path / "demo.hdf5", "w") as file:
+        write_demo(file.create_group("demo"), recorded(3), config)
+        assert file["demo/obs/agentview_image"].chunks == (3, 8, 8, 3)
+
+
+def test_train_and_valid_share_the_demos_out_by_the_seed(tmp_path: Path) -> None:
+    first, again, other = (masks(tmp_path, demos=15, seed=seed) for seed in (0, 0, 1))
+    assert first == again != other
+    assert (len(first["train"]), len(first["valid"])) == (13, 2)
+    assert sorted(first["train"] + first["valid"]) == sorted(f"demo_{index}" for index in range(15))
+
+
+@pytest.mark.parametrize(
+    ("demos", "fraction", "keys"), [(1, 0.1, ["train"]), (2, 0.1, ["train", "valid"]), (5, 0.0, ["train"])]
+)
+def test_there_is_no_empty_filter_key(tmp_path: Path, demos: int, fraction: float, keys: list[str]) -> None:
+    assert sorted(masks(tmp_path, demos=demos, valid_fraction=fraction)) == keys
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"task": "Lfit"}, "no scripted expert.*did you mean Lift"),
+        ({"demos": 0}, "demos is 0"),
+        ({"image_size": 0}, "image_size is 0"),
+        ({"noise": -0.1}, "noise"),
+        ({"valid_fraction": 1.0}, "valid_fraction"),
+        ({"gzip_level": 10}, "gzip_level"),
+        ({"seed": -1}, "seed"),
+        ({"cameras": ("agentview",)}, "did you mean agentview_image"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(wrong: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        CollectConfig(out=Path("x.hdf5"), **wrong)
+
+
+def test_a_file_that_exists_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "x.hdf5"
+    out.write_text("precious")
+    with pytest.raises(ConfigError, match="--overwrite"):
+        collect(CollectConfig(out=out))
+    assert out.read_text() == "precious"
+
+
+def test_the_sample_is_small_whole_and_names_no_machine() -> None:
+    assert SAMPLE.stat().st_size < 8e6
+    with h5py.File(SAMPLE) as file:
+        assert {key: len(names) for key, names in file["mask"].items()} == {"train": 13, "valid": 2}
+        assert file["data"].attrs["total"] == sum(demo.attrs["num_samples"] for demo in file["data"].values())
+        assert json.loads(file["data"].attrs["render_flags"]) == {"shadow": False, "reflection": False}
+        for demo in file["data"].values():
+            steps = demo.attrs["num_samples"]
+            assert {len(values) for values in demo["obs"].values()} == {steps}
+            assert sorted(demo["obs"]) == sorted((*CAMERAS, *LOW_DIM_KEYS))
+            assert demo["dones"][-5:].tolist() == [1] * 5
+            assert 'file="robosuite/' in demo.attrs["model_file"]
+            assert 'file="/' not in demo.attrs["model_file"]

@@ -1,0 +1,55 @@
+"""What is said where nothing can be simulated or rendered."""
+
+from __future__ import annotations
+
+import importlib.util
+
+import pytest
+
+from cache_pipeline.errors import MissingExtraError
+from cache_pipeline.sim import opengl
+
+
+@pytest.mark.parametrize("module", ["mujoco", "robosuite"])
+def test_a_missing_simulator_names_the_extra(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util,
+        "find_spec",
+        lambda name, *rest: None if name == module else find("json" if name == "mujoco" else name, *rest),
+    )
+    with pytest.raises(MissingExtraError, match=rf"{module}.*cache-pipeline\[sim\]"):
+        opengl.load_robosuite()
+
+
+def test_without_a_backend_the_error_names_the_package_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opengl, "_require", lambda module: None)
+    monkeypatch.setattr(opengl, "find_opengl_backend", lambda: opengl.OpenGLBackend(None, "egl: broken"))
+    with pytest.raises(opengl.OpenGLError, match=r"egl: broken.*apt-get install libosmesa6"):
+        opengl.load_robosuite()
+
+
+def test_every_backend_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(opengl, "_require", lambda module: None)
+    monkeypatch.setattr(opengl, "_probe", lambda name: f"no {name} here")
+    monkeypatch.setattr(opengl.platform, "system", lambda: "Linux")
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    found = opengl.find_opengl_backend.__wrapped__()
+    assert found.name is None
+    assert found.reason == "egl: no egl here; osmesa: no osmesa here"
+
+
+def test_the_backend_that_the_user_chose_is_the_only_one_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+    monkeypatch.setattr(opengl, "_require", lambda module: None)
+    monkeypatch.setattr(opengl, "_probe", tried.append)
+    monkeypatch.setenv("MUJOCO_GL", "OSMesa")
+    assert opengl.find_opengl_backend.__wrapped__().name == "osmesa"
+    assert tried == ["osmesa"]
+
+
+@pytest.mark.sim
+def test_a_probe_of_nonsense_fails_with_a_reason() -> None:
+    if importlib.util.find_spec("mujoco") is None:
+        pytest.skip("mujoco is not installed")
+    assert "nonsense" in (opengl._probe("nonsense") or "")
