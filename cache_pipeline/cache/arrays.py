@@ -174,6 +174,7 @@ class StoredArray:
         self.shard_rows = int((self._array.shards or self._array.chunks)[1 if self._has_views else 0])
         self.dtype = self._array.dtype
         self.row_shape = tuple(self._array.shape[2 if self._has_views else 1 :])
+        self.fill = float("nan") if self.dtype.kind == "f" else 0
         self._seen: set[tuple[int, int]] = set()
 
     def spans(self, spans: Sequence[tuple[int, int]], view: int | None = None) -> NDArray[Any]:

@@ -1,0 +1,68 @@
+"""One writer at a time on a local cache: a lock that the system lets go when its process dies."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from cache_pipeline.errors import CacheLockedError
+
+
+def lock_file(path: str | Path) -> Path:
+    """The lock of a cache lies beside it, so that the cache can be swapped for a new one under it."""
+    path = Path(path)
+    return path.with_name(f".{path.name}.lock")
+
+
+@contextmanager
+def writer_lock(path: str | Path) -> Iterator[None]:
+    """Holds the one writer's lock of the cache at ``path``.
+
+    Raises:
+        CacheLockedError: another live process holds it; the message names it.
+    """
+    file = lock_file(path)
+    descriptor = _acquire(file, path)
+    try:
+        yield
+    finally:
+        file.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+def _acquire(file: Path, path: str | Path) -> int:
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            holder = _holder(descriptor)
+            os.close(descriptor)
+            raise CacheLockedError(
+                f"{path} is being written by {holder}; wait until it ends, or stop it, and run the command again"
+            ) from error
+        if _is_same_file(descriptor, file):
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+            return descriptor
+        os.close(descriptor)  # the last holder removed the file between our open and our lock
+
+
+def _holder(descriptor: int) -> str:
+    try:
+        value = json.loads(os.pread(descriptor, 4096, 0))
+        return f"process {value['pid']} on {value['host']}"
+    except (ValueError, KeyError, TypeError):
+        return "another process"
+
+
+def _is_same_file(descriptor: int, file: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(descriptor), file.stat())
+    except FileNotFoundError:
+        return False

@@ -1,0 +1,88 @@
+"""The end of an extraction: proof that every row was written, and the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from numpy.typing import NDArray
+
+from cache_pipeline.cache.arrays import StoredArray, array_names
+from cache_pipeline.cache.layout import block_segments
+from cache_pipeline.cache.manifest import DemoRows, Manifest
+from cache_pipeline.errors import DatasetError
+from cache_pipeline.extract.matching import array_digest
+from cache_pipeline.extract.prepare import Prepared, metadata_digests
+from cache_pipeline.extract.units import UnitCheck
+
+
+def is_up_to_date(prepared: Prepared) -> bool:
+    """Whether the cache is complete as it stands, down to its metadata and weights."""
+    old, new = prepared.old, prepared.manifest
+    if old is None or prepared.work.jobs or not all((prepared.path / file).is_file() for file in old.metadata):
+        return False
+    return new == replace(old, units={}, metadata={}) and metadata_digests(prepared) == old.metadata
+
+
+def finish(prepared: Prepared) -> Manifest:
+    """The manifest of the finished cache.
+
+    Raises:
+        DatasetError: a source file changed while it was being read.
+    """
+    _check_sources(prepared)
+    units = _recorded_units(prepared)
+    demos = _with_digests(prepared)
+    return replace(prepared.manifest, demos=demos, units=units, metadata=metadata_digests(prepared))
+
+
+def _check_sources(prepared: Prepared) -> None:
+    for source in prepared.dataset.files:
+        try:
+            stat = source.path.stat()
+        except FileNotFoundError as error:
+            raise DatasetError(f"{source.path} vanished while it was being read; put it back and run again") from error
+        if (stat.st_size, stat.st_mtime_ns) != (source.size, source.mtime_ns):
+            raise DatasetError(f"{source.path} changed while it was being read; run the same command again")
+
+
+def _recorded_units(prepared: Prepared) -> dict[str, str]:
+    """Unit → output digest; asserts that the records cover each live row of each array exactly."""
+    manifest = prepared.manifest
+    check = UnitCheck(prepared.path, manifest, prepared.dataset, [True] * len(manifest.demos))
+    blocks = block_segments([d.row for d in manifest.demos], [d.length for d in manifest.demos], manifest.shard_rows)
+    covered = sum(segment.stop - segment.start for segments in blocks.values() for segment in segments)
+    assert covered == sum(demo.length for demo in manifest.demos), "rows of two demos overlap"
+    units = {}
+    for unit in manifest.live_units():
+        record = check.find(unit, blocks[unit.block])
+        assert record is not None, f"{unit.name} was not written"
+        units[unit.name] = record.output
+    return units
+
+
+def _with_digests(prepared: Prepared) -> tuple[DemoRows, ...]:
+    manifest = prepared.manifest
+    spans = [(demo.row, demo.row + demo.length) for demo in manifest.demos]
+    found: list[dict[str, str]] = [{} for _ in spans]
+    for name in array_names(manifest):
+        if name.startswith("features/"):
+            continue
+        values = StoredArray(prepared.path, name).spans(spans)
+        for digests, part in zip(found, _split(values, spans), strict=True):
+            digests[name.removeprefix("frame_digests/")] = array_digest(part)
+    for row, digests in zip(manifest.demos, found, strict=True):
+        changed = [name for name, was in row.digests.items() if digests.get(name, was) != was]
+        if changed:
+            raise DatasetError(
+                f"{manifest.files[row.file].path}: {row.name}: {changed[0]} has changed although the file's size and "
+                "time have not; run the same command again with --deep"
+            )
+    return tuple(row._replace(digests=digests) for row, digests in zip(manifest.demos, found, strict=True))
+
+
+def _split(values: NDArray, spans: Sequence[tuple[int, int]]) -> Iterator[NDArray]:
+    at = 0
+    for start, stop in spans:
+        yield values[at : at + stop - start]
+        at += stop - start

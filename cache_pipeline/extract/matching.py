@@ -1,0 +1,151 @@
+"""Which demos of a dataset a cache holds already: by size and time of their file where these are as recorded, else by
+the digests of what is in them, so that moved and renamed files and demos are known again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_pipeline.cache.manifest import DemoRows, Manifest, SourceRecord
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.files import DIGEST_BYTES, digest
+
+FRAMES_AT_ONCE = 256
+
+
+class Matching(NamedTuple):
+    """How a dataset's demos stand to a cache's demo table.
+
+    Attributes:
+        kept: for each demo of the dataset, its index in the demo table, or None when it is to be encoded.
+        added, changed, removed: names of demos.
+    """
+
+    kept: tuple[int | None, ...]
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+
+    @property
+    def unchanged(self) -> bool:
+        """Whether the cache holds exactly the dataset's demos."""
+        return not (self.added or self.changed or self.removed)
+
+
+def source_records(dataset: Dataset) -> tuple[SourceRecord, ...]:
+    """The dataset's files as a manifest records them, by absolute path."""
+    return tuple(SourceRecord(str(Path(f.path).resolve()), f.size, f.mtime_ns) for f in dataset.files)
+
+
+def frame_digests(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """(n, 16) blake2b of each frame's bytes."""
+    hexes = (digest(np.ascontiguousarray(frame).data.cast("B")) for frame in frames)
+    return np.frombuffer(b"".join(map(bytes.fromhex, hexes)), np.uint8).reshape(-1, DIGEST_BYTES)
+
+
+def array_digest(values: NDArray) -> str:
+    """Digest of an array's bytes."""
+    return digest(np.ascontiguousarray(values).tobytes())
+
+
+def camera_frame_digests(dataset: Dataset, demo: int, camera: str) -> NDArray[np.uint8]:
+    """(T, 16) digests of all frames of one demo, read in pieces."""
+    length = dataset.demos[demo].length
+    pieces = [
+        frame_digests(dataset.frames(demo, camera, start, min(start + FRAMES_AT_ONCE, length)))
+        for start in range(0, length, FRAMES_AT_ONCE)
+    ]
+    return np.concatenate(pieces) if pieces else np.zeros((0, DIGEST_BYTES), np.uint8)
+
+
+class _Contents:
+    """Digests of a dataset's demos, each taken once."""
+
+    def __init__(self, dataset: Dataset, manifest: Manifest) -> None:
+        self._dataset = dataset
+        self._cameras = [camera for camera in manifest.cameras if camera in dataset.cameras]
+        self._taken: dict[int, dict[str, str]] = {}
+
+    def equal(self, demo: int, recorded: Mapping[str, str]) -> bool:
+        if self._dataset.demos[demo].length == 0:
+            return False
+        taken = self._digests(demo)
+        return all(taken[name] == recorded[name] for name in taken if name in recorded)
+
+    def _digests(self, demo: int) -> dict[str, str]:
+        if demo not in self._taken:
+            rows = {name: array_digest(values) for name, values in self._dataset.rows(demo).items()}
+            frames = {c: array_digest(camera_frame_digests(self._dataset, demo, c)) for c in self._cameras}
+            self._taken[demo] = {**rows, **frames}
+        return self._taken[demo]
+
+
+def match_demos(manifest: Manifest | None, dataset: Dataset, *, deep: bool = False) -> Matching:
+    """Finds each demo of the dataset in the demo table.
+
+    Args:
+        manifest: of the cache so far; None when there is none.
+        dataset: what the cache is to hold.
+        deep: read every frame again even where size and time of its file are as recorded.
+    """
+    if manifest is None:
+        names = tuple(demo.name for demo in dataset.demos)
+        return Matching((None,) * len(names), names, (), ())
+    contents = _Contents(dataset, manifest)
+    kept: list[int | None] = [None] * len(dataset.demos)
+    changed: set[int] = set()
+    for demo, old, trusted in _same_place(manifest, dataset):
+        same_length = dataset.demos[demo].length == manifest.demos[old].length
+        if same_length and ((trusted and not deep) or contents.equal(demo, manifest.demos[old].digests)):
+            kept[demo] = old
+        else:
+            changed.add(demo)
+    _match_by_content(manifest, dataset, contents, kept)
+    return _describe(manifest, dataset, kept, changed)
+
+
+def _same_place(manifest: Manifest, dataset: Dataset) -> Iterator[tuple[int, int, bool]]:
+    """Demos at a recorded path under a recorded name: (demo, index in the table, file is as recorded)."""
+    recorded = {source.path: (number, source) for number, source in enumerate(manifest.files)}
+    table = {(demo.file, demo.name): index for index, demo in enumerate(manifest.demos)}
+    sources = source_records(dataset)
+    for number, demo in enumerate(dataset.demos):
+        source = sources[demo.file]
+        file, old = recorded.get(source.path, (-1, None))
+        index = table.get((file, demo.name))
+        if index is not None:
+            yield number, index, source == old
+
+
+def _match_by_content(manifest: Manifest, dataset: Dataset, contents: _Contents, kept: list[int | None]) -> None:
+    free: dict[int, list[int]] = {}
+    for index in sorted(set(range(len(manifest.demos))) - set(kept)):
+        free.setdefault(manifest.demos[index].length, []).append(index)
+    for demo, found in enumerate(kept):
+        candidates = free.get(dataset.demos[demo].length, []) if found is None else []
+        same_name = [i for i in candidates if manifest.demos[i].name == dataset.demos[demo].name]
+        for index in [*same_name, *(i for i in candidates if i not in same_name)]:
+            if contents.equal(demo, manifest.demos[index].digests):
+                kept[demo] = index
+                candidates.remove(index)
+                break
+
+
+def _describe(manifest: Manifest, dataset: Dataset, kept: list[int | None], changed: set[int]) -> Matching:
+    names = {demo.name for demo in dataset.demos}
+    new = [number for number, old in enumerate(kept) if old is None]
+    gone: list[DemoRows] = [d for index, d in enumerate(manifest.demos) if index not in set(kept)]
+    replaced = [number for number in new if number in changed]
+    # A demo of the same name at another path is a changed one too: its file was moved and edited.
+    moved = {demo.name for demo in gone}
+    replaced += [n for n in new if n not in changed and dataset.demos[n].name in moved]
+    return Matching(
+        tuple(kept),
+        tuple(dataset.demos[n].name for n in new if n not in replaced),
+        tuple(dataset.demos[n].name for n in replaced),
+        tuple(demo.name for demo in gone if demo.name not in names),
+    )

@@ -1,0 +1,200 @@
+"""From a config to what there is to do: checks everything that can be refused before any work."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cache_pipeline.cache.arrays import array_specs, metadata_files, unit_arrays
+from cache_pipeline.cache.folder import beside, check_target, finish_swap, remove_cache
+from cache_pipeline.cache.layout import Unit, choose_shard_rows, place_demos
+from cache_pipeline.cache.manifest import MANIFEST, DemoRows, Manifest, is_cache, read_manifest, read_pending
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.errors import CorruptCacheError, StaleCacheError
+from cache_pipeline.extract.camera_encoders import CameraEncoder, build_camera_encoders, choose_device
+from cache_pipeline.extract.config import ExtractConfig
+from cache_pipeline.extract.matching import Matching, match_demos, source_records
+from cache_pipeline.extract.staleness import MEND, check_camera, check_store
+from cache_pipeline.extract.units import Work, find_work
+from cache_pipeline.files import digest
+
+logger = logging.getLogger("cache_pipeline")
+
+DEFAULT_BATCH = {"cpu": 32, "cuda": 256}
+MAX_UNIT_FRAME_BYTES = 128 << 20
+
+
+class Prepared(NamedTuple):
+    """An extraction that nothing speaks against.
+
+    Attributes:
+        out: the cache; path: where it is written, which is beside ``out`` while it is made anew.
+        manifest: what the cache is to become, digests of new demos left out.
+        old: the manifest so far.
+        matching: which demos are new, changed, removed.
+        work: units to make.
+    """
+
+    out: Path
+    path: Path
+    dataset: Dataset
+    encoders: Mapping[str, CameraEncoder]
+    manifest: Manifest
+    old: Manifest | None
+    matching: Matching
+    work: Work
+
+
+def prepare(config: ExtractConfig, *, change: bool = True) -> Prepared:
+    """Opens the dataset, builds the encoders, holds the cache against both and lays out what is new.
+
+    Args:
+        config: what is asked for.
+        change: whether leftovers of earlier runs may be cleared away; False touches nothing.
+
+    Raises:
+        DatasetError, EncoderError, ConfigError, NotACacheError, StaleCacheError: before any work.
+    """
+    out = Path(config.out)
+    if change:
+        finish_swap(out)
+    check_target(out)
+    anew = config.overwrite and (out / MANIFEST).is_file()
+    path = beside(out, "new") if anew else out
+    old = None if anew else _manifest_so_far(path, mend_with_ledger=True)
+    pending = read_pending(path) if old is None else None
+    dataset = _open_dataset(config, old)
+    encoders = build_camera_encoders(config, dataset.cameras, old or pending)
+    pending = _check_stale(config, path, old, pending, encoders, change=change)
+    matching = match_demos(old, dataset, deep=config.deep)
+    manifest = _target(config, dataset, encoders, old, pending, matching)
+    work = find_work(path, manifest, dataset, [index is not None for index in matching.kept])
+    return Prepared(out, path, dataset, encoders, manifest, old, matching, work)
+
+
+def _manifest_so_far(path: Path, mend_with_ledger: bool) -> Manifest | None:
+    if not (path / MANIFEST).is_file():
+        return None
+    try:
+        return read_manifest(path)
+    except CorruptCacheError as error:
+        logger.warning("%s; its ledger is used to make the manifest anew", str(error).split(";")[0])
+        return None
+
+
+def _open_dataset(config: ExtractConfig, old: Manifest | None) -> Dataset:
+    cameras = config.cameras
+    if cameras is not None and old is not None:
+        cameras = tuple(dict.fromkeys([*old.cameras, *cameras]))
+    dataset = Dataset.open(
+        config.datasets, cameras=cameras, low_dim_keys=config.low_dim_keys, filter_key=config.filter_key
+    )
+    missing = [camera for camera in old.cameras if camera not in dataset.cameras] if old else []
+    if missing:
+        meaning = f"the dataset has no camera {missing[0]}"
+        raise StaleCacheError("cameras", list(old.cameras) if old else [], list(dataset.cameras), meaning, MEND)
+    return dataset
+
+
+def _check_stale(
+    config: ExtractConfig,
+    path: Path,
+    old: Manifest | None,
+    pending: Manifest | None,
+    encoders: Mapping[str, CameraEncoder],
+    *,
+    change: bool,
+) -> Manifest | None:
+    """Refuses what does not fit; with ``overwrite``, an unfinished cache that does not fit is begun anew."""
+    cached = old or pending
+    if cached is None:
+        if change and config.overwrite and is_cache(path):
+            remove_cache(path)
+        return None
+    try:
+        check_store(cached, config.store_dtype, config.shard_rows)
+        for camera, entry in cached.cameras.items():
+            if camera in encoders:
+                check_camera(camera, entry, encoders[camera].entry)
+    except StaleCacheError:
+        if not config.overwrite or old is not None:
+            raise
+        if change:
+            remove_cache(path)
+        return None
+    return pending
+
+
+def _target(
+    config: ExtractConfig,
+    dataset: Dataset,
+    encoders: Mapping[str, CameraEncoder],
+    old: Manifest | None,
+    pending: Manifest | None,
+    matching: Matching,
+) -> Manifest:
+    earlier = old or pending
+    shard_rows = earlier.shard_rows if earlier else (config.shard_rows or _shard_rows(config, encoders))
+    kept = [old.demos[index] if old and index is not None else None for index in matching.kept]
+    lengths = [demo.length for demo in dataset.demos]
+    rows, n_rows = place_demos(lengths, [d.row if d else None for d in kept], old.n_rows if old else 0, shard_rows)
+    demos = tuple(
+        DemoRows(demo.file, demo.name, demo.length, row, was.digests if was else {}, was.view_key if was else demo.name)
+        for demo, row, was in zip(dataset.demos, rows, kept, strict=True)
+    )
+    batch_size = config.batch_size or (earlier.batch_size if earlier else DEFAULT_BATCH[_device_type(config)])
+    return Manifest(
+        shard_rows=shard_rows,
+        n_rows=n_rows,
+        batch_size=batch_size,
+        dtype=config.store_dtype,
+        cameras={camera: encoder.entry for camera, encoder in encoders.items()},
+        low_dim={key: tuple(shape) for key, shape in dataset.low_dim.items()},
+        action_dim=dataset.action_dim,
+        files=source_records(dataset),
+        demos=demos,
+        masks={key: tuple(map(int, members)) for key, members in dataset.masks.items()},
+        env_args=dataset.env_args,
+        render_flags=dataset.render_flags,
+        encoders={camera: encoder.file for camera, encoder in encoders.items()},
+    )
+
+
+def _device_type(config: ExtractConfig) -> str:
+    return "cuda" if choose_device(config.device).type == "cuda" else "cpu"
+
+
+def _shard_rows(config: ExtractConfig, encoders: Mapping[str, CameraEncoder]) -> int:
+    itemsize = np.dtype(config.store_dtype).itemsize
+    entries = [encoder.entry for encoder in encoders.values()]
+    rows = choose_shard_rows(max(int(np.prod(entry.feature_shape)) * itemsize for entry in entries))
+    widest = max(int(np.prod(entry.image_shape)) for entry in entries)
+    while rows > 1 and rows * widest > MAX_UNIT_FRAME_BYTES:
+        rows //= 2
+    return rows
+
+
+def planned_bytes(prepared: Prepared) -> int:
+    """Upper bound of what is to be written: units before compression, and the encoders' weights."""
+    specs = array_specs(prepared.manifest)
+    low_dim = sum(specs[name].row_bytes for name in unit_arrays(prepared.manifest, Unit("rows", "", 0, 0)))
+    total = 0
+    for job in prepared.work.jobs:
+        for unit in job.units:
+            name = {"features": f"features/{unit.camera}", "frames": f"frame_digests/{unit.camera}"}.get(unit.kind)
+            total += prepared.manifest.shard_rows * (specs[name].row_bytes if name else low_dim)
+    for file, encoder in {encoder.file: encoder for encoder in prepared.encoders.values()}.items():
+        if not (prepared.path / file).is_file():
+            total += sum(value.numel() * value.element_size() for value in encoder.encoder.state_dict().values())
+    return total
+
+
+def metadata_digests(prepared: Prepared) -> dict[str, str]:
+    """Digests of the cache's metadata and weight files, the weights as they lie on the disk."""
+    found = {name: digest(content) for name, content in metadata_files(prepared.manifest).items()}
+    weights = {file: digest((prepared.path / file).read_bytes()) for file in prepared.manifest.encoders.values()}
+    return {**found, **weights}

@@ -1,0 +1,159 @@
+"""Which units are done and which are to be made: a unit counts as done only when its record fits what is wanted now."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from cache_pipeline.cache.arrays import array_specs
+from cache_pipeline.cache.layout import Segment, Unit, block_segments
+from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, read_record
+from cache_pipeline.cache.manifest import Manifest
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.extract.matching import array_digest, frame_digests
+from cache_pipeline.files import digest, json_digest
+
+
+class Job(NamedTuple):
+    """What is read once: the frames of one camera in one block, or (camera "") the low-dim rows of one block.
+
+    Attributes:
+        segments: the live rows of the block.
+        units: what is to be written from them.
+        known: row of a segment → digest of its frames where an earlier run recorded it.
+    """
+
+    camera: str
+    block: int
+    segments: tuple[Segment, ...]
+    units: tuple[Unit, ...]
+    known: Mapping[int, str]
+
+    @property
+    def rows(self) -> int:
+        """Live rows."""
+        return sum(segment.stop - segment.start for segment in self.segments)
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """Views to encode."""
+        return tuple(unit.view for unit in self.units if unit.kind == "features")
+
+
+class Work(NamedTuple):
+    """All jobs of an extraction, and how many units and images are there already."""
+
+    jobs: tuple[Job, ...]
+    units_reused: int
+    images_reused: int
+
+    @property
+    def units(self) -> int:
+        """Units to write."""
+        return sum(len(job.units) for job in self.jobs)
+
+    @property
+    def images(self) -> int:
+        """Images to encode, each view of a frame counted."""
+        return sum(job.rows * len(job.views) for job in self.jobs)
+
+
+class UnitCheck:
+    """Compares ledger records with what is wanted.
+
+    Args:
+        path: the cache.
+        manifest: what the cache is to become.
+        dataset: where frames come from.
+        kept: demos of the table whose rows were complete and unchanged before.
+    """
+
+    def __init__(self, path: Path, manifest: Manifest, dataset: Dataset, kept: Sequence[bool]) -> None:
+        self._path, self._manifest, self._dataset, self._kept = path, manifest, dataset, kept
+        self._row_inputs = rows_identity(manifest)
+
+    def inputs(self, unit: Unit) -> str:
+        """Digest of what makes a unit, its frames left out."""
+        if unit.kind == "features":
+            return self._manifest.cameras[unit.camera].unit_identity(unit.view)
+        return self._row_inputs if unit.kind == "rows" else "blake2b"
+
+    def find(self, unit: Unit, segments: Sequence[Segment]) -> LedgerRecord | None:
+        """The unit's record when it is done, else None."""
+        record = read_record(self._path, unit)
+        if record is None or record.inputs != self.inputs(unit):
+            return None
+        recorded = {(segment.start, segment.stop): segment for segment in record.segments}
+        for segment in segments:
+            found = recorded.get((segment.start, segment.stop))
+            if found is None or not self._fits(unit, segment, found):
+                return None
+        return record
+
+    def _fits(self, unit: Unit, segment: Segment, found: RecordedSegment) -> bool:
+        demo = self._manifest.demos[segment.demo]
+        if unit.kind == "features" and unit.view > 0 and found.view_key != demo.view_key:
+            return False
+        if self._kept[segment.demo]:
+            return True
+        source = self._manifest.files[demo.file]
+        if found[:5] == (*source, demo.name, segment.offset):
+            return True
+        return found.digest == self._read_digest(unit, segment)
+
+    def _read_digest(self, unit: Unit, segment: Segment) -> str:
+        if unit.kind == "rows":
+            return rows_digest(read_rows(self._dataset, segment))
+        stop = segment.offset + segment.stop - segment.start
+        return array_digest(frame_digests(self._dataset.frames(segment.demo, unit.camera, segment.offset, stop)))
+
+
+def rows_identity(manifest: Manifest) -> str:
+    """Digest of which low-dim arrays a cache holds, and of their shapes."""
+    specs = {name: list(spec.row_shape) for name, spec in array_specs(manifest).items() if not _of_camera(name)}
+    return json_digest(specs)
+
+
+def _of_camera(name: str) -> bool:
+    return name.startswith(("features/", "frame_digests/"))
+
+
+def read_rows(dataset: Dataset, segment: Segment) -> dict[str, np.ndarray]:
+    """The low-dim rows of one segment."""
+    rows = slice(segment.offset, segment.offset + segment.stop - segment.start)
+    return {name: values[rows] for name, values in dataset.rows(segment.demo).items()}
+
+
+def rows_digest(rows: Mapping[str, np.ndarray]) -> str:
+    """Digest of the low-dim rows of one segment."""
+    return digest(*(np.ascontiguousarray(rows[name]).tobytes() for name in sorted(rows)))
+
+
+def find_work(path: Path, manifest: Manifest, dataset: Dataset, kept: Sequence[bool]) -> Work:
+    """Every unit that is not done, block by block, grouped so that each frame is read once."""
+    check = UnitCheck(path, manifest, dataset, kept)
+    blocks = block_segments([d.row for d in manifest.demos], [d.length for d in manifest.demos], manifest.shard_rows)
+    jobs, units_reused, images_reused = [], 0, 0
+    for block, segments in blocks.items():
+        for camera, units in _units_of(manifest, block).items():
+            records = {unit: check.find(unit, segments) for unit in units}
+            missing = tuple(unit for unit in units if records[unit] is None)
+            rows = sum(segment.stop - segment.start for segment in segments)
+            units_reused += len(units) - len(missing)
+            images_reused += rows * sum(unit.kind == "features" and unit not in missing for unit in units)
+            if missing:
+                first = next((record for record in records.values() if record is not None), None)
+                known = {s.start: s.digest for s in first.segments} if first is not None else {}
+                jobs.append(Job(camera, block, segments, missing, known))
+    return Work(tuple(jobs), units_reused, images_reused)
+
+
+def _units_of(manifest: Manifest, block: int) -> dict[str, list[Unit]]:
+    units = {"": [Unit("rows", "", 0, block)]}
+    for camera, entry in manifest.cameras.items():
+        views = [Unit("features", camera, view, block) for view in range(entry.views)]
+        units[camera] = [Unit("frames", camera, 0, block), *views]
+    return units
