@@ -31,15 +31,32 @@ DEFAULT_FPS = 20
 class ActingPolicy(Protocol):
     """What a rollout needs of a policy; ``VisuomotorPolicy`` is one."""
 
-    cameras: Mapping[str, tuple[int, ...]]
-    """rgb obs key -> (H, W, 3) of the images that it takes."""
-    low_dim: Mapping[str, tuple[int, ...]]
-    obs_horizon: int
-    env_args: dict[str, Any] | None
-    render_flags: dict[str, bool] | None
+    @property
+    def cameras(self) -> Mapping[str, tuple[int, ...]]:
+        """rgb obs key -> (H, W) or (H, W, 3) of the images that it takes."""
+
+    @property
+    def low_dim(self) -> Mapping[str, tuple[int, ...]]:
+        """Low-dim key -> shape of one row."""
+
+    @property
+    def obs_horizon(self) -> int:
+        """To."""
+
+    @property
+    def env_args(self) -> Mapping[str, Any] | None:
+        """Those of the dataset that it was trained on, if it has any."""
+
+    @property
+    def render_flags(self) -> Mapping[str, Any] | None:
+        """Those of the dataset that it was trained on, if it has any."""
 
     def act(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Each camera uint8 (1, To, H, W, 3), each low-dim key float32 (1, To, d) -> (1, Ta, A) in dataset units."""
+        """Actions (1, Ta, A) in dataset units for the steps from the last obs on.
+
+        Args:
+            obs: each camera uint8 (1, To, H, W, 3), each low-dim key float32 (1, To, d).
+        """
 
 
 class Simulation(Protocol):
@@ -167,15 +184,16 @@ def choose_environment(config: RolloutConfig, policy: ActingPolicy) -> EnvArgs:
 
     The render flags are the dataset's wherever it has any: the policy has seen no other images.
     """
+    flags = None if policy.render_flags is None else dict(policy.render_flags)
     if config.env_args is not None:
         read = read_env_args(config.env_args)
-        return EnvArgs(read.env_args, policy.render_flags or read.render_flags)
+        return EnvArgs(read.env_args, read.render_flags if flags is None else flags)
     if policy.env_args is None:
         raise ConfigError(
             f"the dataset of {config.run} has no env_args, so nothing says which environment to run; "
             "pass --env-args FILE: their JSON, or a dataset that has them"
         )
-    return EnvArgs(policy.env_args, policy.render_flags)
+    return EnvArgs(dict(policy.env_args), flags)
 
 
 def run_episode(
