@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import os
 import threading
-import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,8 +31,8 @@ from cache_pipeline.demos.checks import (
     structure_problems,
     unused_images,
 )
-from cache_pipeline.demos.frames import INFLATE_THREADS, read_frames
-from cache_pipeline.demos.hdf5 import READ_ERRORS, DemoInfo, FileInfo, damage_told, open_file, scan_file
+from cache_pipeline.demos.frames import INFLATE_THREADS, start_reading
+from cache_pipeline.demos.hdf5 import DemoInfo, FileInfo, damage_told, open_file, scan_file
 from cache_pipeline.errors import DatasetError, available
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
@@ -117,26 +117,45 @@ class Dataset:
         return sum(demo.length for demo in self.demos)
 
     def frames(self, demo: int, camera: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Frames [start, stop) of a demo, uint8 (n, H, W, 3), a new array.
+        """Frames [start, stop) of a demo, uint8 (n, H, W, 3), a new array. Raises as :meth:`gather` does."""
+        return self.gather(camera, [(demo, start, self.demos[demo].length if stop is None else stop)])
+
+    def gather(self, camera: str, segments: Sequence[tuple[int, int, int]]) -> np.ndarray:
+        """Frames of several segments (demo, start, stop), one after another: uint8 (n, H, W, 3), a new array.
+
+        All segments are read together, so that gzip chunks of many demos are inflated at once.
 
         Raises:
             DatasetError: no such camera; stored frames are damaged; the file is gone or changed since it was opened.
-            IndexError: rows outside the demo.
+            IndexError: frames outside the demo.
         """
         if camera not in self.cameras:
             raise DatasetError(f"no camera {camera!r} was opened; {available(self.cameras, camera)}")
-        file, name, length = self.demos[demo]
-        stop = length if stop is None else stop
-        if not 0 <= start <= stop <= length:
-            raise IndexError(f"frames {start}:{stop} of {name}, which has {length}")
-        handle = self._handles.file(file)
-        try:
-            return read_frames(handle[f"data/{name}/obs/{camera}"], start, stop, self._handles.pool())
-        except (*READ_ERRORS, zlib.error) as error:
-            raise DatasetError(
-                f"{self.files[file].path}: {name}: camera {camera!r} cannot be read between frames {start} and {stop}, "
-                f"the file is damaged ({error}); copy or download it again"
-            ) from error
+        for demo, start, stop in segments:
+            if not 0 <= start <= stop <= self.demos[demo].length:
+                raise IndexError(
+                    f"frames {start}:{stop} of {self.demos[demo].name}, which has {self.demos[demo].length}"
+                )
+        out = np.empty((sum(stop - start for _, start, stop in segments), *self.cameras[camera]), np.uint8)
+        pool, reading, filled = self._handles.pool(), [], 0
+        for segment in segments:
+            demo, start, stop = segment
+            part = out[filled : filled + stop - start]
+            filled += len(part)
+            handle = self._handles.file(self.demos[demo].file)
+            with self._damage_told(camera, segment):
+                images = handle[f"data/{self.demos[demo].name}/obs/{camera}"]
+                reading.append((segment, start_reading(images, start, part, pool)))
+        for segment, futures in reading:
+            with self._damage_told(camera, segment):
+                for future in futures:
+                    future.result()
+        return out
+
+    def _damage_told(self, camera: str, segment: tuple[int, int, int]) -> AbstractContextManager[None]:
+        demo, start, stop = segment
+        source = self.files[self.demos[demo].file]
+        return damage_told(source.path, f"{self.demos[demo].name}: {camera!r} between frames {start} and {stop}")
 
     def rows(self, demo: int) -> dict[str, np.ndarray]:
         """Everything but the images, as float32.
@@ -192,9 +211,12 @@ class _Handles:
         self._open: dict[int, h5py.File] = {}
         self._pool: ThreadPoolExecutor | None = None
 
-    def file(self, number: int) -> h5py.File:
+    def _check_process(self) -> None:
         if self._process != os.getpid():
             self._reset()
+
+    def file(self, number: int) -> h5py.File:
+        self._check_process()
         with self._lock:
             if number not in self._open:
                 source = self._files[number]
@@ -207,14 +229,14 @@ class _Handles:
             return self._open[number]
 
     def pool(self) -> ThreadPoolExecutor:
+        self._check_process()
         with self._lock:
             if self._pool is None:
                 self._pool = ThreadPoolExecutor(INFLATE_THREADS, thread_name_prefix="inflate")
             return self._pool
 
     def close(self) -> None:
-        if self._process != os.getpid():
-            self._reset()
+        self._check_process()
         with self._lock:
             for handle in self._open.values():
                 handle.close()

@@ -1,4 +1,4 @@
-"""Bulk reading of frames from one HDF5 dataset.
+"""Bulk reading of frames from HDF5 datasets.
 
 gzip chunks are fetched raw and inflated in a few threads: zlib releases the interpreter lock, while h5py inflates one
 chunk at a time under its own. Any other layout or filter goes through h5py.
@@ -9,57 +9,58 @@ from __future__ import annotations
 import itertools
 import os
 import zlib
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 
 import h5py
 import numpy as np
 
-INFLATE_THREADS = min(8, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+INFLATE_THREADS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 # Shuffling bytes does nothing to elements of one byte.
-_INFLATABLE = ({h5py.h5z.FILTER_DEFLATE}, {h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE})
+_INFLATABLE = ([h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE])
 
 
-def read_frames(images: h5py.Dataset, start: int, stop: int, pool: ThreadPoolExecutor | None = None) -> np.ndarray:
-    """Reads rows [start, stop) of uint8 (T, H, W, 3) as a new array.
+def start_reading(images: h5py.Dataset, start: int, out: np.ndarray, pool: Executor) -> list[Future[None]]:
+    """Fills ``out`` (n, H, W, 3) with rows [start, start + n) of uint8 (T, H, W, 3).
 
-    Raises:
+    ``out`` is full when all the futures are done.
+
+    Raises, here or in a future:
         OSError, ValueError, RuntimeError, zlib.error: stored bytes are damaged or missing.
     """
-    out = np.empty((stop - start, *images.shape[1:]), np.uint8)
     if out.size == 0:
-        return out
-    if not _inflatable(images) or not _inflate_into(images, start, out, pool):
-        images.read_direct(out, np.s_[start:stop])
-    return out
-
-
-def _inflatable(images: h5py.Dataset) -> bool:
-    if images.chunks is None or images.dtype != np.uint8:
-        return False
-    plist = images.id.get_create_plist()
-    return {plist.get_filter(i)[0] for i in range(plist.get_nfilters())} in _INFLATABLE
-
-
-def _inflate_into(images: h5py.Dataset, start: int, out: np.ndarray, pool: ThreadPoolExecutor | None) -> bool:
-    """Fills ``out`` from row ``start`` on; false where a chunk was stored without its filters."""
-    chunks, stop = images.chunks, start + len(out)
-    first = range(start - start % chunks[0], stop, chunks[0])
+        return []
+    filters = _filters(images)
+    if images.chunks is None or images.dtype != np.uint8 or filters not in _INFLATABLE:
+        images.read_direct(out, np.s_[start : start + len(out)])
+        return []
+    chunks = images.chunks
+    first = range(start - start % chunks[0], start + len(out), chunks[0])
     rest = (range(0, n, c) for n, c in zip(images.shape[1:], chunks[1:], strict=True))
-    size = int(np.prod(chunks))
+    deflate = 1 << filters.index(h5py.h5z.FILTER_DEFLATE)
+    return [
+        pool.submit(_inflate, images.id, corner, chunks, deflate, start, out)
+        for corner in itertools.product(first, *rest)
+    ]
 
-    def inflate(corner: tuple[int, ...]) -> bool:
-        mask, stored = images.id.read_direct_chunk(corner)
-        if mask:
-            return False
-        values = np.frombuffer(zlib.decompress(stored, bufsize=size), np.uint8).reshape(chunks)
-        here, there = _overlap(corner, chunks, start, out.shape)
-        out[there] = values[here]
-        return True
 
-    corners = list(itertools.product(first, *rest))
-    if pool is None or len(corners) == 1:
-        return all(map(inflate, corners))
-    return all(list(pool.map(inflate, corners)))
+def _filters(images: h5py.Dataset) -> list[int]:
+    plist = images.id.get_create_plist()
+    return [plist.get_filter(i)[0] for i in range(plist.get_nfilters())]
+
+
+def _inflate(
+    images: h5py.h5d.DatasetID,
+    corner: tuple[int, ...],
+    chunks: tuple[int, ...],
+    deflate: int,
+    start: int,
+    out: np.ndarray,
+) -> None:
+    """Puts one chunk where it belongs; a chunk's ``skipped`` bits say which filters it was stored without."""
+    skipped, stored = images.read_direct_chunk(corner)
+    plain = stored if skipped & deflate else zlib.decompress(stored, bufsize=int(np.prod(chunks)))
+    here, there = _overlap(corner, chunks, start, out.shape)
+    out[there] = np.frombuffer(plain, np.uint8).reshape(chunks)[here]
 
 
 def _overlap(

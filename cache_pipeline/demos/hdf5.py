@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -132,14 +133,14 @@ def _size_told(path: Path, error: OSError) -> str:
 
 @contextmanager
 def damage_told(path: Path, what: str = "its structure") -> Iterator[None]:
-    """Turns what h5py raises for damaged bytes into a ``DatasetError``."""
+    """Turns what h5py and zlib raise for damaged bytes into a ``DatasetError``."""
     try:
         yield
     except DatasetError:
         raise
-    except READ_ERRORS as error:
+    except (*READ_ERRORS, zlib.error) as error:
         told = " ".join(str(error).split())
-        raise DatasetError(f"{path} is damaged, {what} cannot be read ({told}); copy or download it again") from error
+        raise DatasetError(f"{path} is damaged: {what} cannot be read ({told}); copy or download it again") from error
 
 
 def scan_file(path: str | Path) -> FileInfo:

@@ -73,6 +73,15 @@ def test_frames_are_the_stored_ones(tmp_path, compression):
             np.testing.assert_array_equal(dataset.frames(number, camera, 3, 5), expected[3:5])
 
 
+@pytest.mark.parametrize("compression", ["gzip", None])
+def test_gathered_segments_are_laid_one_after_another(tmp_path, compression):
+    dataset = Dataset.open(make_dataset(tmp_path / "lift.hdf5", compression=compression))
+    segments = [(2, 1, 9), (0, 3, 3), (1, 0, 5), (2, 0, 2)]
+    expected = np.concatenate([dataset.frames(demo, EYE, start, stop) for demo, start, stop in segments])
+    np.testing.assert_array_equal(dataset.gather(EYE, segments), expected)
+    assert dataset.gather(EYE, []).shape == (0, 24, 24, 3)
+
+
 def test_frames_outside_the_demo_are_an_index_error_and_an_unknown_camera_ours(tmp_path):
     dataset = Dataset.open(make_dataset(tmp_path / "lift.hdf5"), cameras=[CAMERA])
     for start, stop in ((0, 8), (-1, 2), (3, 2)):
