@@ -1,12 +1,57 @@
-"""Runs and checkpoints on disk."""
+"""Runs and checkpoints on disk.
+
+    runs/lift/
+      run.json                  what was asked, what it was trained on, what the policy is built from
+      encoder.safetensors       the encoder that the run began with
+      metrics.csv  tensorboard/
+      checkpoints/index.json    latest, and best by held-out action error
+      checkpoints/step_0004000/ model.safetensors  ema.safetensors  resume/optimizer.safetensors  checkpoint.json
+
+A checkpoint is written beside its place and renamed when it is whole; ``checkpoint.json`` lists its files' digests.
+"""
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from torch import Tensor
+
+from cache_pipeline.encoders.image_encoder import ImageEncoder
+from cache_pipeline.encoders.saving import load_encoder
+from cache_pipeline.errors import CachePipelineError, CheckpointError
+from cache_pipeline.files import read_json, write_json
+from cache_pipeline.policies.spec import PolicySpec, build_policy
+from cache_pipeline.training.tensors import place_folder, read_tensors, tensor_device, write_tensors
+
 if TYPE_CHECKING:
     from cache_pipeline.policies.visuomotor import VisuomotorPolicy
+    from cache_pipeline.training.learner import Learner
+
+FORMAT = 1
+RUN_JSON, CHECKPOINT_JSON, INDEX = "run.json", "checkpoint.json", "index.json"
+MODEL, EMA, RESUME = "model.safetensors", "ema.safetensors", "resume/optimizer.safetensors"
+CHECKPOINTS = "checkpoints"
+
+
+class Checkpoint(NamedTuple):
+    """One checkpoint folder, its tensors read.
+
+    Attributes:
+        step: updates made before it was saved.
+        metrics: figures at that step, as in metrics.csv.
+        progress: figures that the loop carries on with.
+    """
+
+    path: Path
+    step: int
+    metrics: dict[str, Any]
+    progress: dict[str, Any]
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    resume: dict[str, Tensor]
 
 
 class RunSummary(NamedTuple):
@@ -30,17 +75,182 @@ class RunSummary(NamedTuple):
 
     def lines(self) -> list[str]:
         """The summary as lines for a terminal."""
-        return [f"{name}: {value}" for name, value in self.to_json().items()]
+        lines = [
+            f"run {self.run}: {self.kind}, policy {self.policy}, step {self.step} of {self.steps}",
+            f"cameras {', '.join(self.cameras)}; low-dim {', '.join(self.low_dim) or 'none'}",
+        ]
+        if self.valid_action_mse is not None:
+            lines.append(f"held-out action error {self.valid_action_mse:.4g} (mean action {self.mean_action_mse:.4g})")
+        return [*lines, f"latest {self.latest or 'none'}; best {', '.join(self.best) or 'none'}"]
+
+
+class CheckpointFolder:
+    """The ``checkpoints`` folder of a run.
+
+    Args:
+        run: the run folder.
+        keep_best: how many checkpoints with the least held-out action error are kept beside the latest.
+    """
+
+    def __init__(self, run: Path, keep_best: int) -> None:
+        self._folder, self._keep = run / CHECKPOINTS, keep_best
+        self._index = read_index(run)
+
+    def is_among_best(self, error: float) -> bool:
+        """Whether a checkpoint of this held-out action error would be kept as one of the best."""
+        best = self._index["best"]
+        return self._keep > 0 and (len(best) < self._keep or error < best[-1]["valid_action_mse"])
+
+    def save(
+        self, step: int, learner: Learner, metrics: dict[str, Any], progress: dict[str, Any], error: float | None
+    ) -> Path:
+        """Saves the learner after ``step`` updates; ``error`` is its held-out action error if it was measured there."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        name = f"step_{step:07d}"
+        partial = self._folder / f".{name}.{os.getpid()}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        (partial / "resume").mkdir(parents=True)
+        tensors = {MODEL: learner.model_tensors(), EMA: learner.ema_tensors(), RESUME: learner.resume_tensors()}
+        try:
+            files = {file: write_tensors(partial / file, values) for file, values in tensors.items()}
+            value = {"format": FORMAT, "step": step, "metrics": metrics, "progress": progress, "files": files}
+            write_json(partial / CHECKPOINT_JSON, value)
+            place_folder(partial, self._folder / name)
+        except OSError as error_:
+            raise CheckpointError(
+                f"cannot save {self._folder / name} ({error_}); earlier checkpoints are whole"
+            ) from error_
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+        self._enter(name, step, error)
+        return self._folder / name
+
+    def _enter(self, name: str, step: int, error: float | None) -> None:
+        best = [entry for entry in self._index["best"] if entry["name"] != name]
+        if error is not None:
+            best.append({"name": name, "step": step, "valid_action_mse": error})
+        best.sort(key=lambda entry: (entry["valid_action_mse"], entry["step"]))
+        self._index = {"latest": name, "best": best[: self._keep]}
+        write_json(self._folder / INDEX, self._index)
+        kept = {name, *(entry["name"] for entry in self._index["best"])}
+        for path in self._folder.iterdir():
+            if path.is_dir() and path.name not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def read_index(run: Path) -> dict[str, Any]:
+    """``{"latest": name or None, "best": [{name, step, valid_action_mse}, …]}``, the best first."""
+    path = run / CHECKPOINTS / INDEX
+    if not path.is_file():
+        return {"latest": None, "best": []}
+    value = _read_object(path)
+    names = [value.get("latest"), *(entry.get("name") for entry in value.get("best", []))]
+    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+        raise CheckpointError(f"{path} is not what was written; remove it and resume from a checkpoint folder")
+    return value
+
+
+def find_checkpoint(path: Path, *, latest: bool = False) -> tuple[Path, Path]:
+    """(run folder, checkpoint folder) of a run or of one of its checkpoints; of a run the best, else the latest.
+
+    Raises:
+        CheckpointError: there is no run, or it has no checkpoint.
+    """
+    if (path / CHECKPOINT_JSON).is_file():
+        return path.resolve().parent.parent, path
+    if not (path / RUN_JSON).is_file():
+        raise CheckpointError(f"{path} is neither a run (run.json) nor a checkpoint (checkpoint.json); train makes one")
+    index = read_index(path)
+    names = [entry["name"] for entry in index["best"]]
+    name = index["latest"] if latest or not names else names[0]
+    if name is None:
+        raise CheckpointError(f"{path} has no checkpoint yet; train it with --overwrite, or wait for its first save")
+    return path, path / CHECKPOINTS / name
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Reads one checkpoint folder and checks every file's digest; raises CheckpointError."""
+    value = _read_object(path / CHECKPOINT_JSON)
+    files = value.get("files")
+    if value.get("format") != FORMAT or not isinstance(files, dict) or not isinstance(value.get("step"), int):
+        raise CheckpointError(f"{path / CHECKPOINT_JSON} is not a checkpoint of format {FORMAT}")
+    read = {file: read_tensors(path / file, str(files.get(file))) for file in (MODEL, EMA, RESUME)}
+    metrics, progress = value.get("metrics", {}), value.get("progress", {})
+    return Checkpoint(path, value["step"], metrics, progress, read[MODEL], read[EMA], read[RESUME])
+
+
+def read_run(run: Path) -> dict[str, Any]:
+    """``run.json``; raises CheckpointError if it is missing, damaged or from another version."""
+    value = _read_object(run / RUN_JSON)
+    if value.get("format") != FORMAT:
+        raise CheckpointError(f"{run / RUN_JSON} is not a run of format {FORMAT}")
+    return value
+
+
+def run_encoders(run: Path, spec: PolicySpec) -> dict[str, ImageEncoder]:
+    """The encoders that a run began with; cameras with the same file share one module."""
+    loaded: dict[str, ImageEncoder] = {}
+    for file in dict.fromkeys(spec.encoder_files.values()):
+        if Path(file).name != file:
+            raise CheckpointError(f"{run / RUN_JSON} names an encoder outside the run: {file!r}")
+        try:
+            loaded[file] = load_encoder(None, run / file)
+        except CachePipelineError as error:
+            raise CheckpointError(f"the run's encoder cannot be loaded: {error}") from error
+    return {camera: loaded[file] for camera, file in spec.encoder_files.items()}
 
 
 def load_policy(path: str | Path, device: str = "cpu") -> VisuomotorPolicy:
     """The policy of a run (its best checkpoint, else its latest) or of one checkpoint folder, ready for ``act``.
 
-    Raises CheckpointError if anything is missing, damaged or from another version. Nothing is unpickled.
+    It has the averaged weights, if the run kept any.
+
+    Raises:
+        CheckpointError: anything is missing, damaged or from another version. Nothing is unpickled.
     """
-    raise NotImplementedError
+    run, folder = find_checkpoint(Path(path))
+    value, checkpoint = read_run(run), read_checkpoint(folder)
+    spec = PolicySpec.from_json(value.get("policy"))
+    policy = build_policy(spec, run_encoders(run, spec))
+    policy.load_tensors({**checkpoint.model, **checkpoint.ema})
+    policy.env_args, policy.render_flags = value["data"].get("env_args"), value["data"].get("render_flags")
+    return policy.to(tensor_device(device)).eval().requires_grad_(False)
 
 
 def inspect_run(path: str | Path) -> RunSummary:
     """Summarises a run folder without loading weights; raises CheckpointError if it is not one."""
-    raise NotImplementedError
+    path = Path(path)
+    run = path.resolve().parent.parent if (path / CHECKPOINT_JSON).is_file() else path
+    value, index = read_run(run), read_index(run)
+    spec = PolicySpec.from_json(value.get("policy"))
+    metrics: dict[str, Any] = {}
+    step = 0
+    if index["latest"] is not None:
+        latest = _read_object(run / CHECKPOINTS / index["latest"] / CHECKPOINT_JSON)
+        step, metrics = latest.get("step", 0), latest.get("metrics", {})
+    return RunSummary(
+        run=run,
+        kind=value["kind"],
+        policy=spec.name,
+        step=step,
+        steps=value["config"]["steps"],
+        cameras=tuple(spec.cameras),
+        low_dim=tuple(spec.low_dim),
+        action_dim=spec.action_dim,
+        valid_action_mse=metrics.get("validation/action_mse"),
+        mean_action_mse=metrics.get("validation/mean_action_mse"),
+        latest=index["latest"],
+        best=tuple(entry["name"] for entry in index["best"]),
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+    return value

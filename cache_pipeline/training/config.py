@@ -1,4 +1,4 @@
-"""What a training or fine-tuning run is asked to do: frozen dataclasses, checked when made, kept as JSON with the run."""
+"""What a run is asked to do: frozen dataclasses, checked when made, kept as JSON with the run."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 from cache_pipeline.errors import CheckpointError, ConfigError, available
 
 if TYPE_CHECKING:
+    from cache_pipeline.encoders.image_encoder import EncoderSpec
     from cache_pipeline.encoders.preprocess import Preprocess
-    from cache_pipeline.encoders.spec import EncoderSpec
 
 SourceName = Literal["auto", "resident", "streamed", "live"]
 Order = Literal["auto", "full", "block"]
@@ -117,8 +117,8 @@ class TrainConfig:
     source: SourceName = "auto"
     """Where features come from; ``auto`` takes resident if the cache fits ``max_memory``, else streamed."""
     order: Order = "auto"
-    """Order of samples: a ``full`` shuffle, or the ``block`` shuffle that streaming needs. Sources of one order and seed
-    see the same samples in the same order."""
+    """Order of samples: a ``full`` shuffle, or the ``block`` shuffle that streaming needs. Sources of one order and
+    seed see the same samples in the same order."""
     max_memory: int | None = None
     """Bytes that features (or frames) may take on the device; by default half of what is free."""
     device: str = "auto"
@@ -142,7 +142,7 @@ class TrainConfig:
         if self.cache is None and self.source in ("resident", "streamed"):
             raise ConfigError(f"source {self.source} reads a cache: give --from-cache CACHE")
         if not self.freeze_encoder and self.live is False:
-            raise ConfigError("a cache holds frozen features: to train the encoder give --dataset FILE without --from-cache")
+            raise ConfigError("a cache holds frozen features: to train the encoder give --dataset FILE alone")
         for name in ("emb_dim", "obs_horizon", "action_horizon"):
             _at_least(name, getattr(self, name), 1)
         _at_least("feature_noise", self.feature_noise, 0)
@@ -306,7 +306,7 @@ def _revive(name: str, value: Any) -> Any:
     if name == "saving":
         return SavingConfig(**value)
     if name == "encoder":
-        from cache_pipeline.encoders.spec import EncoderSpec
+        from cache_pipeline.encoders.image_encoder import EncoderSpec
 
         return EncoderSpec.from_json(value)
     if name == "preprocess":

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache_pipeline.training.learner import ActingPolicy
+from cache_pipeline.training.order import Plan
+from cache_pipeline.training.sources.source import Source
+
+BATCH = 256
 
 
 class ActionError(NamedTuple):
@@ -24,3 +36,52 @@ class ActionError(NamedTuple):
 
     def to_json(self) -> dict[str, Any]:
         return self._asdict()
+
+
+@torch.no_grad()
+def evaluate(
+    policy: ActingPolicy,
+    source: Source,
+    windows: int,
+    mean_action: NDArray[np.float32],
+    *,
+    device: torch.device,
+    most: int = 4096,
+    seed: int = 0,
+) -> ActionError:
+    """Measures ``policy.act`` on the held-out split of ``source``.
+
+    Args:
+        windows: number of held-out windows; above ``most`` they are thinned evenly.
+        mean_action: (A,) of the train split.
+        seed: of the policy's noise, the same at every measurement.
+    """
+    generator = torch.Generator(device).manual_seed(seed)
+    mean = torch.from_numpy(mean_action).to(device)
+    error = torch.zeros(2, len(mean), dtype=torch.float64, device=device)
+    count = torch.zeros((), dtype=torch.float64, device=device)
+    for batch in source.batches(_plans(windows, most), valid=True):
+        weight = batch.mask.unsqueeze(-1)
+        predicted = policy.act(batch.obs, generator)
+        for row, guess in enumerate((predicted, mean)):
+            error[row] += ((guess - batch.actions).square() * weight).sum((0, 1), dtype=torch.float64)
+        count += batch.mask.sum()
+    ours, baseline = _per_dim(error[0], count), _per_dim(error[1], count)
+    return ActionError(
+        mse=float(np.mean(ours)),
+        mse_per_dim=ours,
+        mean_action_mse=float(np.mean(baseline)),
+        mean_action_mse_per_dim=baseline,
+        windows=min(windows, most),
+    )
+
+
+def _plans(windows: int, most: int) -> Iterator[Plan]:
+    chosen = np.linspace(0, windows - 1, min(windows, most)).round().astype(np.int64)
+    for step, start in enumerate(range(0, len(chosen), BATCH)):
+        part = chosen[start : start + BATCH]
+        yield Plan(step, part, np.zeros(len(part), np.int64), 0)
+
+
+def _per_dim(error: Tensor, count: Tensor) -> tuple[float, ...]:
+    return tuple((error / count).tolist())

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from cache_pipeline.training.loop import LoopResult
 
 
 class TrainResult(NamedTuple):
@@ -26,5 +29,35 @@ class TrainResult(NamedTuple):
     source: str
     checkpoint: Path
 
+    @classmethod
+    def of(cls, run: Path, loop: LoopResult, metrics: dict[str, Any], source: str) -> TrainResult:
+        """The figures of a finished loop and of its last measurement."""
+        return cls(
+            run=run,
+            steps=loop.step,
+            seconds=loop.seconds,
+            steps_per_s=loop.steps_per_s,
+            first_loss=loop.first_loss,
+            final_loss=loop.final_loss,
+            valid_action_mse=metrics.get("validation/action_mse"),
+            mean_action_mse=metrics.get("validation/mean_action_mse"),
+            source=source,
+            checkpoint=loop.checkpoint,
+        )
+
     def to_json(self) -> dict[str, Any]:
         return {**self._asdict(), "run": str(self.run), "checkpoint": str(self.checkpoint)}
+
+    def lines(self) -> list[str]:
+        """The figures as lines for a terminal."""
+        lines = [
+            f"trained {self.steps} steps in {self.seconds:.1f} s ({self.steps_per_s:.1f} steps/s, {self.source})",
+            f"loss {self.first_loss:.4g} → {self.final_loss:.4g}",
+        ]
+        if self.valid_action_mse is not None and self.mean_action_mse is not None:
+            share = self.valid_action_mse / max(self.mean_action_mse, 1e-12)
+            lines.append(
+                f"held-out action error {self.valid_action_mse:.4g}, "
+                f"{share:.2f} of always predicting the mean action ({self.mean_action_mse:.4g})"
+            )
+        return [*lines, f"checkpoint {self.checkpoint}"]

@@ -1,0 +1,25 @@
+"""The one multilayer perceptron that all policies use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import nn
+
+from cache_pipeline.errors import ConfigError
+
+
+def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
+    """Linear layers of widths ``hidden`` with GELU between them."""
+    widths = [inputs, *hidden]
+    layers: list[nn.Module] = []
+    for before, after in pairwise(widths):
+        layers += [nn.Linear(before, after), nn.GELU()]
+    return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+
+
+def check_hidden(hidden: Sequence[int]) -> None:
+    """Raises ConfigError unless ``hidden`` names at least one layer, each of positive width."""
+    if not hidden or any(width < 1 for width in hidden):
+        raise ConfigError(f"hidden is {list(hidden)}; give at least one positive layer width")

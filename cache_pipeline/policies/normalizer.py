@@ -1,0 +1,67 @@
+"""Affine normalisation whose statistics are buffers, so that they travel with the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Normalization = Literal["minmax", "gaussian", "none"]
+
+# Spreads below this share of the values' magnitude are rounding of the store, not information.
+ROUNDING = {"float16": 1e-3, "float32": 1e-6}
+
+
+class Normalizer(nn.Module):
+    """Maps values (…, *shape) to (values - offset) * scale and back.
+
+    A dimension that is constant in the data it was fitted on maps to 0 at its constant, and its scale is 1.
+    """
+
+    offset: Tensor
+    scale: Tensor
+
+    def __init__(self, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.register_buffer("offset", torch.zeros(shape))
+        self.register_buffer("scale", torch.ones(shape))
+
+    def fit(self, rows: NDArray, mode: Normalization, rounding: float = ROUNDING["float32"]) -> Normalizer:
+        """Takes the statistics of ``rows`` (N, *shape): ``minmax`` to [-1, 1], ``gaussian`` to mean 0 and deviation 1.
+
+        Args:
+            rounding: relative precision of the values; a dimension that varies by less counts as constant.
+
+        Returns:
+            itself.
+        """
+        if mode == "none":
+            return self
+        rows = np.asarray(rows, np.float64)
+        assert rows.shape[1:] == tuple(self.offset.shape), (rows.shape, self.offset.shape)
+        if mode == "minmax":
+            low, high = rows.min(0), rows.max(0)
+            offset, spread = (low + high) / 2, (high - low) / 2
+        else:
+            offset, spread = rows.mean(0), rows.std(0)
+        flat = spread <= rounding * np.maximum(np.abs(offset), 1e-3)
+        self.offset.copy_(torch.from_numpy(np.asarray(offset)))
+        self.scale.copy_(torch.from_numpy(np.asarray(1 / np.where(flat, 1.0, spread))))
+        return self
+
+    def forward(self, values: Tensor) -> Tensor:
+        return (values - self.offset) * self.scale
+
+    def invert(self, values: Tensor) -> Tensor:
+        """The values that ``forward`` maps to these."""
+        return values / self.scale + self.offset
+
+    def join(self, parts: Sequence[Normalizer]) -> None:
+        """Takes the statistics of ``parts``, flattened and one after another."""
+        for name in ("offset", "scale"):
+            own = getattr(self, name)
+            own.copy_(torch.cat([getattr(part, name).flatten() for part in parts]).view_as(own))

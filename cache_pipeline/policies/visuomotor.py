@@ -1,0 +1,183 @@
+"""A policy with its eyes: obs encoder, normalisation and action head, from raw images or cached features."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from cache_pipeline.encoders.obs import feature_rows, low_dim_rows, one_lead
+from cache_pipeline.encoders.obs_encoder import MultiImageObsEncoder
+from cache_pipeline.errors import CheckpointError, ConfigError
+from cache_pipeline.policies.batch import Batch
+from cache_pipeline.policies.normalizer import ROUNDING, Normalization, Normalizer
+
+ENCODERS = "obs_encoder.key_model_map."
+
+
+class VisuomotorPolicy(nn.Module):
+    """Obs of To steps → features → normalised and projected step by step → condition of the action head.
+
+    Features and low-dim obs are normalised together, as one vector, to mean 0 and deviation 1: features of random
+    weights vary by a few hundredths of their mean, and a projection of raw ones learns slowly.
+
+    Args:
+        obs_encoder: cameras, encoders and projection.
+        policy: ``loss(cond, actions, mask, generator)`` and ``act(cond, generator)`` in normalised action units.
+        shape: (To, Ta, A).
+        clip_actions: whether normalised actions are clipped to [-1, 1] when acting.
+    """
+
+    def __init__(
+        self, obs_encoder: MultiImageObsEncoder, policy: nn.Module, shape: tuple[int, int, int], *, clip_actions: bool
+    ) -> None:
+        super().__init__()
+        self.obs_encoder = obs_encoder
+        self.policy: Any = policy
+        self.obs_horizon, self.action_horizon, self.action_dim = shape
+        self.clip_actions = clip_actions
+        self.inputs = Normalizer((cast(nn.Linear, obs_encoder.projection[0]).in_features,))
+        self.actions = Normalizer((self.action_dim,))
+        self.feature_noise = 0.0
+        self.encoder_dtype: torch.dtype | None = None
+        self.carries_encoder = False
+        self.env_args: dict[str, Any] | None = None
+        self.render_flags: dict[str, Any] | None = None
+
+    @property
+    def cameras(self) -> dict[str, tuple[int, int]]:
+        """Camera → (H, W) of its frames."""
+        return self.obs_encoder.shapes.cameras
+
+    @property
+    def low_dim(self) -> dict[str, tuple[int, ...]]:
+        """Low-dim key → shape of one row."""
+        return self.obs_encoder.shapes.low_dim
+
+    @property
+    def device(self) -> torch.device:
+        return self.actions.scale.device
+
+    @torch.no_grad()
+    def fit(
+        self,
+        features: Mapping[str, Tensor],
+        low_dim: Mapping[str, NDArray],
+        actions: NDArray,
+        normalization: Normalization,
+    ) -> None:
+        """Takes the statistics of the train split.
+
+        Args:
+            features: camera → (n, …) at the cut, of some rows.
+            low_dim: key → (N, …) of all rows. actions: (N, A) of all rows.
+            normalization: of the actions.
+        """
+        parts = []
+        for camera in self.cameras:
+            encoder = self.obs_encoder.key_model_map[camera]
+            pooled = torch.cat(
+                [encoder.head(part.to(self.device).float()) for part in torch.split(features[camera], 256)]
+            )
+            rows = pooled.cpu().numpy()
+            parts.append(Normalizer(rows.shape[1:]).fit(rows, "gaussian", ROUNDING["float16"]))
+        for key, shape in self.low_dim.items():
+            parts.append(Normalizer(shape).fit(np.asarray(low_dim[key]), "gaussian"))
+        self.inputs.join(parts)
+        self.actions.fit(actions, normalization)
+
+    def condition(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """(B, To·emb_dim) from ``obs``: images uint8 or features at the cut by camera, and low-dim obs.
+
+        Args:
+            generator: of feature noise and random crops in training.
+
+        Raises:
+            EncoderError: a key is missing or has another shape.
+        """
+        features = self._features(obs, generator)
+        parts: list[Tensor] = []
+        leads: dict[str, tuple[int, ...]] = {}
+        for camera, shape in self.obs_encoder.feature_shapes.items():
+            rows, leads[camera] = feature_rows(features, camera, shape)
+            with self._autocast():
+                pooled = self.obs_encoder.key_model_map[camera].head(rows.to(self.device))
+            parts.append(pooled.float())
+        width = sum(part.shape[1] for part in parts)
+        for key, shape in self.low_dim.items():
+            rows, leads[key] = low_dim_rows(obs, key, shape)
+            parts.append(rows.to(self.device, torch.float32))
+        joined = self.inputs(torch.cat(parts, dim=1))
+        if self.training and self.feature_noise:
+            noise = torch.randn((len(joined), width), generator=generator, device=joined.device)
+            joined = joined + nn.functional.pad(noise * self.feature_noise, (0, joined.shape[1] - width))
+        batch, steps = one_lead(leads)
+        return self.obs_encoder.projection(joined).view(batch, steps * self.obs_encoder.out_dim)
+
+    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
+        """The policy's loss on a batch, in normalised action units; a scalar."""
+        cond = self.condition(batch.obs, generator)
+        return self.policy.loss(cond, self.actions(batch.actions), batch.mask, generator)
+
+    @torch.no_grad()
+    def act(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """Actions (B,Ta,A) in the units of the dataset, for the steps from the last obs on.
+
+        Args:
+            obs: ``{camera: uint8 (B,To,H,W,3)}`` or features at the cut, and ``{low-dim key: (B,To,…)}``; other keys
+                are not looked at.
+            generator: of the policy's noise; torch's own by default.
+
+        Raises:
+            ConfigError: another number of obs steps.
+            EncoderError: a key is missing or has another shape.
+        """
+        for key in (*self.cameras, *self.low_dim):
+            if key in obs and obs[key].shape[1] != self.obs_horizon:
+                raise ConfigError(f"{key} has {obs[key].shape[1]} obs steps; this policy sees {self.obs_horizon}")
+        actions = self.policy.act(self.condition(obs), generator)
+        if self.clip_actions:
+            actions = actions.clamp(-1, 1)
+        return self.actions.invert(actions)
+
+    def policy_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters of projection and action head."""
+        return ((name, p) for name, p in self.named_parameters() if not name.startswith(ENCODERS))
+
+    def encoder_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named parameters of the image encoders."""
+        return ((name, p) for name, p in self.named_parameters() if name.startswith(ENCODERS))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: everything, but for the encoders while they are frozen."""
+        state = self.state_dict()
+        return {name: value for name, value in state.items() if self.carries_encoder or not name.startswith(ENCODERS)}
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes what ``tensors`` gave; raises CheckpointError if names or shapes do not fit."""
+        own = self.state_dict()
+        missing = [name for name in own if name not in tensors and not name.startswith(ENCODERS)]
+        unknown = [name for name in tensors if name not in own]
+        if missing or unknown:
+            what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which this policy does not"
+            raise CheckpointError(f"the checkpoint does not fit the run's policy: it {what}")
+        for name, value in tensors.items():
+            if own[name].shape != value.shape:
+                raise CheckpointError(
+                    f"the checkpoint does not fit the run's policy: {name} has the shape {tuple(value.shape)}, "
+                    f"not {tuple(own[name].shape)}"
+                )
+        self.load_state_dict(dict(tensors), strict=False)
+
+    def _features(self, obs: Mapping[str, Tensor], generator: torch.Generator | None) -> Mapping[str, Tensor]:
+        if not any(camera in obs and obs[camera].dtype == torch.uint8 for camera in self.cameras):
+            return obs
+        with self._autocast():
+            return self.obs_encoder.features(obs, generator=generator)
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.device.type, self.encoder_dtype, enabled=self.encoder_dtype is not None)

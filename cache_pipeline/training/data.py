@@ -1,0 +1,251 @@
+"""Opening what a run trains on: a cache or HDF5 files, the demos of each split, and the source of features."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.demos.windows import WindowSpec
+from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.encoders.image_encoder import ImageEncoder
+from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.errors import ConfigError
+from cache_pipeline.training.config import Order, SourceName
+from cache_pipeline.training.order import BlockOrder
+from cache_pipeline.training.rows import (
+    RunRows,
+    Split,
+    cache_row_numbers,
+    choose_keys,
+    named_split,
+    rows_of_cache,
+    rows_of_dataset,
+    split_demos,
+)
+from cache_pipeline.training.sources.live import DemoFrames, Encode, LiveSource
+from cache_pipeline.training.sources.memory import memory_budget
+from cache_pipeline.training.sources.resident import ResidentSource
+from cache_pipeline.training.sources.source import Source, SplitRows
+from cache_pipeline.training.sources.streamed import StreamedSource, block_order, pool_rows
+
+logger = logging.getLogger("cache_pipeline")
+
+DEFAULT_POOL_BYTES = 1 << 30
+
+
+class SplitNames(NamedTuple):
+    """How to choose the demos: by filter keys, or those of an earlier run as (file, name)."""
+
+    filter_key: str | None = None
+    valid_key: str | None = None
+    seed: int = 0
+    train: Sequence[Sequence[Any]] | None = None
+    valid: Sequence[Sequence[Any]] = ()
+    where: str = ""
+
+
+class RunData(NamedTuple):
+    """What a run trains on.
+
+    Attributes:
+        cameras: camera → (H, W, 3). low_dim: key → shape of one row.
+        split: numbers of the chosen demos in ``cache`` or ``dataset``.
+        cache, dataset: where features and frames come from; one of them may be None.
+    """
+
+    cameras: dict[str, tuple[int, int, int]]
+    low_dim: dict[str, tuple[int, ...]]
+    split: Split
+    rows: RunRows
+    cache: FeatureCache | None
+    dataset: Dataset | None
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What run.json says of the data."""
+        origin: Any = self.dataset if self.dataset is not None else self.cache
+        demos = [list(demo) for demo in self.rows.demos]
+        return {
+            "cache": None if self.cache is None else str(self.cache.path.resolve()),
+            "fingerprint": None if self.cache is None else self.cache.fingerprint,
+            "datasets": [str(path.resolve()) for path in self.files],
+            "train": demos[: self.rows.n_train],
+            "valid": demos[self.rows.n_train :],
+            "env_args": origin.env_args,
+            "render_flags": origin.render_flags,
+        }
+
+    @property
+    def files(self) -> list[Path]:
+        if self.dataset is not None:
+            return [Path(file.path) for file in self.dataset.files]
+        assert self.cache is not None
+        return [Path(source.path) for source in self.cache.manifest.files]
+
+    @property
+    def mean_action(self) -> NDArray[np.float32]:
+        """(A,) over the train split."""
+        mean: NDArray[np.float32] = self.rows.actions[: self.rows.train_rows].mean(0, dtype=np.float64)
+        return mean.astype(np.float32)
+
+    def splits(self, spec: WindowSpec, device: torch.device) -> tuple[SplitRows, SplitRows | None]:
+        """Windows of the train and of the held-out split, on the device."""
+        train, valid = self.rows.windows(spec), self.rows.windows(spec, valid=True)
+        assert train is not None
+        return (
+            SplitRows(train, self.rows, device),
+            None if valid is None else SplitRows(valid, self.rows, device),
+        )
+
+
+def open_cache_data(
+    path: Path, cameras: Sequence[str] | None, low_dim_keys: Sequence[str] | None, split: SplitNames
+) -> RunData:
+    """Opens a cache; raises CacheError, or ConfigError for names that it does not have."""
+    cache = FeatureCache(path)
+    chosen = choose_keys(cameras, tuple(cache.cameras), "camera")
+    keys = choose_keys(low_dim_keys, tuple(cache.low_dim), "low-dim key")
+    demos = _split(cache, split)
+    shapes = {camera: cache.cameras[camera].image_shape for camera in chosen}
+    low_dim = {key: cache.low_dim[key] for key in keys}
+    return RunData(shapes, low_dim, demos, rows_of_cache(cache, demos, keys), cache, None)
+
+
+def open_dataset_data(
+    paths: Sequence[Path], cameras: Sequence[str] | None, low_dim_keys: Sequence[str] | None, split: SplitNames
+) -> RunData:
+    """Opens HDF5 files; raises DatasetError, or ConfigError for filter keys that they do not have."""
+    dataset = Dataset.open(paths, cameras=cameras, low_dim_keys=low_dim_keys)
+    demos = _split(dataset, split)
+    rows = rows_of_dataset(dataset, demos, tuple(dataset.low_dim))
+    return RunData(dict(dataset.cameras), dict(dataset.low_dim), demos, rows, None, dataset)
+
+
+def _split(data: Any, names: SplitNames) -> Split:
+    if names.train is not None:
+        split = named_split(data, names.train, names.valid, names.where)
+    else:
+        split = split_demos(data, names.filter_key, names.valid_key, names.seed)
+    logger.info("%s", split.note)
+    return split
+
+
+class SourcePlan(NamedTuple):
+    """Which source, how many views, and in which order: decided once and kept with the run."""
+
+    source: SourceName
+    views: int
+    blocks: BlockOrder | None
+
+
+def plan_source(
+    data: RunData,
+    windows: int,
+    *,
+    source: SourceName,
+    order: Order,
+    views: int,
+    max_memory: int | None,
+    device: torch.device,
+) -> SourcePlan:
+    """Chooses the source by size, and the order that it needs."""
+    if data.cache is None or source == "live":
+        row_bytes = sum(int(np.prod(shape)) for shape in data.cameras.values())
+        chosen: SourceName = "live"
+    else:
+        row_bytes = _feature_bytes(data.cache, tuple(data.cameras))
+        fits = len(data.rows.actions) * row_bytes * views <= memory_budget(device, max_memory)
+        chosen = source if source != "auto" else ("resident" if fits else "streamed")
+    if order == "full" or (order == "auto" and chosen != "streamed"):
+        return SourcePlan(chosen, views, None)
+    budget = max_memory if max_memory is not None else min(DEFAULT_POOL_BYTES, memory_budget(device, None))
+    return SourcePlan(chosen, views, block_order(pool_rows(budget, row_bytes), windows))
+
+
+def _feature_bytes(cache: FeatureCache, cameras: Sequence[str]) -> int:
+    itemsize = np.dtype(cache.manifest.dtype).itemsize
+    return sum(int(np.prod(cache.cameras[camera].feature_shape)) for camera in cameras) * itemsize
+
+
+def open_cached(
+    data: RunData,
+    plan: SourcePlan,
+    splits: tuple[SplitRows, SplitRows | None],
+    *,
+    max_memory: int | None,
+    device: torch.device,
+) -> Source:
+    """The resident or the streamed source."""
+    assert data.cache is not None
+    numbers = cache_row_numbers(data.cache, data.split)
+    cameras, (train, valid) = tuple(data.cameras), splits
+    if plan.source == "resident":
+        return ResidentSource(data.cache, cameras, numbers, views=plan.views, train=train, valid=valid, device=device)
+    budget = max_memory if max_memory is not None else min(DEFAULT_POOL_BYTES, memory_budget(device, None))
+    rows = pool_rows(budget, _feature_bytes(data.cache, cameras))
+    logger.info("streaming: pools of at most %d rows", rows)
+    return StreamedSource(
+        data.cache, cameras, numbers, views=plan.views, train=train, valid=valid, pool_rows=rows, device=device
+    )
+
+
+def open_live(
+    data: RunData,
+    splits: tuple[SplitRows, SplitRows | None],
+    encode: Encode,
+    *,
+    hand_on_frames: bool,
+    max_memory: int | None,
+    device: torch.device,
+) -> LiveSource:
+    """The live source."""
+    assert data.dataset is not None
+    demos = (*data.split.train, *data.split.valid)
+    frames = DemoFrames(data.dataset, demos, np.cumsum(data.rows.lengths) - data.rows.lengths)
+    return LiveSource(
+        frames,
+        tuple(data.cameras),
+        encode=encode,
+        hand_on_frames=hand_on_frames,
+        train=splits[0],
+        valid=splits[1],
+        budget=memory_budget(device, max_memory),
+        device=device,
+    )
+
+
+def frozen_encode(
+    encoders: Mapping[str, ImageEncoder],
+    preprocess: Mapping[str, Preprocess],
+    device: torch.device,
+    precision: str,
+) -> Encode:
+    """The fast path of each camera's encoder; cameras with one encoder and preprocessing share it."""
+    made: dict[tuple[int, Preprocess], FrozenEncoder] = {}
+    by_camera: dict[str, FrozenEncoder] = {}
+    for camera, encoder in encoders.items():
+        key = (id(encoder), preprocess[camera])
+        if key not in made:
+            made[key] = FrozenEncoder(encoder, preprocess[camera], device, precision)
+        by_camera[camera] = made[key]
+
+    def encode(camera: str, frames: Tensor) -> Tensor:
+        # What inference mode makes cannot take part in a backward pass; its copy can.
+        return by_camera[camera](frames).clone()
+
+    return encode
+
+
+def check_cameras(cameras: Mapping[str, Any]) -> None:
+    """Raises ConfigError without cameras: there would be nothing to encode."""
+    if not cameras:
+        raise ConfigError("no cameras are left; name at least one with --cameras")

@@ -1,0 +1,150 @@
+"""What the loop trains: anything that takes a batch, makes one update and can be saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cache_pipeline.errors import CheckpointError
+from cache_pipeline.policies.batch import Batch
+from cache_pipeline.policies.visuomotor import VisuomotorPolicy
+from cache_pipeline.training.config import OptimConfig
+from cache_pipeline.training.optim import AveragedWeights, Optimizer, Part
+
+GENERATOR = "generator"
+
+
+class ActingPolicy(Protocol):
+    """What can be measured and rolled out."""
+
+    def act(self, obs: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor: ...
+
+
+class Learner(Protocol):
+    """One trainable policy with its optimiser."""
+
+    def step(self, batch: Batch, number: int) -> Tensor:
+        """Makes update ``number``, counted from 0; the loss as a scalar on the device, detached."""
+        ...
+
+    def averaged(self) -> Any:
+        """A context in which ``policy`` acts with the weights that rollouts will use."""
+        ...
+
+    @property
+    def policy(self) -> ActingPolicy: ...
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        """What ``model.safetensors`` holds."""
+        ...
+
+    def ema_tensors(self) -> dict[str, Tensor]:
+        """What ``ema.safetensors`` holds; empty without averaged weights."""
+        ...
+
+    def resume_tensors(self) -> dict[str, Tensor]:
+        """Optimiser and random state."""
+        ...
+
+    def load(self, model: Mapping[str, Tensor], ema: Mapping[str, Tensor], resume: Mapping[str, Tensor]) -> None:
+        """Takes what the three above gave."""
+        ...
+
+
+class PolicyLearner:
+    """Trains a VisuomotorPolicy by its own loss.
+
+    Args:
+        rates: peak learning rate of each part.
+        steps: length of the schedule.
+        seed: of the noise in the loss.
+        accumulate: parts into which a batch is split.
+    """
+
+    def __init__(
+        self,
+        policy: VisuomotorPolicy,
+        optim: OptimConfig,
+        *,
+        rates: Mapping[Part, float],
+        steps: int,
+        seed: int,
+        device: torch.device,
+        accumulate: int = 1,
+    ) -> None:
+        self._policy = policy
+        self._optimizer = Optimizer(optim, rates, steps, device)
+        self._average = None if optim.ema is None else AveragedWeights(optim.ema)
+        self._generator = torch.Generator(device).manual_seed(seed)
+        self._accumulate = accumulate
+        self.learn("policy", policy.policy_parameters())
+
+    @property
+    def policy(self) -> VisuomotorPolicy:
+        return self._policy
+
+    @property
+    def generator(self) -> torch.Generator:
+        """The source of the loss's noise."""
+        return self._generator
+
+    def learn(self, part: Part, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Lets parameters learn from now on, with the learning rate of ``part``."""
+        parameters = list(parameters)
+        for _, parameter in parameters:
+            parameter.requires_grad_(True)
+        self._optimizer.add(part, parameters)
+        if self._average is not None:
+            self._average.add(self._optimizer.parameters)
+
+    def step(self, batch: Batch, number: int) -> Tensor:
+        total = torch.zeros((), device=batch.actions.device)
+        for part, share in _parts(batch, self._accumulate):
+            loss = self._policy.loss(part, self._generator) * share
+            torch.autograd.backward(loss)
+            total += loss.detach()
+        self._optimizer.step(number)
+        if self._average is not None:
+            self._average.update(number)
+        return total
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        with self._average.applied() if self._average is not None else nullcontext():
+            yield
+
+    def model_tensors(self) -> dict[str, Tensor]:
+        return self._policy.tensors()
+
+    def ema_tensors(self) -> dict[str, Tensor]:
+        return {} if self._average is None else self._average.tensors()
+
+    def resume_tensors(self) -> dict[str, Tensor]:
+        return {**self._optimizer.tensors(), GENERATOR: self._generator.get_state()}
+
+    def load(self, model: Mapping[str, Tensor], ema: Mapping[str, Tensor], resume: Mapping[str, Tensor]) -> None:
+        self._policy.load_tensors(model)
+        if self._average is not None:
+            self._average.load(ema)
+        self._optimizer.load(resume)
+        state = resume.get(GENERATOR)
+        if state is None or state.dtype != torch.uint8 or state.shape != self._generator.get_state().shape:
+            raise CheckpointError("the checkpoint's random state is not of this device or version; start a new run")
+        self._generator.set_state(state.cpu())
+
+
+def _parts(batch: Batch, count: int) -> Iterator[tuple[Batch, float]]:
+    """Equal parts of a batch, each with the share of its action steps that count."""
+    if count == 1:
+        yield batch, 1.0
+        return
+    kept = batch.mask.sum().clamp_min(1)
+    size = len(batch.actions) // count
+    for start in range(0, len(batch.actions), size):
+        rows = slice(start, start + size)
+        part = batch.select(rows)
+        yield part, part.mask.sum() / kept  # type: ignore[misc]

@@ -1,0 +1,233 @@
+"""The one training loop: plans in, updates out; logged, measured and saved on the way."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cache_pipeline.errors import CheckpointError, ConfigError
+from cache_pipeline.progress import Progress
+from cache_pipeline.training.checkpoint import Checkpoint, CheckpointFolder
+from cache_pipeline.training.config import SavingConfig
+from cache_pipeline.training.evaluate import ActionError
+from cache_pipeline.training.interrupt import StopWish, stop_wish
+from cache_pipeline.training.learner import Learner
+from cache_pipeline.training.metrics import MetricsLog
+from cache_pipeline.training.order import Sampler
+from cache_pipeline.training.sources.source import Source
+
+logger = logging.getLogger("cache_pipeline")
+
+NOTES_EVERY_S = 0.5
+
+
+class Phase(NamedTuple):
+    """Steps ``start`` to ``stop`` with one source.
+
+    Attributes:
+        begin: called before the first of these steps, also when a run is resumed among them.
+        open: makes the source.
+    """
+
+    start: int
+    stop: int
+    begin: Callable[[], None]
+    open: Callable[[], Source]
+
+
+class Carried(NamedTuple):
+    """What a run carries over a stop."""
+
+    step: int = 0
+    seconds: float = 0.0
+    first_loss: float | None = None
+    final_loss: float | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Carried:
+        """What ``checkpoint`` was saved with; raises CheckpointError if it is not that."""
+        try:
+            return cls(**checkpoint.progress)
+        except TypeError as error:
+            raise CheckpointError(f"{checkpoint.path} cannot be resumed: {error}") from error
+
+
+class LoopResult(NamedTuple):
+    """Where the loop ended. ``seconds`` and ``steps_per_s`` count training steps, not measuring and saving."""
+
+    step: int
+    seconds: float
+    steps_per_s: float
+    first_loss: float
+    final_loss: float
+    checkpoint: Path
+    source: str
+
+
+class Journal:
+    """Logs, measures and saves after the steps at which each is due.
+
+    Args:
+        measure: the held-out action error with the averaged weights; None without held-out demos.
+        resumed: the checkpoint from which the run goes on.
+    """
+
+    def __init__(
+        self,
+        learner: Learner,
+        folder: CheckpointFolder,
+        log: MetricsLog,
+        measure: Callable[[], ActionError] | None,
+        saving: SavingConfig,
+        *,
+        steps: int,
+        resumed: Checkpoint | None = None,
+    ) -> None:
+        self._learner, self._folder, self._log, self._measure = learner, folder, log, measure
+        self._saving, self._steps = saving, steps
+        self._losses: list[Tensor] = []
+        self._carried = Carried() if resumed is None else Carried.of(resumed)
+        self.metrics: dict[str, Any] = {} if resumed is None else dict(resumed.metrics)
+        self._begun, self._since = time.perf_counter(), self._carried.step
+        self.checkpoint = None if resumed is None else resumed.path
+
+    @property
+    def carried(self) -> Carried:
+        return self._carried
+
+    def record(self, step: int, loss: Tensor, *, stopping: bool) -> None:
+        """Takes the loss of the update that was number ``step``, counted from 1, and does what is due."""
+        self._losses.append(loss)
+        last = step == self._steps or stopping
+        measured = self._due(step, self._saving.eval_every) or (step == self._steps)
+        saved = self._due(step, self._saving.save_every) or last
+        if last or measured or saved or step == 1 or step % self._saving.log_every == 0:
+            self._write_row(step)
+        if measured or saved:
+            with self._clock_stopped():
+                error = self._evaluate(step) if measured else None
+                if saved or (error is not None and self._folder.is_among_best(error)):
+                    self.checkpoint = self._folder.save(
+                        step, self._learner, self.metrics, self._carried._asdict(), error
+                    )
+
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _write_row(self, step: int) -> None:
+        loss = float(torch.stack(self._losses).mean())
+        self._losses.clear()
+        if not math.isfinite(loss):
+            raise ConfigError(
+                f"the loss is {loss} at step {step}; the checkpoints before it are whole; lower --lr, or look at the "
+                f"actions with inspect"
+            )
+        now = time.perf_counter()
+        seconds = self._carried.seconds + now - self._begun
+        rate = (step - self._since) / max(now - self._begun, 1e-9)
+        self._begun, self._since = now, step
+        first = loss if self._carried.first_loss is None else self._carried.first_loss
+        self._carried = Carried(step, seconds, first, loss)
+        values = {"training/loss": loss, "time/seconds": seconds, "time/steps_per_s": rate}
+        self.metrics.update(values)
+        self._log.write(step, values)
+
+    def _evaluate(self, step: int) -> float | None:
+        if self._measure is None:
+            return None
+        with self._learner.averaged():
+            error = self._measure()
+        values = {"validation/action_mse": error.mse, "validation/mean_action_mse": error.mean_action_mse}
+        self.metrics.update(values, **{"validation/action_mse_per_dim": list(error.mse_per_dim)})
+        self._log.write(step, values)
+        logger.info(
+            "step %d: loss %.4g, held-out action error %.4g (mean action %.4g)",
+            step,
+            self._carried.final_loss,
+            error.mse,
+            error.mean_action_mse,
+        )
+        return error.mse
+
+    @contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        stopped = time.perf_counter()
+        yield
+        self._begun += time.perf_counter() - stopped
+
+
+def run_loop(
+    journal: Journal,
+    learner: Learner,
+    sampler: Sampler,
+    phases: Sequence[Phase],
+    *,
+    steps: int,
+    run: Path,
+    progress: bool,
+) -> LoopResult:
+    """Trains from where ``journal`` stands to ``steps``.
+
+    Raises:
+        KeyboardInterrupt: somebody asked to stop; everything is saved.
+        ConfigError: the loss is not finite any more.
+    """
+    start = journal.carried.step
+    name = ""
+    with stop_wish() as wish, Progress("train", steps, "steps", start) if progress else nullcontext() as bar:
+        for phase in phases:
+            if phase.stop <= start or wish.requested:
+                continue
+            phase.begin()
+            source = phase.open()
+            name = source.name if not name else f"{name}+{source.name}"
+            _run_phase(journal, learner, sampler, source, max(start, phase.start), phase.stop, wish, bar)
+    carried = journal.carried
+    if wish.requested and carried.step < steps:
+        logger.warning("saved step %d of %d in %s; go on with the same command and --resume", carried.step, steps, run)
+        raise KeyboardInterrupt
+    assert carried.first_loss is not None
+    assert carried.final_loss is not None
+    assert journal.checkpoint is not None
+    rate = carried.step / max(carried.seconds, 1e-9)
+    return LoopResult(
+        carried.step,
+        carried.seconds,
+        rate,
+        carried.first_loss,
+        carried.final_loss,
+        journal.checkpoint,
+        name,
+    )
+
+
+def _run_phase(
+    journal: Journal,
+    learner: Learner,
+    sampler: Sampler,
+    source: Source,
+    start: int,
+    stop: int,
+    wish: StopWish,
+    bar: Progress | None,
+) -> None:
+    shown = 0.0
+    with closing(source.batches(sampler.plans(start, stop))) as batches:
+        for number, batch in enumerate(batches, start):
+            loss, stopping = learner.step(batch, number), wish.requested
+            journal.record(number + 1, loss, stopping=stopping)
+            if bar is not None:
+                now = time.monotonic()
+                notes = {} if now - shown < NOTES_EVERY_S else {"loss": f"{journal.carried.final_loss:.4g}"}
+                shown = now if notes else shown
+                bar.advance(1, **notes)
+            if stopping:
+                return

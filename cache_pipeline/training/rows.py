@@ -1,0 +1,177 @@
+"""The rows that a run trains on and measures: demos, splits, low-dim obs and actions, from a cache or from HDF5 files.
+
+Rows are packed: the chosen demos one after another in the order of the files, whatever lies in between on disk. So the
+rows, and with them windows and their order, are the same for a cache and for the files that it was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cache_pipeline.demos.windows import Windows, WindowSpec, make_windows
+from cache_pipeline.errors import CheckpointError, ConfigError, available
+
+VALID_SHARE = 0.1
+
+
+class Split(NamedTuple):
+    """Indices into the demo list, and how they were chosen."""
+
+    train: tuple[int, ...]
+    valid: tuple[int, ...]
+    note: str
+
+
+class _DemoList(Protocol):
+    @property
+    def demos(self) -> Sequence[Any]: ...
+    @property
+    def masks(self) -> dict[str, tuple[int, ...]]: ...
+
+
+class RunRows(NamedTuple):
+    """Everything about the chosen demos but what the cameras see.
+
+    Attributes:
+        demos: (file, name) of each chosen demo: those to train on, then the held-out ones.
+        lengths: (E,) steps of each.
+        n_train: how many of them are for training.
+        low_dim: key → (N, …) float32.
+        actions: (N, A) float32.
+        rewards, dones: (N,) float32.
+    """
+
+    demos: tuple[tuple[int, str], ...]
+    lengths: NDArray[np.int64]
+    n_train: int
+    low_dim: dict[str, NDArray[np.float32]]
+    actions: NDArray[np.float32]
+    rewards: NDArray[np.float32]
+    dones: NDArray[np.float32]
+
+    @property
+    def train_rows(self) -> int:
+        """Rows of the train split; they come first."""
+        return int(self.lengths[: self.n_train].sum())
+
+    def windows(self, spec: WindowSpec, *, valid: bool = False) -> Windows | None:
+        """The windows of one split; None if it has no demos."""
+        chosen = slice(self.n_train, None) if valid else slice(0, self.n_train)
+        starts = np.cumsum(self.lengths) - self.lengths
+        return make_windows(starts[chosen], self.lengths[chosen], spec) if len(starts[chosen]) else None
+
+
+def split_demos(data: _DemoList, filter_key: str | None, valid_key: str | None, seed: int) -> Split:
+    """Chooses the demos: by filter keys, by the data's own ``train`` and ``valid``, or by a seeded draw of a tenth.
+
+    Raises:
+        ConfigError: a filter key that the data do not have, or two that share demos.
+    """
+    for key in (filter_key, valid_key):
+        if key is not None and key not in data.masks:
+            raise ConfigError(f"there is no filter key {key!r} whose demos are all here; {available(data.masks, key)}")
+    everyone = tuple(range(len(data.demos)))
+    if filter_key is None and valid_key is None and {"train", "valid"} <= data.masks.keys():
+        filter_key, valid_key = "train", "valid"
+    if filter_key is None and valid_key is None:
+        return _drawn_split(everyone, seed)
+    valid = tuple(sorted(data.masks[valid_key])) if valid_key is not None else ()
+    if filter_key is None:
+        train = tuple(demo for demo in everyone if demo not in set(valid))
+    else:
+        train = tuple(sorted(data.masks[filter_key]))
+        if valid_key is None and "valid" in data.masks and not set(train) & set(data.masks["valid"]):
+            valid_key, valid = "valid", tuple(sorted(data.masks["valid"]))
+    if not train:
+        raise ConfigError(f"filter key {filter_key!r} leaves no demos to train on")
+    if shared := set(train) & set(valid):
+        name = data.demos[min(shared)].name
+        raise ConfigError(
+            f"{name} is under both {filter_key!r} and {valid_key!r}: held-out demos must not be trained on"
+        )
+    note = f"{len(train)} demos to train on ({filter_key or 'all others'}), {len(valid)} held out ({valid_key})"
+    return Split(train, valid, note)
+
+
+def _drawn_split(everyone: tuple[int, ...], seed: int) -> Split:
+    if len(everyone) == 1:
+        return Split(everyone, (), "one demo, so none is held out: the held-out figures are null")
+    drawn = np.random.Generator(np.random.Philox(seed)).permutation(len(everyone))
+    count = max(1, round(VALID_SHARE * len(everyone)))
+    valid = tuple(sorted(int(demo) for demo in drawn[:count]))
+    train = tuple(demo for demo in everyone if demo not in set(valid))
+    return Split(train, valid, f"{len(train)} demos to train on, {count} held out (drawn by demo with seed {seed})")
+
+
+def named_split(data: _DemoList, train: Sequence[Sequence[Any]], valid: Sequence[Sequence[Any]], where: str) -> Split:
+    """The split of an earlier run, its demos given as (file, name).
+
+    Raises:
+        CheckpointError: a demo of that run is not in the data.
+    """
+    places = {(demo.file, demo.name): number for number, demo in enumerate(data.demos)}
+    try:
+        chosen = [tuple(places[file, name] for file, name in part) for part in (train, valid)]
+    except KeyError as error:
+        raise CheckpointError(
+            f"{error.args[0][1]}, a demo of {where}, is not in the data; give the dataset that the run was trained on"
+        ) from error
+    return Split(chosen[0], chosen[1], f"the split of {where}: {len(train)} demos, {len(valid)} held out")
+
+
+def choose_keys(asked: Sequence[str] | None, there: Sequence[str], what: str) -> tuple[str, ...]:
+    """The names asked for, in the order asked; all that are there by default.
+
+    Raises:
+        ConfigError: a name that is not there.
+    """
+    if asked is None:
+        return tuple(there)
+    for name in asked:
+        if name not in there:
+            raise ConfigError(f"the data have no {what} {name!r}; {available(there, name)}")
+    return tuple(dict.fromkeys(asked))
+
+
+def cache_row_numbers(cache: Any, split: Split) -> NDArray[np.int64]:
+    """(N,) the cache's row of every packed row."""
+    chosen = [cache.demos[number] for number in (*split.train, *split.valid)]
+    return np.concatenate([np.arange(demo.row, demo.row + demo.length) for demo in chosen])
+
+
+def rows_of_cache(cache: Any, split: Split, low_dim_keys: Sequence[str]) -> RunRows:
+    """Reads the rows of a FeatureCache."""
+    chosen = [cache.demos[number] for number in (*split.train, *split.valid)]
+    numbers = cache_row_numbers(cache, split)
+    return RunRows(
+        demos=tuple((demo.file, demo.name) for demo in chosen),
+        lengths=np.array([demo.length for demo in chosen], np.int64),
+        n_train=len(split.train),
+        low_dim={key: cache.array(f"low_dim/{key}", numbers) for key in low_dim_keys},
+        actions=cache.array("actions", numbers),
+        rewards=cache.array("rewards", numbers),
+        dones=cache.array("dones", numbers),
+    )
+
+
+def rows_of_dataset(dataset: Any, split: Split, low_dim_keys: Sequence[str]) -> RunRows:
+    """Reads the rows of a Dataset."""
+    numbers = (*split.train, *split.valid)
+    read = [dataset.rows(number) for number in numbers]
+
+    def joined(name: str) -> NDArray[np.float32]:
+        return np.concatenate([rows[name] for rows in read])
+
+    return RunRows(
+        demos=tuple((dataset.demos[number].file, dataset.demos[number].name) for number in numbers),
+        lengths=np.array([dataset.demos[number].length for number in numbers], np.int64),
+        n_train=len(split.train),
+        low_dim={key: joined(f"low_dim/{key}") for key in low_dim_keys},
+        actions=joined("actions"),
+        rewards=joined("rewards"),
+        dones=joined("dones"),
+    )

@@ -1,0 +1,157 @@
+"""Frames through the encoder at every step.
+
+Frames stay on the device as uint8 where they fit, else a few threads read them ahead from HDF5. A frozen encoder is run
+here, so that its features reach the policy as cached ones do; one that learns is run by the policy, on frames.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import islice
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.policies.batch import Batch
+from cache_pipeline.training.order import Plan
+from cache_pipeline.training.sources.source import SplitRows, take_rows
+
+READ_AHEAD, READERS = 4, 4
+ENCODE_ROWS = 256
+
+Encode = Callable[[str, Tensor], Tensor]
+
+
+class DemoFrames(NamedTuple):
+    """Where the frames of packed rows lie: ``demos`` are numbers in the dataset, ``starts`` their first packed rows."""
+
+    dataset: Dataset
+    demos: tuple[int, ...]
+    starts: NDArray[np.int64]
+
+    @property
+    def n_rows(self) -> int:
+        return sum(self.dataset.demos[demo].length for demo in self.demos)
+
+    def read(self, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Frames of ``rows`` (n,), which may repeat: (n,H,W,3)."""
+        held, inverse = np.unique(rows, return_inverse=True)
+        cuts = np.flatnonzero((np.diff(held) > 1) | (np.diff(self._place(held)) > 0)) + 1
+        runs = np.split(held, cuts)
+        frames = [self._read_run(camera, int(run[0]), len(run)) for run in runs if len(run)]
+        return np.concatenate(frames)[inverse.ravel()]
+
+    def _read_run(self, camera: str, row: int, count: int) -> NDArray[np.uint8]:
+        place = int(self._place(np.array([row]))[0])
+        start = row - int(self.starts[place])
+        return self.dataset.frames(self.demos[place], camera, start, start + count)
+
+    def _place(self, rows: NDArray[np.int64]) -> NDArray[np.intp]:
+        return np.searchsorted(self.starts, rows, side="right") - 1
+
+
+class _Frames(Protocol):
+    def batches(self, plans: Iterable[Plan], split: SplitRows) -> Iterator[tuple[Plan, dict[str, Tensor]]]: ...
+
+
+class LiveSource:
+    """Frames of the train and held-out demos, encoded here if ``encode`` is given.
+
+    Args:
+        frames: where the frames lie.
+        cameras: names.
+        encode: (camera, frames (n,H,W,3) uint8 on the device) to features at the cut (n,…).
+        hand_on_frames: batches hold frames, for a policy that encodes by itself.
+        budget: bytes that resident frames may take; beyond it they are read ahead.
+    """
+
+    name = "live"
+
+    def __init__(
+        self,
+        frames: DemoFrames,
+        cameras: Sequence[str],
+        *,
+        encode: Encode,
+        hand_on_frames: bool,
+        train: SplitRows,
+        valid: SplitRows | None,
+        budget: int,
+        device: torch.device,
+    ) -> None:
+        self._demo_frames, self._cameras, self._device = frames, tuple(cameras), device
+        self._encode, self._hand_on_frames = encode, hand_on_frames
+        self._splits = {False: train, True: valid}
+        needed = frames.n_rows * sum(int(np.prod(frames.dataset.cameras[camera])) for camera in cameras)
+        kind = _ResidentFrames if needed <= budget else _ReadAheadFrames
+        self._frames: _Frames = kind(frames, self._cameras, device)
+
+    def batches(self, plans: Iterable[Plan], *, valid: bool = False) -> Generator[Batch, None, None]:
+        split = self._splits[valid]
+        assert split is not None
+        for plan, frames in self._frames.batches(plans, split):
+            _, low_dim, actions, mask = split.gather(plan)
+            yield Batch({**self._encoded(frames), **low_dim}, actions, mask)
+
+    def features_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        features = {}
+        for camera in self._cameras:
+            frames = torch.from_numpy(self._demo_frames.read(camera, rows))
+            parts = [self._encode(camera, part.to(self._device)).cpu() for part in torch.split(frames, ENCODE_ROWS)]
+            features[camera] = torch.cat(parts)
+        return features
+
+    def _encoded(self, frames: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._hand_on_frames:
+            return frames
+        return {
+            camera: _unflatten(self._encode(camera, images.flatten(0, 1)), images.shape[:2])
+            for camera, images in frames.items()
+        }
+
+
+class _ResidentFrames:
+    def __init__(self, frames: DemoFrames, cameras: Sequence[str], device: torch.device) -> None:
+        rows = np.arange(frames.n_rows)
+        self._frames = {camera: torch.from_numpy(frames.read(camera, rows)).to(device) for camera in cameras}
+        self._device = device
+
+    def batches(self, plans: Iterable[Plan], split: SplitRows) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
+        for plan in plans:
+            rows = torch.from_numpy(split.obs_rows[plan.windows]).to(self._device)
+            yield plan, {camera: take_rows(values, rows) for camera, values in self._frames.items()}
+
+
+class _ReadAheadFrames:
+    def __init__(self, frames: DemoFrames, cameras: Sequence[str], device: torch.device) -> None:
+        self._source, self._cameras, self._device = frames, cameras, device
+
+    def batches(self, plans: Iterable[Plan], split: SplitRows) -> Iterator[tuple[Plan, dict[str, Tensor]]]:
+        plans = iter(plans)
+        with ThreadPoolExecutor(READERS, thread_name_prefix="frames") as readers:
+            coming: deque[tuple[Plan, Future[dict[str, Tensor]]]] = deque()
+            for plan in islice(plans, READ_AHEAD):
+                coming.append((plan, readers.submit(self._read, plan, split)))
+            while coming:
+                plan, future = coming.popleft()
+                frames = future.result()
+                for following in islice(plans, 1):
+                    coming.append((following, readers.submit(self._read, following, split)))
+                yield plan, {camera: values.to(self._device, non_blocking=True) for camera, values in frames.items()}
+
+    def _read(self, plan: Plan, split: SplitRows) -> dict[str, Tensor]:
+        rows = split.obs_rows[plan.windows]
+        return {
+            camera: _unflatten(torch.from_numpy(self._source.read(camera, rows.ravel())), rows.shape)
+            for camera in self._cameras
+        }
+
+
+def _unflatten(values: Tensor, shape: Sequence[int]) -> Tensor:
+    return values.view(*shape, *values.shape[1:])

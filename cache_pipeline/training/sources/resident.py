@@ -1,0 +1,64 @@
+"""The whole cache on the device: a batch is a few index selects, with no work per sample."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.policies.batch import Batch
+from cache_pipeline.training.order import Plan
+from cache_pipeline.training.sources.source import SplitRows, take_rows
+
+
+class ResidentSource:
+    """Features in their stored dtype in one tensor per camera; they become float32 batch by batch.
+
+    Args:
+        cache: where they are read from.
+        cameras: names.
+        numbers: (N,) the cache's row of each packed row.
+        views: number of views to load.
+        train, valid: windows and rows of the two splits.
+    """
+
+    name = "resident"
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        cameras: Sequence[str],
+        numbers: NDArray[np.int64],
+        *,
+        views: int,
+        train: SplitRows,
+        valid: SplitRows | None,
+        device: torch.device,
+    ) -> None:
+        self._splits = {False: train, True: valid}
+        self._n, self._views, self._device = len(numbers), views, device
+        self._features = {camera: _load(cache, camera, numbers, views).to(device) for camera in cameras}
+
+    def batches(self, plans: Iterable[Plan], *, valid: bool = False) -> Generator[Batch, None, None]:
+        split = self._splits[valid]
+        assert split is not None
+        for plan in plans:
+            rows, low_dim, actions, mask = split.gather(plan)
+            if self._views > 1 and plan.views.any():
+                rows = rows + torch.from_numpy(plan.views * self._n).to(self._device, non_blocking=True)[:, None]
+            obs = {camera: take_rows(values, rows).float() for camera, values in self._features.items()}
+            yield Batch({**obs, **low_dim}, actions, mask)
+
+    def features_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        chosen = torch.from_numpy(rows).to(self._device)
+        return {camera: values.index_select(0, chosen).cpu() for camera, values in self._features.items()}
+
+
+def _load(cache: FeatureCache, camera: str, numbers: NDArray[np.int64], views: int) -> Tensor:
+    """(views·N, …): view after view."""
+    parts = [torch.from_numpy(cache.features(camera, numbers, view)) for view in range(views)]
+    return parts[0] if views == 1 else torch.cat(parts)

@@ -1,0 +1,94 @@
+"""What all sources share: the plan of a step in, its batch out; all but the features is gathered on the device."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache_pipeline.demos.windows import Windows
+from cache_pipeline.policies.batch import Batch
+from cache_pipeline.training.order import Plan
+from cache_pipeline.training.rows import RunRows
+
+
+class Source(Protocol):
+    """Turns plans into batches, in their order."""
+
+    name: str
+
+    def batches(self, plans: Iterable[Plan], *, valid: bool = False) -> Generator[Batch, None, None]:
+        """The batch of each plan; window numbers are those of the train split, or of the held-out one."""
+        ...
+
+    def features_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        """Clean features at the cut of packed rows, ``{camera: (n, …)}`` on the CPU, for statistics."""
+        ...
+
+
+class Gathered(NamedTuple):
+    """A batch without its features.
+
+    Attributes:
+        obs_rows: (B,To) packed rows whose features belong to the batch.
+        low_dim: key → (B,To,…).
+        actions: (B,Ta,A).
+        mask: (B,Ta).
+    """
+
+    obs_rows: Tensor
+    low_dim: dict[str, Tensor]
+    actions: Tensor
+    mask: Tensor
+
+
+class SplitRows:
+    """Windows, low-dim obs and actions of one split, resident on the device.
+
+    Args:
+        windows: of the split, in packed rows.
+        rows: of the run.
+    """
+
+    def __init__(self, windows: Windows, rows: RunRows, device: torch.device) -> None:
+        self.obs_rows = windows.obs_rows
+        self._obs_rows = torch.from_numpy(windows.obs_rows).to(device)
+        self._action_rows = torch.from_numpy(windows.action_rows).to(device)
+        self._mask = torch.from_numpy(windows.action_mask).to(device)
+        self._actions = torch.from_numpy(rows.actions).to(device)
+        self._shapes = {key: values.shape[1:] for key, values in rows.low_dim.items()}
+        self._widths = [int(np.prod(shape, dtype=np.int64)) for shape in self._shapes.values()]
+        flat = [values.reshape(len(values), -1) for values in rows.low_dim.values()]
+        self._low_dim = torch.from_numpy(np.concatenate(flat, axis=1)).to(device) if flat else None
+        self._device = device
+
+    def __len__(self) -> int:
+        return len(self.obs_rows)
+
+    def gather(self, plan: Plan) -> Gathered:
+        """Everything of a plan's batch but its features."""
+        windows = torch.from_numpy(plan.windows).to(self._device, non_blocking=True)
+        obs_rows = self._obs_rows.index_select(0, windows)
+        actions = take_rows(self._actions, self._action_rows.index_select(0, windows))
+        return Gathered(obs_rows, self._take_low_dim(obs_rows), actions, self._mask.index_select(0, windows))
+
+    def _take_low_dim(self, rows: Tensor) -> dict[str, Tensor]:
+        if self._low_dim is None:
+            return {}
+        parts = torch.split(take_rows(self._low_dim, rows), self._widths, dim=-1)
+        shapes = self._shapes.items()
+        return {key: part.reshape(*rows.shape, *shape) for (key, shape), part in zip(shapes, parts, strict=True)}
+
+
+def take_rows(values: Tensor, rows: Tensor) -> Tensor:
+    """``values`` (N,…) at ``rows`` (B,T): (B,T,…)."""
+    return values.index_select(0, rows.flatten()).view(*rows.shape, *values.shape[1:])
+
+
+def view_rows(plan: Plan, obs_rows: NDArray[np.int64], n_rows: int) -> NDArray[np.int64]:
+    """(B,To) places of a batch in an array that holds the ``n_rows`` rows of one view after those of another."""
+    return obs_rows[plan.windows] + (plan.views * n_rows)[:, None]

@@ -1,0 +1,125 @@
+"""A cache larger than memory: pools of rows, read ahead in a thread while the pool before is trained on.
+
+At any time two pools are in memory. In block order a pool is a random draw of blocks from the whole cache, so its
+batches are nearly as mixed as those of a full shuffle. A full order works too, only slowly: it reads rows one by one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.policies.batch import Batch
+from cache_pipeline.training.order import BlockOrder, Plan
+from cache_pipeline.training.sources.source import SplitRows, take_rows, view_rows
+
+# Two pools, and the decoded shards that one of them is being assembled from.
+POOLS_IN_MEMORY = 3
+BLOCK_WINDOWS = 256
+
+
+class _Pool(NamedTuple):
+    """Some plans and the features of all of them; ``places`` (B,To) index the features."""
+
+    plans: list[Plan]
+    places: list[Tensor]
+    features: dict[str, Tensor]
+
+
+class StreamedSource:
+    """Features read pool by pool. Arguments as in ResidentSource.
+
+    Args:
+        pool_rows: largest number of rows of a pool.
+    """
+
+    name = "streamed"
+
+    def __init__(
+        self,
+        cache: FeatureCache,
+        cameras: Sequence[str],
+        numbers: NDArray[np.int64],
+        *,
+        views: int,
+        train: SplitRows,
+        valid: SplitRows | None,
+        pool_rows: int,
+        device: torch.device,
+    ) -> None:
+        self._cache, self._cameras, self._numbers, self._views = cache, tuple(cameras), numbers, views
+        self._splits = {False: train, True: valid}
+        self._pool_rows, self._device = pool_rows, device
+
+    def batches(self, plans: Iterable[Plan], *, valid: bool = False) -> Generator[Batch, None, None]:
+        split = self._splits[valid]
+        assert split is not None
+        groups = self._group(plans, split)
+        with ThreadPoolExecutor(1, thread_name_prefix="stream") as reader:
+            coming = reader.submit(self._read_next, groups, split)
+            while (pool := coming.result()) is not None:
+                coming = reader.submit(self._read_next, groups, split)
+                for plan, places in zip(pool.plans, pool.places, strict=True):
+                    yield self._batch(split, plan, places, pool.features)
+                del pool
+
+    def features_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
+        return {camera: torch.from_numpy(self._cache.features(camera, self._numbers[rows])) for camera in self._cameras}
+
+    def _batch(self, split: SplitRows, plan: Plan, places: Tensor, features: dict[str, Tensor]) -> Batch:
+        _, low_dim, actions, mask = split.gather(plan)
+        obs = {camera: take_rows(values, places).float() for camera, values in features.items()}
+        return Batch({**obs, **low_dim}, actions, mask)
+
+    def _group(self, plans: Iterable[Plan], split: SplitRows) -> Iterator[list[Plan]]:
+        """Consecutive plans of one pool, split where their rows would exceed the pool's size."""
+        group: list[Plan] = []
+        seen, count = np.zeros(self._views * len(self._numbers), bool), 0
+        for plan in plans:
+            rows = np.unique(self._places(plan, split))
+            fresh = rows[~seen[rows]]
+            if group and (plan.pool != group[-1].pool or count + len(fresh) > self._pool_rows):
+                yield group
+                group, count, fresh = [], 0, rows
+                seen[:] = False
+            group.append(plan)
+            seen[fresh] = True
+            count += len(fresh)
+        if group:
+            yield group
+
+    def _read_next(self, groups: Iterator[list[Plan]], split: SplitRows) -> _Pool | None:
+        plans = next(groups, None)
+        if plans is None:
+            return None
+        wanted = [self._places(plan, split) for plan in plans]
+        held = np.unique(np.concatenate([places.ravel() for places in wanted]))
+        features = {camera: self._read_camera(camera, held).to(self._device) for camera in self._cameras}
+        places = [torch.from_numpy(np.searchsorted(held, rows)).to(self._device) for rows in wanted]
+        return _Pool(plans, places, features)
+
+    def _read_camera(self, camera: str, held: NDArray[np.int64]) -> Tensor:
+        view, row = np.divmod(held, len(self._numbers))
+        parts = [self._cache.features(camera, self._numbers[row[view == v]], int(v)) for v in np.unique(view)]
+        return torch.from_numpy(parts[0] if len(parts) == 1 else np.concatenate(parts))
+
+    def _places(self, plan: Plan, split: SplitRows) -> NDArray[np.int64]:
+        return view_rows(plan, split.obs_rows, len(self._numbers))
+
+
+def pool_rows(budget: int, row_bytes: int) -> int:
+    """Rows of a pool such that all that is in memory at a time stays within ``budget`` bytes."""
+    return max(1, budget // (POOLS_IN_MEMORY * row_bytes))
+
+
+def block_order(rows: int, windows: int) -> BlockOrder:
+    """Sizes of the block order for pools of ``rows`` rows, with room for the batch that reaches into the next pool."""
+    pool = max(1, int(min(windows, 0.9 * rows)))
+    return BlockOrder(block=max(1, min(BLOCK_WINDOWS, pool // 4)), pool=pool)
