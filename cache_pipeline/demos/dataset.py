@@ -47,7 +47,7 @@ class Demo(NamedTuple):
 
 
 class SourceFile(NamedTuple):
-    """One HDF5 file as it was when it was opened."""
+    """One HDF5 file as it was when it was opened; ``path`` is absolute."""
 
     path: Path
     size: int
@@ -70,7 +70,7 @@ class Dataset:
     """
 
     def __init__(self, infos: Sequence[FileInfo], chosen: Sequence[Sequence[DemoInfo]], wanted: Wanted) -> None:
-        self.files = tuple(SourceFile(info.path, info.size, info.mtime_ns) for info in infos)
+        self.files = tuple(SourceFile(info.path.absolute(), info.size, info.mtime_ns) for info in infos)
         self.demos = tuple(Demo(i, demo.name, demo.length) for i, demos in enumerate(chosen) for demo in demos)
         first = chosen[0][0]
         self.cameras = {camera: _image_size(first.obs[camera].shape) for camera in wanted.cameras}

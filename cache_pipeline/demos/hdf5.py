@@ -94,7 +94,8 @@ class FileInfo(NamedTuple):
 
 def demo_order(name: str) -> tuple[list[Any], str]:
     """Sort key by which ``demo_2`` comes before ``demo_10``."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"([0-9]+)", name)], name
+    parts = re.split(r"([0-9]+)", name)
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
 def open_file(path: Path) -> h5py.File:
@@ -103,32 +104,32 @@ def open_file(path: Path) -> h5py.File:
     Raises:
         DatasetError: it is missing, not readable, no HDF5 file, truncated, or being written by another process.
     """
-    if not path.exists():
-        near = sorted(other.name for other in path.parent.glob("*.hdf5")) if path.parent.is_dir() else []
-        raise DatasetError(
-            f"there is no file {path}" + (f"; the folder holds {', '.join(near[:12])}" if near else "; check the path")
-        )
-    if path.is_dir():
-        raise DatasetError(f"{path} is a folder; name a robomimic HDF5 file")
     try:
+        if not path.exists():
+            near = sorted(other.name for other in path.parent.glob("*.hdf5")) if path.parent.is_dir() else []
+            beside = f"; the folder holds {', '.join(near[:12])}" if near else "; check the path"
+            raise DatasetError(f"there is no file {path}{beside}")
+        if path.is_dir():
+            raise DatasetError(f"{path} is a folder; name a robomimic HDF5 file")
         return h5py.File(path, "r")
     except PermissionError as error:
         raise DatasetError(f"{path} may not be read by this user: check its permissions") from error
     except BlockingIOError as error:
         raise DatasetError(f"{path} is being written by another process; wait until it is closed") from error
     except OSError as error:
-        if "truncated" in str(error):
-            raise DatasetError(f"{path} is cut off ({_size_told(path, error)}): copy or download it again") from error
-        if not h5py.is_hdf5(path):
-            raise DatasetError(
-                f"{path} is not an HDF5 file ({path.stat().st_size} bytes); name a robomimic .hdf5"
-            ) from error
-        raise DatasetError(f"{path} cannot be opened as HDF5, its header is damaged: {error}") from error
+        raise DatasetError(f"{path} {_why_not_opened(path, ' '.join(str(error).split()))}") from error
 
 
-def _size_told(path: Path, error: OSError) -> str:
-    expected = re.search(r"stored_eof = (\d+)", str(error))
-    return f"{path.stat().st_size} bytes" + (f" of {expected[1]}" if expected else "")
+def _why_not_opened(path: Path, told: str) -> str:
+    if "truncated" in told:
+        expected = re.search(r"stored_eof = (\d+)", told)
+        size = f"{path.stat().st_size} bytes" + (f" of {expected[1]}" if expected else "")
+        return f"is cut off ({size}): copy or download it again"
+    if "unable to lock" in told:
+        return f"cannot be locked for reading on this file system ({told}); set HDF5_USE_FILE_LOCKING=FALSE"
+    if not h5py.is_hdf5(path):
+        return "is not an HDF5 file; name a robomimic .hdf5 file"
+    return f"cannot be opened, its HDF5 header is damaged ({told}); copy or download it again"
 
 
 @contextmanager

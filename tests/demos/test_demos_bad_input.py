@@ -72,7 +72,7 @@ def test_a_text_file_is_told_to_be_no_hdf5(tmp_path):
 
 def test_an_empty_file_is_told_to_be_no_hdf5(tmp_path):
     (tmp_path / "empty.hdf5").write_bytes(b"")
-    refused(tmp_path / "empty.hdf5", "is not an HDF5 file", "0 bytes")
+    refused(tmp_path / "empty.hdf5", "is not an HDF5 file")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
@@ -103,6 +103,14 @@ def test_a_file_that_is_being_written_is_told_to_be(path):
         assert process.stdout.readline() == "open\n"
         refused(path, "being written by another process")
         process.communicate("\n")
+
+
+def test_a_file_system_without_locks_is_told_with_the_way_out(path, monkeypatch):
+    def no_locks(*_):
+        raise OSError(38, "Unable to synchronously open file (unable to lock file, errno = 38)")
+
+    monkeypatch.setattr(h5py, "File", no_locks)
+    refused(path, "cannot be locked", "HDF5_USE_FILE_LOCKING=FALSE")
 
 
 def test_a_file_without_a_data_group_is_refused(path):

@@ -10,6 +10,7 @@ import pytest
 from fakes import make_dataset
 
 from cache_pipeline.demos.dataset import Dataset, Demo
+from cache_pipeline.demos.hdf5 import demo_order
 from cache_pipeline.errors import DatasetError
 
 CAMERA, EYE = "agentview_image", "robot0_eye_in_hand_image"
@@ -23,6 +24,11 @@ def stored(path, key):
 def test_demos_are_in_numeric_order_with_gaps(tmp_path):
     path = make_dataset(tmp_path / "gaps.hdf5", names=["demo_10", "demo_2", "demo_103"])
     assert Dataset.open(path).demos == (Demo(0, "demo_2", 5), Demo(0, "demo_10", 7), Demo(0, "demo_103", 9))
+
+
+def test_demo_names_of_any_kind_have_an_order():
+    names = ["demo_2", "demo_10", "demo_²", "a", "7", "demo_02", "demo"]
+    assert sorted(names, key=demo_order) == ["7", "a", "demo", "demo_02", "demo_2", "demo_10", "demo_²"]
 
 
 def test_cameras_are_found_by_type_and_shape_and_may_differ_in_size(tmp_path):
@@ -209,6 +215,14 @@ def test_threads_read_what_one_thread_reads(tmp_path):
     dataset.close()
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(lambda _: read_all(dataset), range(8))) == [expected] * 8
+
+
+def test_a_relative_path_still_reads_after_the_folder_changes(tmp_path, monkeypatch):
+    make_dataset(tmp_path / "lift.hdf5")
+    monkeypatch.chdir(tmp_path)
+    dataset = Dataset.open("lift.hdf5")
+    monkeypatch.chdir("/")
+    assert len(dataset.frames(0, CAMERA)) == 7
 
 
 def test_a_closed_dataset_opens_again_when_it_is_read(tmp_path):
