@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cache_pipeline.cache.layout import Unit, block_segments
+from cache_pipeline.cache.layout import Segment, Unit, block_segments
 from cache_pipeline.errors import CorruptCacheError, IncompleteCacheError, NotACacheError
 from cache_pipeline.files import json_digest, read_json, write_json
 
@@ -105,9 +105,21 @@ class Manifest:
         demos = [[demo.name, demo.length, demo.digests, demo.view_key] for demo in self.demos]
         return json_digest([self.format, self.dtype, cameras, sorted(self.low_dim), demos])
 
+    def block_segments(self) -> dict[int, tuple[Segment, ...]]:
+        """The live segments of every block that has any."""
+        return block_segments([d.row for d in self.demos], [d.length for d in self.demos], self.shard_rows)
+
+    def unit_inputs(self, unit: Unit) -> str:
+        """Digest of everything but frames and rows that decides what a unit holds."""
+        if unit.kind == "features":
+            return self.cameras[unit.camera].unit_identity(unit.view)
+        if unit.kind == "rows":
+            return json_digest([{key: list(shape) for key, shape in self.low_dim.items()}, self.action_dim])
+        return json_digest(["frame digests"])
+
     def live_units(self) -> Iterator[Unit]:
         """Every unit that a complete cache must hold, block by block."""
-        for block in block_segments([d.row for d in self.demos], [d.length for d in self.demos], self.shard_rows):
+        for block in self.block_segments():
             yield Unit("rows", "", 0, block)
             for camera, entry in self.cameras.items():
                 yield Unit("frames", camera, 0, block)

@@ -8,7 +8,6 @@ from dataclasses import replace
 from numpy.typing import NDArray
 
 from cache_pipeline.cache.arrays import StoredArray, array_names
-from cache_pipeline.cache.layout import block_segments
 from cache_pipeline.cache.manifest import DemoRows, Manifest
 from cache_pipeline.errors import DatasetError
 from cache_pipeline.extract.matching import array_digest
@@ -50,7 +49,7 @@ def _recorded_units(prepared: Prepared) -> dict[str, str]:
     """Unit → output digest; asserts that the records cover each live row of each array exactly."""
     manifest = prepared.manifest
     check = UnitCheck(prepared.path, manifest, prepared.dataset, [True] * len(manifest.demos))
-    blocks = block_segments([d.row for d in manifest.demos], [d.length for d in manifest.demos], manifest.shard_rows)
+    blocks = manifest.block_segments()
     covered = sum(segment.stop - segment.start for segments in blocks.values() for segment in segments)
     assert covered == sum(demo.length for demo in manifest.demos), "rows of two demos overlap"
     units = {}

@@ -27,7 +27,7 @@ from cache_pipeline.extract.finish import finish, is_up_to_date
 from cache_pipeline.extract.matching import array_digest, frame_digests
 from cache_pipeline.extract.prepare import Prepared, metadata_digests, planned_bytes, prepare
 from cache_pipeline.extract.stages import ReadAhead, WriteBehind
-from cache_pipeline.extract.units import Job, UnitCheck, read_rows, rows_digest
+from cache_pipeline.extract.units import Job, read_rows, rows_digest
 from cache_pipeline.files import digest
 from cache_pipeline.progress import Progress
 
@@ -66,7 +66,7 @@ class ExtractResult(NamedTuple):
         stages = f"read {self.read_s:.1f} s, encode {self.encode_s:.1f} s, write {self.write_s:.1f} s"
         return [
             f"{self.cache}: complete, {self.bytes / 1e6:.1f} MB, fingerprint {self.fingerprint}",
-            f"{self.images} images of {', '.join(self.cameras)} in {self.seconds:.1f} s, {self.images_per_s:.1f} images/s",
+            f"{self.images} images of {', '.join(self.cameras)} in {self.seconds:.1f} s, {self.images_per_s:.1f}/s",
             f"stages, which run at the same time: {stages}",
             f"{self.units_encoded} units written, {self.units_reused} reused",
         ]
@@ -168,7 +168,6 @@ class _Run:
         self.read_s = self.encode_s = self.write_s = 0.0
         self._manifest = prepared.manifest
         self._batches = BatchEncoder(prepared.manifest.batch_size, prepared.manifest.dtype)
-        self._check = UnitCheck(prepared.path, prepared.manifest, prepared.dataset, ())
         self._progress = progress
         self._stored: dict[str, arrays.StoredArray] = {}
 
@@ -250,7 +249,7 @@ class _Run:
             if row < segment.stop - segment.start:
                 raise EncoderError(
                     f"{segment.file}: {segment.demo}: the feature of {unit.camera} frame {segment.offset + row} is "
-                    f"not finite in {self._manifest.dtype}; try --store-dtype float32, --precision fp32 or other weights"
+                    f"not finite in {self._manifest.dtype}; try --store-dtype float32 and --precision fp32"
                 )
             row -= segment.stop - segment.start
 
@@ -270,6 +269,6 @@ class _Run:
             hashes.append(block.tobytes())
         span = (base, base + size)
         record = LedgerRecord(
-            unit.name, span, item.recorded, self._check.inputs(unit), digest(*hashes), round(item.seconds, 4)
+            unit.name, span, item.recorded, self._manifest.unit_inputs(unit), digest(*hashes), round(item.seconds, 4)
         )
         write_record(self.prepared.path, unit, record)

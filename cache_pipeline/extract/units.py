@@ -8,13 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cache_pipeline.cache.arrays import array_specs
-from cache_pipeline.cache.layout import Segment, Unit, block_segments
+from cache_pipeline.cache.layout import Segment, Unit
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, read_record
 from cache_pipeline.cache.manifest import Manifest
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.extract.matching import array_digest, frame_digests
-from cache_pipeline.files import digest, json_digest
+from cache_pipeline.files import digest
 
 
 class Job(NamedTuple):
@@ -73,18 +72,11 @@ class UnitCheck:
 
     def __init__(self, path: Path, manifest: Manifest, dataset: Dataset, kept: Sequence[bool]) -> None:
         self._path, self._manifest, self._dataset, self._kept = path, manifest, dataset, kept
-        self._row_inputs = rows_identity(manifest)
-
-    def inputs(self, unit: Unit) -> str:
-        """Digest of what makes a unit, its frames left out."""
-        if unit.kind == "features":
-            return self._manifest.cameras[unit.camera].unit_identity(unit.view)
-        return self._row_inputs if unit.kind == "rows" else "blake2b"
 
     def find(self, unit: Unit, segments: Sequence[Segment]) -> LedgerRecord | None:
         """The unit's record when it is done, else None."""
         record = read_record(self._path, unit)
-        if record is None or record.inputs != self.inputs(unit):
+        if record is None or record.inputs != self._manifest.unit_inputs(unit):
             return None
         recorded = {(segment.start, segment.stop): segment for segment in record.segments}
         for segment in segments:
@@ -111,16 +103,6 @@ class UnitCheck:
         return array_digest(frame_digests(self._dataset.frames(segment.demo, unit.camera, segment.offset, stop)))
 
 
-def rows_identity(manifest: Manifest) -> str:
-    """Digest of which low-dim arrays a cache holds, and of their shapes."""
-    specs = {name: list(spec.row_shape) for name, spec in array_specs(manifest).items() if not _of_camera(name)}
-    return json_digest(specs)
-
-
-def _of_camera(name: str) -> bool:
-    return name.startswith(("features/", "frame_digests/"))
-
-
 def read_rows(dataset: Dataset, segment: Segment) -> dict[str, np.ndarray]:
     """The low-dim rows of one segment."""
     rows = slice(segment.offset, segment.offset + segment.stop - segment.start)
@@ -135,7 +117,7 @@ def rows_digest(rows: Mapping[str, np.ndarray]) -> str:
 def find_work(path: Path, manifest: Manifest, dataset: Dataset, kept: Sequence[bool]) -> Work:
     """Every unit that is not done, block by block, grouped so that each frame is read once."""
     check = UnitCheck(path, manifest, dataset, kept)
-    blocks = block_segments([d.row for d in manifest.demos], [d.length for d in manifest.demos], manifest.shard_rows)
+    blocks = manifest.block_segments()
     jobs, units_reused, images_reused = [], 0, 0
     for block, segments in blocks.items():
         for camera, units in _units_of(manifest, block).items():

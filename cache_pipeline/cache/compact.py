@@ -1,0 +1,124 @@
+"""Gives back the space of rows whose demos left: live rows are copied to a new cache, which is then swapped in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cache_pipeline.cache.arrays import StoredArray, array_names, metadata_files, unit_arrays, write_metadata
+from cache_pipeline.cache.folder import (
+    beside,
+    finish_swap,
+    folder_bytes,
+    remove_cache,
+    remove_partial_files,
+    swap,
+    told_when_full,
+)
+from cache_pipeline.cache.layout import Segment, Unit, place_demos
+from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, write_record
+from cache_pipeline.cache.lock import writer_lock
+from cache_pipeline.cache.manifest import PENDING, DemoRows, Manifest, read_manifest, write_manifest, write_pending
+from cache_pipeline.files import digest
+
+
+class CompactResult(NamedTuple):
+    """Sizes of all files before and after, and the rows that were dead."""
+
+    cache: str
+    bytes_before: int
+    bytes_after: int
+    rows_freed: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object of the fields."""
+        return self._asdict()
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [
+            f"{self.cache}: {self.rows_freed} dead rows given back, "
+            f"{self.bytes_before / 1e6:.1f} MB before, {self.bytes_after / 1e6:.1f} MB now"
+        ]
+
+
+def compact(path: str | Path) -> CompactResult:
+    """Rewrites a complete cache without dead rows; its fingerprint stays. An unfinished extension of it is dropped.
+
+    Raises:
+        NotACacheError, IncompleteCacheError, CorruptCacheError: there is no sound cache; it is left as it was.
+        CacheLockedError: another process is writing it.
+        CacheError: the disk is full; the cache is left as it was.
+    """
+    path = Path(path)
+    with writer_lock(path):
+        finish_swap(path)
+        manifest = read_manifest(path)
+        before, live = folder_bytes(path), sum(demo.length for demo in manifest.demos)
+        new = beside(path, "new")
+        remove_cache(new)
+        with told_when_full(new, before):
+            _copy(path, manifest, new)
+        swap(new, path)
+        return CompactResult(str(path), before, folder_bytes(path), manifest.n_rows - live)
+
+
+def _copy(path: Path, old: Manifest, new: Path) -> None:
+    lengths = [demo.length for demo in old.demos]
+    placement = place_demos(lengths, [None] * len(lengths), 0, old.shard_rows)
+    demos = tuple(demo._replace(row=row) for demo, row in zip(old.demos, placement.rows, strict=True))
+    target = replace(old, demos=demos, n_rows=placement.n_rows, units={}, metadata={})
+    new.mkdir(parents=True, exist_ok=True)
+    remove_partial_files(new)
+    write_pending(new, target)
+    files = metadata_files(target)
+    write_metadata(new, files)
+    write_metadata(new, {file: (path / file).read_bytes() for file in old.encoders.values()})
+    names = array_names(old)
+    source = {name: StoredArray(path, name) for name in names}
+    sink = {name: StoredArray(new, name, read_only=False) for name in names}
+    units = {}
+    blocks = target.block_segments()
+    for unit in target.live_units():
+        segments = blocks[unit.block]
+        output = [_copy_block(source[name], sink[name], old.demos, segments, unit) for name in unit_arrays(old, unit)]
+        record = _record(target, unit, segments, sink, digest(*output))
+        write_record(new, unit, record)
+        units[unit.name] = record.output
+    metadata = {name: digest(content) for name, content in files.items()}
+    metadata |= {file: old.metadata[file] for file in old.encoders.values()}
+    write_manifest(new, replace(target, units=units, metadata=metadata))
+    assert not (new / PENDING).exists()
+
+
+def _copy_block(
+    source: StoredArray, sink: StoredArray, old: Sequence[DemoRows], segments: Sequence[Segment], unit: Unit
+) -> bytes:
+    values = np.full((sink.shard_rows, *sink.row_shape), sink.fill, sink.dtype)
+    base = unit.block * sink.shard_rows
+    for segment in segments:
+        start = old[segment.demo].row + segment.offset
+        span = (start, start + segment.stop - segment.start)
+        values[segment.start - base : segment.stop - base] = source.spans([span], unit.view)
+    sink.write_block(unit.block, values, unit.view)
+    return values.tobytes()
+
+
+def _record(
+    target: Manifest, unit: Unit, segments: Sequence[Segment], sink: Mapping[str, StoredArray], output: str
+) -> LedgerRecord:
+    """The record that an extraction would have written: what went in is told by the copied digests and rows."""
+    inputs = unit_arrays(target, unit) if unit.kind == "rows" else [f"frame_digests/{unit.camera}"]
+    recorded = []
+    for segment in segments:
+        demo, span = target.demos[segment.demo], (segment.start, segment.stop)
+        content = digest(*(sink[name].spans([span]).tobytes() for name in inputs))
+        source = target.files[demo.file]
+        recorded.append(RecordedSegment(*source, demo.name, segment.offset, *span, demo.view_key, content))
+    base = unit.block * target.shard_rows
+    rows = (base, base + target.shard_rows)
+    return LedgerRecord(unit.name, rows, tuple(recorded), target.unit_inputs(unit), output, 0.0)

@@ -1,0 +1,141 @@
+"""Features for other tools: a robomimic HDF5 whose low-dim obs are the features, or one .npz file."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.errors import CacheError
+from cache_pipeline.files import atomic_path
+
+
+class ExportResult(NamedTuple):
+    """What was written.
+
+    Attributes:
+        keys: obs key or array → shape of one row.
+    """
+
+    path: str
+    demos: int
+    rows: int
+    bytes: int
+    keys: dict[str, tuple[int, ...]]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object of the fields."""
+        return {**self._asdict(), "keys": {key: list(shape) for key, shape in self.keys.items()}}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [
+            f"{self.path}: {self.demos} demos, {self.rows} rows, {self.bytes / 1e6:.1f} MB",
+            *(f"  {key} {'×'.join(map(str, shape)) or '1'}" for key, shape in self.keys.items()),
+        ]
+
+
+def feature_key(camera: str, view: int = 0) -> str:
+    """The obs key of a camera's features: ``agentview_image`` → ``agentview_feature``, views apart."""
+    stem = camera.removesuffix("_image")
+    return f"{stem}_feature" if view == 0 else f"{stem}_feature_view{view}"
+
+
+def export_robomimic(
+    cache_path: str | Path, out_path: str | Path, *, views: bool = False, overwrite: bool = False
+) -> ExportResult:
+    """Writes a robomimic HDF5 with the demos of a cache: features, flattened to float32, as low-dim obs.
+
+    Any robomimic script trains on it with these keys under ``observation.modalities.obs.low_dim``.
+
+    Args:
+        cache_path: a complete cache.
+        out_path: the HDF5 file.
+        views: write every view, not the clean one alone.
+        overwrite: replace an existing file.
+
+    Raises:
+        CacheError: the file exists already, or holds two cameras that would share an obs key.
+    """
+    cache, out = FeatureCache(cache_path), _target(out_path, overwrite)
+    features = {
+        feature_key(camera, view): (camera, view)
+        for camera, entry in cache.cameras.items()
+        for view in range(entry.views if views else 1)
+    }
+    keys = [feature_key(camera) for camera in cache.cameras]
+    clash = [key for key in features if key in cache.low_dim or keys.count(key) > 1]
+    if clash:
+        raise CacheError(f"{cache.path}: two obs would share the key {clash[0]}; export as .npz keeps them apart")
+    with atomic_path(out) as partial, h5py.File(partial, "w") as file:
+        data = file.create_group("data")
+        data.attrs["total"] = int(cache.lengths.sum())
+        data.attrs["env_args"] = json.dumps(cache.env_args or {})
+        if cache.render_flags is not None:
+            data.attrs["render_flags"] = json.dumps(cache.render_flags)
+        data.attrs["feature_cache_fingerprint"] = cache.fingerprint
+        names = _demo_names(cache)
+        for number, name in enumerate(names):
+            _write_demo(data.create_group(name), cache, number, features)
+        for key, members in cache.masks.items():
+            file[f"mask/{key}"] = np.array([names[member].encode() for member in members])
+    shapes = {key: (int(np.prod(cache.cameras[camera].feature_shape)),) for key, (camera, _) in features.items()}
+    return ExportResult(str(out), len(names), int(cache.lengths.sum()), out.stat().st_size, {**shapes, **cache.low_dim})
+
+
+def export_npz(cache_path: str | Path, out_path: str | Path, *, overwrite: bool = False) -> ExportResult:
+    """Writes all live rows of a cache as one uncompressed ``.npz``.
+
+    Arrays: ``features/<camera>`` (K, N, …), ``actions``, ``rewards``, ``dones``, ``low_dim/<key>``, ``starts`` and
+    ``lengths`` (E,) of the demos, ``demos`` (E,) their names.
+
+    Raises:
+        CacheError: the file exists already.
+    """
+    cache, out = FeatureCache(cache_path), _target(out_path, overwrite)
+    values = {
+        f"features/{camera}": np.stack([cache.features(camera, view=view) for view in range(entry.views)])
+        for camera, entry in cache.cameras.items()
+    }
+    names = ["actions", "rewards", "dones", *(f"low_dim/{key}" for key in cache.low_dim)]
+    values |= {name: cache.array(name) for name in names}
+    shapes = {name: value.shape[2 if name.startswith("features/") else 1 :] for name, value in values.items()}
+    values |= {"starts": cache.packed_starts, "lengths": cache.lengths}
+    values["demos"] = np.array([demo.name for demo in cache.demos])
+    with atomic_path(out) as partial, partial.open("wb") as file:
+        np.savez(file, **values)
+    return ExportResult(str(out), len(cache.demos), int(cache.lengths.sum()), out.stat().st_size, shapes)
+
+
+def _target(path: str | Path, overwrite: bool) -> Path:
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise CacheError(f"{path} exists already; replace it with --overwrite or choose another --out")
+    path.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _demo_names(cache: FeatureCache) -> list[str]:
+    """The demos' own names; numbered anew where two files share one."""
+    names = [demo.name for demo in cache.demos]
+    return names if len(set(names)) == len(names) else [f"demo_{number}" for number in range(len(names))]
+
+
+def _write_demo(group: h5py.Group, cache: FeatureCache, number: int, features: dict[str, tuple[str, int]]) -> None:
+    demo = cache.demos[number]
+    rows = slice(demo.row, demo.row + demo.length)
+    group.attrs["num_samples"] = demo.length
+    group["actions"] = cache.array("actions", rows)
+    for key in ("rewards", "dones"):
+        values = cache.array(key, rows)
+        if not np.isnan(values).any():
+            group[key] = values
+    for key in cache.low_dim:
+        group[f"obs/{key}"] = cache.array(f"low_dim/{key}", rows)
+    for key, (camera, view) in features.items():
+        values = cache.features(camera, rows, view)
+        group[f"obs/{key}"] = values.reshape(demo.length, -1).astype(np.float32)

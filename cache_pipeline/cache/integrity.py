@@ -1,0 +1,103 @@
+"""Reads every stored byte of a cache again and names the units that are not what was written."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from cache_pipeline.cache.arrays import StoredArray, unit_arrays
+from cache_pipeline.cache.layout import Unit
+from cache_pipeline.cache.ledger import read_record, strike_record
+from cache_pipeline.cache.lock import writer_lock
+from cache_pipeline.cache.manifest import MANIFEST, PENDING, Manifest, read_manifest, read_pending
+from cache_pipeline.errors import CacheLockedError, CorruptCacheError
+from cache_pipeline.files import digest
+
+logger = logging.getLogger("cache_pipeline")
+
+THREADS = 4
+
+
+class IntegrityResult(NamedTuple):
+    """What a check of every stored byte found.
+
+    Attributes:
+        units: units checked.
+        broken: names of damaged units, and paths inside the cache of damaged files that belong to no unit.
+        ok: whether nothing is damaged.
+    """
+
+    cache: str
+    units: int
+    broken: tuple[str, ...]
+    ok: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object of the fields."""
+        return {**self._asdict(), "broken": list(self.broken)}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        if self.ok:
+            return [f"{self.cache}: all {self.units} units are as they were written"]
+        return [f"{self.cache}: {len(self.broken)} damaged", *(f"  {name}" for name in self.broken)]
+
+
+def check_integrity(cache_path: str | Path) -> IntegrityResult:
+    """Holds every file of a complete cache against its recorded digest.
+
+    Damaged units are struck from the ledger, where the folder can be written, so that the next extraction makes just
+    these anew.
+
+    Raises:
+        NotACacheError, IncompleteCacheError: there is no complete cache.
+    """
+    path = Path(cache_path)
+    try:
+        manifest = read_manifest(path)
+    except CorruptCacheError:
+        return IntegrityResult(str(path), 0, (MANIFEST,), False)
+    broken = [*_broken_files(path, manifest)]
+    with ThreadPoolExecutor(THREADS) as pool:
+        names = list(manifest.units)
+        sound = pool.map(lambda name: is_sound(path, manifest, Unit.parse(name)), names)
+        broken_units = [name for name, fits in zip(names, sound, strict=True) if not fits]
+    if broken_units:
+        _strike(path, broken_units)
+    broken += broken_units
+    return IntegrityResult(str(path), len(manifest.units), tuple(broken), not broken)
+
+
+def is_sound(path: Path, manifest: Manifest, unit: Unit) -> bool:
+    """Whether a unit's record is there and its stored bytes have the recorded digest."""
+    record = read_record(path, unit)
+    if record is None or record.output != manifest.units[unit.name]:
+        return False
+    try:
+        blocks = [StoredArray(path, name).block(unit.block, unit.view) for name in unit_arrays(manifest, unit)]
+    except CorruptCacheError:
+        return False
+    return digest(*(block.tobytes() for block in blocks)) == record.output
+
+
+def _broken_files(path: Path, manifest: Manifest) -> Iterator[str]:
+    pending = read_pending(path)
+    if pending is None and (path / PENDING).is_file():
+        yield PENDING
+    expected = pending.metadata if pending else {}
+    for name, recorded in manifest.metadata.items():
+        file = path / name
+        if not file.is_file() or digest(file.read_bytes()) not in (recorded, expected.get(name)):
+            yield name
+
+
+def _strike(path: Path, units: list[str]) -> None:
+    try:
+        with writer_lock(path):
+            for name in units:
+                strike_record(path, Unit.parse(name))
+    except (OSError, CacheLockedError) as error:
+        logger.warning("damaged units stay in the ledger of %s: %s", path, error)

@@ -1,0 +1,141 @@
+"""What a cache holds, what made it and whether it is complete, without raising for a cache that is not sound."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from cache_pipeline.cache.folder import folder_bytes
+from cache_pipeline.cache.ledger import read_record
+from cache_pipeline.cache.manifest import Manifest, is_cache, read_manifest, read_pending
+from cache_pipeline.errors import CorruptCacheError, IncompleteCacheError, NotACacheError
+
+State = Literal["complete", "incomplete", "corrupt"]
+
+
+class CacheSummary(NamedTuple):
+    """A cache at a glance.
+
+    Attributes:
+        state: ``complete``, ``incomplete`` (a first extraction was cut off) or ``corrupt``.
+        problem: what is wrong and what mends it, empty when nothing is.
+        units_done, units: finished units of all, of an unfinished extension where there is one.
+        bytes: of all files.
+        dead_rows: rows that ``cache compact`` gives back.
+        manifest: of the complete cache, or what an unfinished one is to become; None when it cannot be read.
+    """
+
+    path: str
+    state: State
+    problem: str
+    units_done: int
+    units: int
+    bytes: int
+    dead_rows: int
+    manifest: Manifest | None
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object: state, sizes, cameras with their identity, demos."""
+        value: dict[str, Any] = {**self._asdict(), "kind": "cache"}
+        manifest = value.pop("manifest")
+        if manifest is None:
+            return value
+        cameras = {
+            name: {
+                "feature_shape": list(entry.feature_shape),
+                "image_shape": list(entry.image_shape),
+                "views": entry.views,
+                "identity": entry.identity,
+                "view_spec": entry.view_spec,
+            }
+            for name, entry in manifest.cameras.items()
+        }
+        return {
+            **value,
+            "fingerprint": manifest.fingerprint,
+            "dtype": manifest.dtype,
+            "demos": len(manifest.demos),
+            "rows": sum(demo.length for demo in manifest.demos),
+            "shard_rows": manifest.shard_rows,
+            "batch_size": manifest.batch_size,
+            "action_dim": manifest.action_dim,
+            "low_dim": {key: list(shape) for key, shape in manifest.low_dim.items()},
+            "masks": {key: len(demos) for key, demos in manifest.masks.items()},
+            "files": [source.path for source in manifest.files],
+            "cameras": cameras,
+        }
+
+    def lines(self) -> list[str]:
+        """For people."""
+        lines = [f"cache {self.path}: {self.state}, {self.bytes / 1e6:.1f} MB"]
+        if self.problem:
+            lines.append(f"  {self.problem}")
+        if self.units_done < self.units:
+            lines.append(f"  {self.units_done} of {self.units} units are done")
+        if self.manifest is not None:
+            lines += [f"  {line}" for line in _manifest_lines(self.manifest, self.dead_rows)]
+        return lines
+
+
+def inspect_cache(path: str | Path) -> CacheSummary:
+    """Looks at a cache; whatever is wrong with it is told, not raised.
+
+    Raises:
+        NotACacheError: the path holds no cache at all.
+    """
+    path = Path(path)
+    state: State = "complete"
+    problem, manifest = "", None
+    try:
+        manifest = read_manifest(path)
+    except IncompleteCacheError as error:
+        state, problem = "incomplete", str(error)
+    except CorruptCacheError as error:
+        state, problem = "corrupt", str(error)
+    except NotACacheError:
+        if not is_cache(path):
+            raise
+    target = read_pending(path) or manifest
+    units = list(target.live_units()) if target else []
+    done = sum(read_record(path, unit) is not None for unit in units)
+    if state == "complete" and target is not manifest:
+        problem = "an extension is unfinished; run the same extract-features command again to go on"
+    elif state == "complete" and done < len(units):
+        state = "corrupt"
+        problem = "units are missing from the ledger; run the extract-features command again to make them anew"
+    shown = manifest or target
+    dead = _dead_rows(manifest) if manifest else 0
+    return CacheSummary(str(path), state, problem, done, len(units), folder_bytes(path), dead, shown)
+
+
+def _dead_rows(manifest: Manifest) -> int:
+    """Rows of shards that no live demo needs, and dead rows between live ones."""
+    return manifest.n_rows - sum(demo.length for demo in manifest.demos)
+
+
+def _manifest_lines(manifest: Manifest, dead_rows: int) -> list[str]:
+    rows = sum(demo.length for demo in manifest.demos)
+    blocks = len(manifest.block_segments())
+    lines = [
+        f"fingerprint {manifest.fingerprint}",
+        f"{len(manifest.demos)} demos, {rows} rows in {blocks} blocks of {manifest.shard_rows}, {manifest.dtype}",
+    ]
+    if dead_rows:
+        lines.append(f"{dead_rows} rows are dead; cache compact gives them back")
+    for name, entry in manifest.cameras.items():
+        identity = entry.identity
+        weights, precision = identity.get("weights", {}), identity.get("precision", {})
+        lines.append(
+            f"camera {name}: {_shape(entry.image_shape)} → {_shape(entry.feature_shape)}, {entry.views} "
+            f"view{'s' if entry.views > 1 else ''}, {identity.get('architecture')} at {identity.get('cut')}, weights "
+            f"{weights.get('source')} ({str(weights.get('digest'))[:12]}), computed in {precision.get('compute')}"
+        )
+    keys = ", ".join(f"{key} {_shape(shape)}" for key, shape in manifest.low_dim.items())
+    lines.append(f"low-dim obs: {keys or 'none'}; actions {manifest.action_dim}")
+    lines.append("filter keys: " + (", ".join(f"{k} ({len(v)})" for k, v in manifest.masks.items()) or "none"))
+    lines += [f"from {source.path}" for source in manifest.files]
+    return lines
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape)) or "1"

@@ -1,0 +1,112 @@
+"""What an extraction would do, said before it is done."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from cache_pipeline.extract.config import ExtractConfig
+from cache_pipeline.extract.encode import BatchEncoder
+from cache_pipeline.extract.prepare import Prepared, planned_bytes, prepare
+from cache_pipeline.extract.units import Job
+
+TIMED_BATCHES = 3
+
+
+class ExtractionPlan(NamedTuple):
+    """What is to be done.
+
+    Attributes:
+        images: frames to encode, each view counted; images_reused: those that are in the cache already.
+        units: to write; units_reused: finished ones.
+        bytes: to be written, before compression.
+        seconds: estimated from a few batches of real frames on this machine; None when nothing is to be encoded.
+        added, changed, removed: names of demos.
+    """
+
+    cache: str
+    demos: int
+    cameras: tuple[str, ...]
+    views: int
+    images: int
+    images_reused: int
+    units: int
+    units_reused: int
+    bytes: int
+    seconds: float | None
+    added: tuple[str, ...]
+    changed: tuple[str, ...]
+    removed: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object of the fields."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in self._asdict().items()}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        lines = [
+            f"{self.cache}: {self.demos} demos, {', '.join(self.cameras)}, {self.views} views",
+            f"{self.images} images to encode, {self.images_reused} are there already",
+            f"{self.units} units to write, {self.units_reused} are there already",
+            f"{self.bytes / 1e6:.1f} MB at most to be written",
+        ]
+        if self.seconds is not None:
+            lines.append(f"about {self.seconds:.0f} s on this machine")
+        for what in ("added", "changed", "removed"):
+            names = getattr(self, what)
+            if names:
+                shown = ", ".join(names[:10]) + (f", … ({len(names) - 10} more)" if len(names) > 10 else "")
+                lines.append(f"{len(names)} demos {what}: {shown}")
+        return lines
+
+
+def plan_extraction(config: ExtractConfig) -> ExtractionPlan:
+    """Says what :func:`extract_features` would do; writes nothing.
+
+    Raises:
+        StaleCacheError, NotACacheError, DatasetError, EncoderError, ConfigError: what it would raise.
+    """
+    prepared = prepare(config, change=False)
+    work, matching = prepared.work, prepared.matching
+    return ExtractionPlan(
+        cache=str(Path(config.out)),
+        demos=len(prepared.manifest.demos),
+        cameras=tuple(prepared.manifest.cameras),
+        views=max(entry.views for entry in prepared.manifest.cameras.values()),
+        images=work.images,
+        images_reused=work.images_reused,
+        units=work.units,
+        units_reused=work.units_reused,
+        bytes=planned_bytes(prepared) if work.units else 0,
+        seconds=_estimate(prepared) if work.images else None,
+        added=matching.added,
+        changed=matching.changed,
+        removed=matching.removed,
+    )
+
+
+def _estimate(prepared: Prepared) -> float:
+    """Seconds to encode all images, from a few batches of each camera's own frames."""
+    batches = BatchEncoder(prepared.manifest.batch_size, prepared.manifest.dtype)
+    seconds, timed = 0.0, {}
+    for job in prepared.work.jobs:
+        if job.views:
+            if job.camera not in timed:
+                timed[job.camera] = _seconds_per_image(prepared, job, batches)
+            seconds += timed[job.camera] * job.rows * len(job.views)
+    return seconds
+
+
+def _seconds_per_image(prepared: Prepared, job: Job, batches: BatchEncoder) -> float:
+    segment, encoder = job.segments[0], prepared.encoders[job.camera].frozen
+    count = min(batches.batch_size, segment.stop - segment.start)
+    frames = prepared.dataset.frames(segment.demo, job.camera, segment.offset, segment.offset + count)
+    frames = frames[np.arange(batches.batch_size) % count]
+    batches(encoder, frames)
+    started = time.perf_counter()
+    for _ in range(TIMED_BATCHES):
+        batches(encoder, frames[: batches.batch_size])
+    return (time.perf_counter() - started) / (TIMED_BATCHES * batches.batch_size)
