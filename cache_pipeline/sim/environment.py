@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,6 +16,8 @@ from numpy.typing import NDArray
 
 from cache_pipeline.errors import ConfigError, available
 from cache_pipeline.sim.opengl import load_robosuite
+
+logger = logging.getLogger("cache_pipeline")
 
 Obs = dict[str, NDArray]
 ROBOSUITE_ENV_TYPE = 1
@@ -87,6 +90,7 @@ class Environment:
         robosuite = load_robosuite()
         if name not in robosuite.ALL_ENVIRONMENTS:
             raise ConfigError(f"env_args names the task {name!r}; {available(robosuite.ALL_ENVIRONMENTS, str(name))}")
+        _warn_of_another_release(env_args.get("env_version"), robosuite.__version__)
         task_class = robosuite.environments.base.REGISTERED_ENVS[name]
         kwargs = _task_kwargs(task_class, env_args.get("env_kwargs", {}), offscreen=bool(cameras))
         return cls(robosuite.make(name, **kwargs, seed=cls.MODEL_SEED), cameras, render_flags)
@@ -165,6 +169,13 @@ class Environment:
             context.scn.flags[flag] = on
         pixels = self._task.sim.render(width=width, height=height, camera_name=camera.removesuffix(IMAGE_SUFFIX))
         return np.ascontiguousarray(pixels[::-1])  # OpenGL's first row is the bottom one
+
+
+def _warn_of_another_release(recorded: str | None, installed: str) -> None:
+    if recorded is not None and recorded.split(".")[:2] != installed.split(".")[:2]:
+        logger.warning(
+            "the dataset was made with robosuite %s; %s moves and looks a little different", recorded, installed
+        )
 
 
 def _task_kwargs(task_class: type, recorded: Mapping[str, Any], *, offscreen: bool) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -10,7 +11,16 @@ import numpy as np
 import pytest
 
 from cache_pipeline.errors import ConfigError
-from cache_pipeline.sim.collect import LOW_DIM_KEYS, CollectConfig, RecordedDemo, collect, write_demo, write_masks
+from cache_pipeline.sim import collect as module
+from cache_pipeline.sim.collect import (
+    LOW_DIM_KEYS,
+    CollectConfig,
+    CollectError,
+    RecordedDemo,
+    collect,
+    write_demo,
+    write_masks,
+)
 
 SAMPLE = Path(__file__).parents[2] / "data" / "lift_sample.hdf5"
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
@@ -88,6 +98,48 @@ def test_a_file_that_exists_is_kept(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--overwrite"):
         collect(CollectConfig(out=out))
     assert out.read_text() == "precious"
+
+
+class NoEnvironment:
+    """Stands in where episodes are made up."""
+
+    def __enter__(self) -> NoEnvironment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+def make_up(monkeypatch: pytest.MonkeyPatch, succeeds: Callable[[int], bool]) -> None:
+    """Replaces the simulator: attempt i gives 40 + i steps and succeeds as told."""
+
+    def record(env: object, config: CollectConfig, *, attempt: int) -> RecordedDemo:
+        return recorded(40 + attempt)._replace(success=succeeds(attempt))
+
+    monkeypatch.setattr(module, "make_env_args", lambda config: {"env_name": config.task})
+    monkeypatch.setattr(module.Environment, "from_env_args", lambda *args: NoEnvironment())
+    monkeypatch.setattr(module, "record_demo", record)
+
+
+def test_failed_episodes_are_left_out_and_demo_names_have_no_gaps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_up(monkeypatch, lambda attempt: attempt % 2 == 1)
+    result = collect(CollectConfig(out=tmp_path / "new" / "x.hdf5", demos=3), progress=False)
+    with h5py.File(result.out) as file:
+        lengths = {name: int(demo.attrs["num_samples"]) for name, demo in file["data"].items()}
+        assert file["data"].attrs["total"] == result.steps == 129
+    assert lengths == {"demo_0": 41, "demo_1": 43, "demo_2": 45}
+    assert (result.demos, result.attempts) == (3, 6)
+
+
+def test_an_expert_that_never_succeeds_ends_with_an_error_and_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_up(monkeypatch, lambda attempt: False)
+    with pytest.raises(CollectError, match="of 10 episodes of Lift only 0 succeeded"):
+        collect(CollectConfig(out=tmp_path / "x.hdf5", demos=2), progress=False)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_sample_is_small_whole_and_names_no_machine() -> None:

@@ -153,17 +153,21 @@ def test_a_camera_or_flag_that_does_not_exist_is_named(
         Environment(env._task, cameras, flags)
 
 
-def test_controllers_of_earlier_robosuite_releases_are_converted(recorded: dict) -> None:
+def test_an_environment_of_an_earlier_robosuite_release_is_converted_with_a_warning(
+    recorded: dict, caplog: pytest.LogCaptureFixture
+) -> None:
     arm = {"type": "OSC_POSE", "input_max": 1, "input_min": -1, "output_max": [0.05] * 3 + [0.5] * 3}
     arm |= {"output_min": [-0.05] * 3 + [-0.5] * 3, "kp": 150, "damping": 1, "impedance_mode": "fixed"}
     arm |= {"kp_limits": [0, 300], "damping_limits": [0, 10], "uncouple_pos_ori": True, "control_delta": True}
     arm |= {"position_limits": None, "orientation_limits": None, "interpolation": None, "ramp_ratio": 0.2}
     kwargs = {"robots": ["Panda"], "controller_configs": arm, "camera_depths": False, "control_freq": 20}
-    with Environment.from_env_args({**recorded["env_args"], "env_kwargs": kwargs}, {}) as env:
+    earlier = {**recorded["env_args"], "env_version": "1.2.0", "env_kwargs": kwargs}
+    with Environment.from_env_args(earlier, {}) as env:
         before = env.reset(0)["robot0_eef_pos"]
         for _ in range(5):
             after = env.step(np.array([0.0, 0, 1, 0, 0, 0, -1])).obs["robot0_eef_pos"]
         assert after[2] - before[2] > 0.02
+    assert "made with robosuite 1.2.0" in caplog.text
 
 
 class Expert:
