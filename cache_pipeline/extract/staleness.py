@@ -10,7 +10,7 @@ from cache_pipeline.errors import StaleCacheError
 
 MEND = "make it anew with --overwrite, keep both with another --out, or give the options that it was made with"
 NOT_COMPARED = ("weights.source",)
-ORDER = ("structure", "architecture", "weights", "cut", "preprocess", "precision", "feature_shape")
+ORDER = ("architecture", "structure", "weights", "cut", "preprocess", "precision", "feature_shape")
 MEANINGS = {
     "architecture": "its features come from another network",
     "structure": "the encoder's own module computes something else",

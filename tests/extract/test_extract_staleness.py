@@ -1,0 +1,136 @@
+import re
+
+import pytest
+from cache_fakes import CAMERA, OTHER, OTHER_WEIGHTS, change_pixel, extract, outputs
+from fakes import make_dataset
+
+from cache_pipeline.cache.manifest import read_manifest
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.encoders.image_encoder import EncoderSpec
+from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.encoders.views import ViewSpec
+from cache_pipeline.errors import StaleCacheError
+from cache_pipeline.extract.freshness import open_for_training
+from cache_pipeline.extract.staleness import check_camera
+
+LENGTHS = (7, 5, 9)
+CROPPED = Preprocess(crop_shape=(20, 20))
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return make_dataset(tmp_path / "demos.hdf5", lengths=LENGTHS)
+
+
+@pytest.fixture
+def out(tmp_path, dataset):
+    path = tmp_path / "cache.zarr"
+    extract(path, dataset, views=2, preprocess=CROPPED)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("field", "options"),
+    [
+        ("encoder.weights.digest", {"encoders": OTHER_WEIGHTS}),
+        ("encoder.architecture", {"encoders": EncoderSpec(weights="random")}),
+        ("preprocess.crop_shape", {"preprocess": Preprocess(crop_shape=(16, 16))}),
+        ("preprocess.resize_shape", {"preprocess": Preprocess(resize_shape=(28, 28), crop_shape=(20, 20))}),
+        ("preprocess.mean", {"preprocess": Preprocess(crop_shape=(20, 20), imagenet_norm=False)}),
+        ("precision.compute", {"precision": "bf16"}),
+        ("precision.store", {"store_dtype": "float32"}),
+        ("views.seed", {"views": 2, "view_spec": ViewSpec(seed=1)}),
+        ("views.hue", {"views": 3, "view_spec": ViewSpec(hue=0.2)}),
+        ("shard_rows", {"shard_rows": 32}),
+    ],
+)
+def test_extraction_names_what_differs_and_leaves_the_cache_alone(out, dataset, field, options):
+    before = outputs(out)
+    with pytest.raises(StaleCacheError) as caught:
+        extract(out, dataset, **{"preprocess": CROPPED, **options})
+    assert caught.value.field == field
+    assert "--overwrite" in str(caught.value)
+    assert repr(caught.value.cached) in str(caught.value)
+    assert repr(caught.value.wanted) in str(caught.value)
+    assert outputs(out) == before
+
+
+def test_weights_under_another_name_are_the_same_weights(out):
+    entry = read_manifest(out).cameras[CAMERA]
+    renamed = {**entry.identity, "weights": {**entry.identity["weights"], "source": "elsewhere.pth"}}
+    check_camera(CAMERA, entry, entry._replace(identity=renamed))
+
+
+def test_frames_of_another_size_are_named(out, dataset):
+    make_dataset(dataset, lengths=LENGTHS, cameras={CAMERA: (32, 32, 3), OTHER: (24, 24, 3)})
+    with pytest.raises(StaleCacheError, match=r"image_shape is \[24, 24, 3\] in the cache and \[32, 32, 3\] now"):
+        extract(out, dataset, preprocess=CROPPED, views=2)
+
+
+def test_a_camera_that_the_dataset_lost_is_named(out, dataset):
+    make_dataset(dataset, lengths=LENGTHS, cameras={CAMERA: (24, 24, 3)})
+    with pytest.raises(StaleCacheError, match=OTHER):
+        extract(out, dataset, preprocess=CROPPED)
+
+
+def test_an_unfinished_cache_of_another_encoder_is_not_mixed(out, dataset):
+    (out / "manifest.json").rename(out / "pending.json")
+    with pytest.raises(StaleCacheError, match=r"encoder\.weights\.digest"):
+        extract(out, dataset, preprocess=CROPPED, encoders=OTHER_WEIGHTS)
+    assert extract(out, dataset, preprocess=CROPPED, encoders=OTHER_WEIGHTS, overwrite=True).units_reused == 0
+
+
+def test_training_opens_a_cache_that_fits_its_dataset(out, dataset):
+    assert open_for_training(out, [dataset]).fingerprint == FeatureCache(out).fingerprint
+    assert open_for_training(out).fingerprint == FeatureCache(out).fingerprint
+
+
+def test_training_is_told_the_frame_that_changed(out, dataset):
+    change_pixel(dataset, "demo_2", OTHER, 4)
+    with pytest.raises(StaleCacheError) as caught:
+        open_for_training(out, [dataset])
+    assert caught.value.field == f"demo demo_2 camera {OTHER} frame 4"
+    assert re.fullmatch("[0-9a-f]{32}", caught.value.cached)
+    assert "extract-features" in str(caught.value)
+
+
+def test_training_is_told_the_demo_that_was_added(out, dataset):
+    make_dataset(dataset, lengths=(*LENGTHS, 4), names=["demo_0", "demo_1", "demo_2", "demo_9"])
+    with pytest.raises(StaleCacheError, match="demo demo_9 is 'absent' in the cache and 'there' now"):
+        open_for_training(out, [dataset])
+    make_dataset(dataset, lengths=LENGTHS, masks={"train": ["demo_0"]})
+    open_for_training(out, [dataset], filter_key="train")
+
+
+def test_training_is_told_the_demo_whose_length_changed(out, dataset):
+    make_dataset(dataset, lengths=(7, 6, 9))
+    with pytest.raises(StaleCacheError, match="demo demo_1 length is 5 in the cache and 6 now"):
+        open_for_training(out, [dataset])
+
+
+def test_training_is_told_the_actions_that_changed(out, dataset):
+    import h5py
+
+    with h5py.File(dataset, "r+") as file:
+        file["data/demo_1/actions"][0, 0] += 0.125
+    with pytest.raises(StaleCacheError, match="demo demo_1 actions"):
+        open_for_training(out, [dataset])
+
+
+def test_training_is_told_the_encoder_that_differs(out):
+    identity = read_manifest(out).cameras[CAMERA].identity
+    with pytest.raises(StaleCacheError) as caught:
+        open_for_training(out, identities={CAMERA: {**identity, "cut": "layer3"}})
+    assert caught.value.field == "encoder.cut"
+
+
+def test_removed_demos_do_not_keep_training_from_the_rest(out, dataset):
+    make_dataset(dataset, lengths=LENGTHS[:2])
+    open_for_training(out, [dataset])
+
+
+def test_another_seed_is_no_difference_while_there_are_no_views(tmp_path, dataset):
+    path = tmp_path / "plain.zarr"
+    extract(path, dataset)
+    assert extract(path, dataset, view_spec=ViewSpec(seed=7)).units_encoded == 0
+    assert extract(path, dataset, views=2, view_spec=ViewSpec(seed=7)).units_encoded > 0
