@@ -1,40 +1,162 @@
-"""The fast path: an encoder that never learns, run as the device likes it."""
+"""The fast path: an encoder that never learns, run as its device likes it best."""
 
 from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from cache_pipeline.encoders.folded import FoldedTrunk, can_fold
 from cache_pipeline.encoders.identity import encoder_identity
-from cache_pipeline.encoders.image_encoder import ImageEncoder
-from cache_pipeline.encoders.precision import resolve_precision
+from cache_pipeline.encoders.image_encoder import ImageEncoder, with_declared
+from cache_pipeline.encoders.precision import DTYPES, resolve_precision
 from cache_pipeline.encoders.preprocess import Preprocess, preprocess
+from cache_pipeline.encoders.resnet import ResNet
 from cache_pipeline.encoders.views import View
+from cache_pipeline.errors import EncoderError
 
 logger = logging.getLogger("cache_pipeline")
 
+CPU_BATCH = 64
+CUDA_BATCH = 1024
+TOLERATED_ERROR = 5e-3
+
 
 class FrozenEncoder:
+    """Frames to features at the cut, with neither gradients nor training mode.
+
+    It keeps its own copy of the weights: training ``encoder`` afterwards changes nothing here. ResNets run with
+    BatchNorm folded in; other modules run as they are, in the chosen precision.
+
+    Args:
+        encoder: the encoder, cut.
+        preprocess: what comes before it; a normalisation that the encoder declares is put in.
+        device: where to run.
+        precision: ``auto``, ``fp32``, ``tf32``, ``bf16`` or ``fp16``.
+
+    Attributes:
+        precision: what is computed in, never ``auto``.
+        preprocess: as applied.
+
+    Raises:
+        EncoderError: a precision that the device does not have.
+    """
+
     def __init__(
-        self, encoder: ImageEncoder, preprocess: Preprocess, device: str | torch.device = "cpu", precision: str = "auto"
+        self,
+        encoder: ImageEncoder,
+        preprocess: Preprocess,
+        device: str | torch.device = "cpu",
+        precision: str = "auto",
     ) -> None:
         self.device = torch.device(device)
-        self.preprocess = preprocess
         self.precision = resolve_precision(precision, self.device)
-        self.encoder = copy.deepcopy(encoder).eval().requires_grad_(False).to(self.device)
+        self.preprocess = with_declared(encoder, preprocess)
+        self.encoder = copy.deepcopy(encoder).cpu().requires_grad_(False).eval()
+        self._trunk = _fast_trunk(self.encoder, self.device, DTYPES[self.precision])
 
-    @torch.inference_mode()
-    def __call__(self, frames: np.ndarray | Tensor, view: View | None = None) -> Tensor:
-        frames = torch.as_tensor(frames).to(self.device, non_blocking=True)
-        return self.encoder.trunk(preprocess(frames, self.preprocess, view)).float()
+    def __call__(self, frames: NDArray[np.uint8] | Tensor, view: View | None = None) -> Tensor:
+        """Encodes a batch.
+
+        Args:
+            frames: (B,H,W,3) uint8, or float on 0–1; moved to the device.
+            view: the clean view; or one augmentation for all frames, or one for each.
+
+        Returns:
+            (B,D) or (B,D,h,w) float32 on the device.
+        """
+        with torch.inference_mode(), _tf32(self.device, self.precision == "tf32"):
+            images = torch.as_tensor(frames).to(self.device, non_blocking=True)
+            return self._trunk(preprocess(images, self.preprocess, view))
 
     def feature_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of a feature at the cut for frames of ``image_shape``, (H, W, 3)."""
         return self.encoder.feature_shape(*self.preprocess.output_shape(image_shape[0], image_shape[1]))
 
     def identity(self, image_shape: tuple[int, ...]) -> dict[str, Any]:
+        """Everything that decides the feature values, as JSON; see ``encoder_identity``."""
         return encoder_identity(self.encoder, self.preprocess, self.precision, image_shape)
+
+
+def _fast_trunk(encoder: ImageEncoder, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    if can_fold(encoder.net):
+        assert isinstance(encoder.net, ResNet)
+        return FoldedTrunk(encoder.net, encoder.cut, device, dtype)
+    ready = copy.deepcopy(encoder).to(device, dtype)
+    ready = ready.to(memory_format=torch.channels_last)
+    return lambda images: ready.trunk(images.to(dtype)).float()
+
+
+@contextmanager
+def _tf32(device: torch.device, allowed: bool) -> Iterator[None]:
+    """TF32 on or off within, whatever the process has chosen: cuDNN has it on by default, and float32 is not TF32."""
+    if device.type != "cuda":
+        yield
+        return
+    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
+    before = convolutions.allow_tf32, products.allow_tf32
+    convolutions.allow_tf32 = products.allow_tf32 = allowed
+    try:
+        yield
+    finally:
+        convolutions.allow_tf32, products.allow_tf32 = before
+
+
+def preferred_batch_size(device: torch.device | str) -> int:
+    """Frames in a batch at which 84×84 frames are encoded fast without much memory."""
+    return CUDA_BATCH if torch.device(device).type == "cuda" else CPU_BATCH
+
+
+def resolve_device(device: str) -> torch.device:
+    """``auto`` is CUDA where there is some, else the CPU.
+
+    Raises:
+        EncoderError: no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise EncoderError(f"--device {device!r} is no device; write auto, cpu, cuda or cuda:0") from error
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise EncoderError(
+            f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices; write --device cpu"
+        )
+    return found
+
+
+def relative_error(features: Tensor, exact: Tensor) -> float:
+    """‖features − exact‖ / ‖exact‖, over all values."""
+    features, exact = features.double(), exact.double()
+    return float((features - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def precision_error(frozen: FrozenEncoder, frames: NDArray[np.uint8] | Tensor) -> float:
+    """Relative error of an encoder's features against its own float32 features on the same device.
+
+    More than ``TOLERATED_ERROR`` is warned of.
+
+    Args:
+        frozen: the encoder.
+        frames: real frames (B,H,W,3); 64 are plenty.
+    """
+    if frozen.precision == "fp32":
+        return 0.0
+    exact = FrozenEncoder(frozen.encoder, frozen.preprocess, frozen.device, "fp32")
+    error = relative_error(frozen(frames), exact(frames))
+    if not error <= TOLERATED_ERROR:
+        logger.warning(
+            "%s in %s errs by %.1e of the features' size against fp32; --precision fp32 is exact",
+            frozen.encoder.architecture,
+            frozen.precision,
+            error,
+        )
+    return error

@@ -59,6 +59,10 @@ class EncoderSpec:
             )
         if self.use_group_norm:
             raise EncoderError(f"use_group_norm is for ResNets; --encoder {self.factory} brings its own layers")
+        if self.weights == "random":
+            raise EncoderError(
+                f"--no-pretrained-encoder with --encoder {self.factory}: draw random weights in the factory"
+            )
         if self.weights not in ("imagenet", "factory"):
             raise EncoderError(f"--weights {self.weights} with --encoder {self.factory}: load them in the factory")
         object.__setattr__(self, "weights", "factory")
@@ -286,17 +290,27 @@ def make_preprocess(
     """The preprocessing that an encoder wants.
 
     A module of the user's own declares it by the attributes ``preprocess_mean`` and ``preprocess_std`` (RGB, pixels on
-    0–1) and ``preprocess_resize_shape`` (H, W). ImageNet normalisation is on unless weights are random.
+    0–1) and ``preprocess_resize_shape`` (H, W). Normalisation, ImageNet's or the declared one, is on unless weights are
+    random.
 
     Args:
         encoder: the encoder.
         resize_shape, crop_shape: (H, W) in pixels; a resize given here wins over a declared one.
-        imagenet_norm: on or off, over what the encoder declares; ``None`` to go by the encoder.
+        imagenet_norm: normalisation on or off; ``None`` to go by the encoder.
     """
-    resize_shape = resize_shape or _declared_shape(encoder.net)
     if imagenet_norm is None:
-        mean, std = (getattr(encoder.net, f"preprocess_{name}", None) for name in ("mean", "std"))
-        if mean is not None or std is not None:
-            return Preprocess(resize_shape, crop_shape, False, mean, std)
         imagenet_norm = encoder.spec is None or encoder.spec.weights != "random"
-    return Preprocess(resize_shape, crop_shape, imagenet_norm)
+    return with_declared(encoder, Preprocess(resize_shape, crop_shape, imagenet_norm))
+
+
+def with_declared(encoder: ImageEncoder, p: Preprocess) -> Preprocess:
+    """Puts in what the encoder declares: its size where ``p`` has no resize, its mean and std in place of ImageNet's.
+
+    Raises:
+        EncoderError: the module declares a mean without a std, or the other way round.
+    """
+    size = p.resize_shape or _declared_shape(encoder.net)
+    mean, std = (getattr(encoder.net, f"preprocess_{name}", None) for name in ("mean", "std"))
+    if (mean is None and std is None) or p.mean is not None or not p.imagenet_norm:
+        mean, std = p.mean, p.std
+    return Preprocess(size, p.crop_shape, p.imagenet_norm, mean, std)

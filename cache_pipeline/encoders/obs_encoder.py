@@ -12,7 +12,13 @@ from typing import Any, Literal, TypeAlias, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
-from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder, make_preprocess
+from cache_pipeline.encoders.image_encoder import (
+    EncoderSpec,
+    ImageEncoder,
+    build_encoder,
+    make_preprocess,
+    with_declared,
+)
 from cache_pipeline.encoders.obs import camera_frames, feature_rows, low_dim_rows, one_lead, parse_shape_meta
 from cache_pipeline.encoders.pooling import SpatialSoftmax
 from cache_pipeline.encoders.preprocess import Preprocess, preprocess
@@ -139,14 +145,13 @@ class MultiImageObsEncoder(nn.Module):
         options = {"weights": source, "seed": seed, "cut": cut, "use_group_norm": use_group_norm}
         self.key_model_map = CameraEncoders(_build(rgb_model_name, cameras, share_rgb_model, options), share_rgb_model)
         self.random_crop = random_crop
-        sizes, crops = (
-            _per_camera("resize_shape", resize_shape, cameras),
-            _per_camera("crop_shape", crop_shape, cameras),
-        )
         given = _per_camera("preprocess", preprocess, cameras)
-        self.preprocessing: dict[str, Preprocess] = {
-            camera: given[camera]
-            or make_preprocess(
+        sizes = _per_camera("resize_shape", resize_shape, cameras)
+        crops = _per_camera("crop_shape", crop_shape, cameras)
+        self.preprocessing = {
+            camera: with_declared(encoder, given[camera])
+            if given[camera] is not None
+            else make_preprocess(
                 encoder, resize_shape=sizes[camera], crop_shape=crops[camera], imagenet_norm=imagenet_norm
             )
             for camera, encoder in self.key_model_map.items()
