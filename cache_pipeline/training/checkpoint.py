@@ -195,6 +195,7 @@ def run_encoders(run: Path, spec: PolicySpec) -> dict[str, ImageEncoder]:
             raise CheckpointError(f"{run / RUN_JSON} names an encoder outside the run: {file!r}")
         try:
             loaded[file] = load_encoder(None, run / file)
+            loaded[file].cut = spec.cut
         except CachePipelineError as error:
             raise CheckpointError(f"the run's encoder cannot be loaded: {error}") from error
     return {camera: loaded[file] for camera, file in spec.encoder_files.items()}

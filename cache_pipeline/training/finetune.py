@@ -1,9 +1,56 @@
-"""Go on from a run with a live encoder that learns."""
+"""Go on from a run with an encoder that learns: live, or live above the cut of a frontier cache."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.demos.windows import WindowSpec
+from cache_pipeline.encoders.image_encoder import ImageEncoder
+from cache_pipeline.errors import CacheError, CheckpointError, ConfigError, DatasetError
+from cache_pipeline.policies.batch import Batch
+from cache_pipeline.policies.spec import PolicySpec, build_policy
+from cache_pipeline.policies.visuomotor import ENCODERS, VisuomotorPolicy
+from cache_pipeline.training.checkpoint import (
+    Checkpoint,
+    CheckpointFolder,
+    find_checkpoint,
+    read_checkpoint,
+    read_run,
+    run_encoders,
+)
 from cache_pipeline.training.config import FinetuneConfig
+from cache_pipeline.training.data import (
+    RunData,
+    SourcePlan,
+    SplitNames,
+    frozen_encode,
+    open_cache_data,
+    open_cached,
+    open_dataset_data,
+    open_live,
+    plan_source,
+)
+from cache_pipeline.training.fit import TOLERANCES, check_first_loss, check_fits, check_frontier
+from cache_pipeline.training.learner import PolicyLearner
+from cache_pipeline.training.loop import Journal, Phase, run_loop
+from cache_pipeline.training.metrics import MetricsLog
+from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.result import TrainResult
+from cache_pipeline.training.run import check_resumed, check_run_folder, start_run
+from cache_pipeline.training.sources.source import Source
+from cache_pipeline.training.tensors import tensor_device
+from cache_pipeline.training.train import autocast_dtype, measurement
+from cache_pipeline.training.unfreezing import Unfreezing, above_cut, check_layers, parse_unfreezing, unfreeze
+
+logger = logging.getLogger("cache_pipeline")
 
 
 def finetune(config: FinetuneConfig, *, progress: bool = True) -> TrainResult:
@@ -12,6 +59,225 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> TrainResult:
     Raises:
         ConfigError: options that do not fit the run, or a layer that does not exist.
         DatasetError, CacheError: data that cannot be used.
-        CheckpointError: a run that is damaged or does not fit the data, or whose first live loss is not the cached one.
+        CheckpointError: a run that is damaged or does not fit the data, or whose first loss is not the cached one.
+        KeyboardInterrupt: asked to stop by SIGINT or SIGTERM; the run was saved and can be resumed.
     """
-    raise NotImplementedError
+    device = tensor_device(config.device)
+    base, folder = find_checkpoint(config.checkpoint)
+    run = config.out if config.out is not None else base.with_name(f"{base.name}_finetune")
+    check_run_folder(run, resume=config.resume, overwrite=config.overwrite)
+    session = _Session(config, device, base, folder, run)
+    resumed = session.start()
+    sampler = session.sampler
+    with MetricsLog(run, 0 if resumed is None else resumed.step) as log:
+        measure = measurement(session.learner, session.current, session.data, session.valid, device, config.saving)
+        best = CheckpointFolder(run, config.saving.keep_best)
+        journal = Journal(session.learner, best, log, measure, config.saving, steps=config.steps, resumed=resumed)
+        result = run_loop(
+            journal, session.learner, sampler, session.phases(), steps=config.steps, run=run, progress=progress
+        )
+    return TrainResult.of(run, result, journal.metrics)
+
+
+class _Session:
+    """The pieces of one fine-tuning run, made in the order in which errors are cheapest."""
+
+    def __init__(self, config: FinetuneConfig, device: torch.device, base: Path, folder: Path, run: Path) -> None:
+        self._config, self._device, self._run, self._folder = config, device, run, folder
+        self._before = read_run(base)
+        self._origin = read_run(run) if config.resume else self._before
+        self._unfreezing = parse_unfreezing(config.unfreeze, config.unfreeze_schedule)
+        spec = PolicySpec.from_json(self._origin.get("policy"))
+        self.data = self._open(spec, config.cache)
+        check_fits(spec, self.data, folder)
+        self._start_from = read_checkpoint(find_checkpoint(run, latest=True)[1] if config.resume else folder)
+        self._encoders = run_encoders(run if config.resume else base, spec)
+        self.spec = self._retarget(spec)
+        self.policy = self._build()
+        check_layers(self.policy, self._unfreezing)
+        if config.cache is not None and not config.resume:
+            check_frontier(self.policy, self.data)
+        shape = WindowSpec(spec.obs_horizon, spec.action_horizon)
+        self._splits = self.data.splits(shape, device)
+        self.valid = self._splits[1]
+        self._plan = plan_source(
+            self.data,
+            len(self._splits[0]),
+            source=config.source,
+            order=config.order,
+            views=1,
+            max_memory=config.max_memory,
+            device=device,
+        )
+        self.sampler = Sampler(len(self._splits[0]), config.batch_size, config.seed, blocks=self._plan.blocks)
+        self.learner = PolicyLearner(
+            self.policy,
+            config.optim,
+            rates={"policy": config.lr, "encoder": config.encoder_lr},
+            steps=config.steps,
+            seed=config.seed,
+            device=device,
+            accumulate=config.accumulate,
+        )
+        self._opened: Source | None = None
+        self._live_data: RunData | None = self.data if config.cache is None else None
+
+    def start(self) -> Checkpoint | None:
+        """Checks the first loss and makes the run folder, or takes up the run where it stopped."""
+        config = self._config
+        if config.resume:
+            check_resumed(self._run, config, self.data.identity)
+            for item in self._unfreezing:
+                if item.step < self._start_from.step:
+                    self._begin(item.layers)
+            self.learner.load(self._start_from.model, self._start_from.ema, self._start_from.resume)
+            return self._start_from
+        self._open_source(self._needs_live(0))
+        self._check_first_loss()
+        value = {
+            "kind": "finetune",
+            "config": config.to_json(),
+            "policy": self.spec.to_json(),
+            "data": self.data.identity,
+            "order": {"views": 1, "blocks": None if self._plan.blocks is None else asdict(self._plan.blocks)},
+            "from": str(self._folder.resolve()),
+        }
+        start_run(self._run, value, {file: self._encoders[camera] for camera, file in self.spec.encoder_files.items()})
+        return None
+
+    def phases(self) -> list[Phase]:
+        """One phase for each unfreezing; before the first of them projection and policy learn alone."""
+        items = self._unfreezing if self._unfreezing[0].step == 0 else (Unfreezing(0, ()), *self._unfreezing)
+        stops = [*(item.step for item in items[1:]), self._config.steps]
+        return [
+            Phase(item.step, stop, partial(self._begin, item.layers), partial(self._source_at, item.step))
+            for item, stop in zip(items, stops, strict=True)
+        ]
+
+    def current(self) -> Source:
+        """The source that is trained on now."""
+        assert self._opened is not None
+        return self._opened
+
+    def _open(self, spec: PolicySpec, cache: Path | None) -> RunData:
+        config, before = self._config, self._origin["data"]
+        names = SplitNames(config.filter_key, config.valid_key, config.seed)
+        if config.filter_key is None and config.valid_key is None:
+            names = names._replace(train=before["train"], valid=before["valid"], where=str(config.checkpoint))
+        paths = config.datasets or tuple(Path(path) for path in before["datasets"])
+        try:
+            if cache is not None:
+                return open_cache_data(cache, tuple(spec.cameras), tuple(spec.low_dim), names)
+            return open_dataset_data(paths, tuple(spec.cameras), tuple(spec.low_dim), names)
+        except (DatasetError, ConfigError) as error:
+            raise CheckpointError(f"{self._folder} cannot be used with these data: {error}") from error
+
+    def _retarget(self, spec: PolicySpec) -> PolicySpec:
+        """The spec with the cache's cut, and with an encoder for each camera unless they are to share one."""
+        if self.data.cache is not None:
+            cuts = {self.data.cache.cameras[camera].identity["cut"] for camera in spec.cameras}
+            if len(cuts) != 1:
+                raise ConfigError(f"{self.data.cache.path} is cut at {', '.join(sorted(cuts))}; one cut is needed")
+            spec = replace(spec, cut=cuts.pop())
+            _cut(self._encoders, spec.cut)
+        if any(name.startswith(ENCODERS) for name in self._start_from.model):
+            return spec
+        return replace(spec, share_rgb_model=self._config.share_rgb_model)
+
+    def _build(self) -> VisuomotorPolicy:
+        config = self._config
+        policy = build_policy(self.spec, self._encoders, config.seed)
+        if not config.resume:
+            policy.load_tensors({**self._start_from.model, **self._start_from.ema})
+        policy.carries_encoder = True
+        policy.encoder_dtype = autocast_dtype(config.precision, self._device)
+        for encoder in policy.obs_encoder.key_model_map.distinct():
+            encoder.train_batch_norm = config.batchnorm == "update"
+            if config.checkpointing:
+                encoder.enable_gradient_checkpointing()
+        if config.augment:
+            if any(p.crop_shape is None for p in policy.obs_encoder.preprocessing.values()):
+                raise ConfigError("augment crops at random, but the run has no --crop-shape; train one with it")
+            policy.obs_encoder.random_crop = True
+        return policy.to(self._device).train()
+
+    def _begin(self, layers: tuple[str, ...]) -> None:
+        if layers:
+            self.learner.learn("encoder", unfreeze(self.policy, layers, self._config.freeze))
+
+    def _needs_live(self, step: int) -> bool:
+        layers = tuple(layer for item in self._unfreezing if item.step <= step for layer in item.layers)
+        return self._config.cache is None or not above_cut(self.policy, layers)
+
+    def _source_at(self, step: int) -> Source:
+        return self._open_source(self._needs_live(step))
+
+    def _open_source(self, live: bool) -> Source:
+        if self._opened is None or (self._opened.name == "live") is not live:
+            self._opened = self._make_live(self._config.max_memory) if live else self._make_cached(self.data, self._plan)
+            logger.info("%s: %s source", self._run, self._opened.name)
+        return self._opened
+
+    def _make_cached(self, data: RunData, plan: SourcePlan) -> Source:
+        memory = self._config.max_memory
+        return open_cached(data, plan, self._splits, max_memory=memory, device=self._device)
+
+    def _make_live(self, max_memory: int | None) -> Source:
+        if self._live_data is None:
+            self._live_data = self._open(self.spec, None)
+            check_fits(self.spec, self._live_data, self._folder)
+        return open_live(
+            self._live_data,
+            self._splits,
+            frozen_encode(self._encoders, self.policy.obs_encoder.preprocessing, self._device, "fp32"),
+            hand_on_frames=True,
+            max_memory=max_memory,
+            device=self._device,
+        )
+
+    def _check_first_loss(self) -> None:
+        """Compares the first batch with the run's own cache, or with live frames when it comes from another cache."""
+        reference = self._reference()
+        if reference is None:
+            logger.info("the run's cache is not at hand, so the first loss is not compared with the cached one")
+            return
+        source, dtype = reference
+        kind = dtype if self.policy.encoder_dtype is None else "low precision"
+        check_first_loss(
+            self.policy,
+            self._first_batch(self.current()),
+            self._first_batch(source),
+            tolerance=TOLERANCES[kind],
+            seed=self._config.seed,
+            what="the run's cache" if source.name != "live" else "live frames",
+        )
+
+    def _reference(self) -> tuple[Source, str] | None:
+        if self._config.cache is not None:
+            assert self.data.cache is not None
+            frames = [Path(path).is_file() for path in (self._config.datasets or self.data.files)]
+            return (self._make_live(0), self.data.cache.manifest.dtype) if all(frames) else None
+        before = self._before["data"]
+        if before["cache"] is None or before["fingerprint"] is None:
+            return None
+        try:
+            if FeatureCache(before["cache"]).fingerprint != before["fingerprint"]:
+                return None
+        except CacheError:
+            return None
+        data = self._open(self.spec, Path(before["cache"]))
+        assert data.cache is not None
+        if data.rows.demos != self.data.rows.demos:
+            return None
+        numbers = SourcePlan("streamed", 1, None)
+        return self._make_cached(data, numbers), data.cache.manifest.dtype
+
+    def _first_batch(self, source: Source) -> Batch:
+        with closing(source.batches(iter([self.sampler.plan(0)]))) as batches:
+            return next(batches)
+
+
+def _cut(encoders: Mapping[str, ImageEncoder], cut: str) -> None:
+    for encoder in encoders.values():
+        encoder.cut = cut
+

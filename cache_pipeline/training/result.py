@@ -30,7 +30,7 @@ class TrainResult(NamedTuple):
     checkpoint: Path
 
     @classmethod
-    def of(cls, run: Path, loop: LoopResult, metrics: dict[str, Any], source: str) -> TrainResult:
+    def of(cls, run: Path, loop: LoopResult, metrics: dict[str, Any]) -> TrainResult:
         """The figures of a finished loop and of its last measurement."""
         return cls(
             run=run,
@@ -41,7 +41,7 @@ class TrainResult(NamedTuple):
             final_loss=loop.final_loss,
             valid_action_mse=metrics.get("validation/action_mse"),
             mean_action_mse=metrics.get("validation/mean_action_mse"),
-            source=source,
+            source=loop.source,
             checkpoint=loop.checkpoint,
         )
 

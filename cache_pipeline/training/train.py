@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from cache_pipeline.training.checkpoint import (
     read_run,
     run_encoders,
 )
-from cache_pipeline.training.config import TrainConfig
+from cache_pipeline.training.config import SavingConfig, TrainConfig
 from cache_pipeline.training.data import (
     RunData,
     SourcePlan,
@@ -91,12 +91,12 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     journal_log = MetricsLog(run, 0 if resumed is None else resumed.step)
     sampler = Sampler(len(splits[0]), config.batch_size, config.seed, views=plan.views, blocks=plan.blocks)
     with journal_log as log:
-        measure = measurement(learner, source, data, splits[1], config.saving.eval_windows, device)
+        measure = measurement(learner, lambda: source, data, splits[1], device, config.saving)
         folder = CheckpointFolder(run, config.saving.keep_best)
         journal = Journal(learner, folder, log, measure, config.saving, steps=config.steps, resumed=resumed)
         phases = [Phase(0, config.steps, lambda: None, lambda: source)]
         result = run_loop(journal, learner, sampler, phases, steps=config.steps, run=run, progress=progress)
-    return TrainResult.of(run, result, journal.metrics, source.name)
+    return TrainResult.of(run, result, journal.metrics)
 
 
 def default_run(config: TrainConfig) -> Path:
@@ -106,11 +106,11 @@ def default_run(config: TrainConfig) -> Path:
 
 def measurement(
     learner: PolicyLearner,
-    source: Source,
+    source: Callable[[], Source],
     data: RunData,
     valid: SplitRows | None,
-    most: int,
     device: torch.device,
+    saving: SavingConfig,
 ) -> Any:
     """A function that measures the held-out action error; None without held-out demos."""
     if valid is None:
@@ -119,7 +119,14 @@ def measurement(
     def measure() -> ActionError:
         learner.policy.eval()
         try:
-            return evaluate(learner.policy, source, len(valid), data.mean_action, device=device, most=most)
+            return evaluate(
+                learner.policy,
+                source(),
+                len(valid),
+                data.mean_action,
+                device=device,
+                most=saving.eval_windows,
+            )
         finally:
             learner.policy.train()
 

@@ -1,0 +1,83 @@
+"""Which layers of the encoder learn, and from which step on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fnmatch import fnmatch
+from typing import NamedTuple
+
+from torch import nn
+
+from cache_pipeline.encoders.cut import head_stages
+from cache_pipeline.encoders.image_encoder import ImageEncoder
+from cache_pipeline.errors import ConfigError, available
+from cache_pipeline.policies.visuomotor import VisuomotorPolicy
+
+ALL = "all"
+
+
+class Unfreezing(NamedTuple):
+    """From ``step`` on ``layers`` learn, besides those that learn already."""
+
+    step: int
+    layers: tuple[str, ...]
+
+
+def parse_unfreezing(unfreeze: str, schedule: str | None) -> tuple[Unfreezing, ...]:
+    """Reads ``layer4,layer3`` (all from the first step) or ``layer4@0,layer3@2000,all@5000``, in the order of steps.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    if schedule is None:
+        return (Unfreezing(0, _names(unfreeze)),)
+    steps: dict[int, tuple[str, ...]] = {}
+    for item in _names(schedule):
+        layer, mark, step = item.partition("@")
+        if not mark or not layer or not step.isdecimal():
+            raise ConfigError(f"unfreeze schedule: {item!r} is not LAYER@STEP; write layer4@0,layer3@2000")
+        steps[int(step)] = (*steps.get(int(step), ()), layer)
+    return tuple(Unfreezing(step, steps[step]) for step in sorted(steps))
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise ConfigError("nothing is to be unfrozen; name layers such as layer4,layer3, or all")
+    return names
+
+
+def check_layers(policy: VisuomotorPolicy, unfreezing: tuple[Unfreezing, ...]) -> None:
+    """Raises ConfigError for a layer that the encoder does not have."""
+    for encoder in policy.obs_encoder.key_model_map.distinct():
+        layers = _layers(encoder)
+        for item in unfreezing:
+            for layer in item.layers:
+                if layer != ALL and layer not in layers:
+                    raise ConfigError(
+                        f"{encoder.architecture} has no layer {layer!r} to unfreeze; {available((ALL, *layers), layer)}"
+                    )
+
+
+def above_cut(policy: VisuomotorPolicy, layers: tuple[str, ...]) -> bool:
+    """Whether cached features stay right while ``layers`` learn: all of them lie above the cut."""
+    encoders = policy.obs_encoder.key_model_map.distinct()
+    return all(encoder.is_resnet and set(layers) <= set(head_stages(encoder.cut)) for encoder in encoders)
+
+
+def unfreeze(
+    policy: VisuomotorPolicy, layers: tuple[str, ...], freeze: str | None
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Lets ``layers`` learn, but for parameters that match a pattern of ``freeze``; gives all that learn."""
+    policy.obs_encoder.unfreeze_rgb_encoder(None if ALL in layers else list(layers))
+    patterns = _names(freeze) if freeze else ()
+    for name, parameter in policy.encoder_parameters():
+        inner = name.split(".net.", 1)[-1]
+        if any(fnmatch(inner, pattern) for pattern in patterns):
+            parameter.requires_grad_(False)
+        elif parameter.requires_grad:
+            yield name, parameter
+
+
+def _layers(encoder: ImageEncoder) -> list[str]:
+    return [name for name, child in encoder.net.named_children() if any(True for _ in child.parameters())]
