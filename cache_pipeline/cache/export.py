@@ -50,7 +50,8 @@ def export_robomimic(
 ) -> ExportResult:
     """Writes a robomimic HDF5 with the demos of a cache: features, flattened to float32, as low-dim obs.
 
-    Any robomimic script trains on it with these keys under ``observation.modalities.obs.low_dim``.
+    Any robomimic script trains on it with these keys under ``observation.modalities.obs.low_dim``. ``next_obs`` is
+    ``obs`` shifted by one step; the last step, where ``dones`` ends the demo, repeats its own.
 
     Args:
         cache_path: a complete cache.
@@ -134,8 +135,9 @@ def _write_demo(group: h5py.Group, cache: FeatureCache, number: int, features: d
         values = cache.array(key, rows)
         if not np.isnan(values).any():
             group[key] = values
-    for key in cache.low_dim:
-        group[f"obs/{key}"] = cache.array(f"low_dim/{key}", rows)
+    obs = {key: cache.array(f"low_dim/{key}", rows) for key in cache.low_dim}
     for key, (camera, view) in features.items():
-        values = cache.features(camera, rows, view)
-        group[f"obs/{key}"] = values.reshape(demo.length, -1).astype(np.float32)
+        obs[key] = cache.features(camera, rows, view).reshape(demo.length, -1).astype(np.float32)
+    for key, values in obs.items():
+        group[f"obs/{key}"] = values
+        group[f"next_obs/{key}"] = np.concatenate([values[1:], values[-1:]])

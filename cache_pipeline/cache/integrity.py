@@ -62,13 +62,18 @@ def check_integrity(cache_path: str | Path) -> IntegrityResult:
         return IntegrityResult(str(path), 0, (MANIFEST,), False)
     broken = [*_broken_files(path, manifest)]
     with ThreadPoolExecutor(THREADS) as pool:
-        names = list(manifest.units)
+        names = [name for name in manifest.units if not _is_hidden(manifest, Unit.parse(name), broken)]
         sound = pool.map(lambda name: is_sound(path, manifest, Unit.parse(name)), names)
         broken_units = [name for name, fits in zip(names, sound, strict=True) if not fits]
     if broken_units:
         _strike(path, broken_units)
     broken += broken_units
     return IntegrityResult(str(path), len(manifest.units), tuple(broken), not broken)
+
+
+def _is_hidden(manifest: Manifest, unit: Unit, broken: list[str]) -> bool:
+    """Whether damaged metadata keeps a unit from being read: it may be sound, and is checked once that is mended."""
+    return any(f"{name}/zarr.json" in broken for name in unit_arrays(manifest, unit))
 
 
 def is_sound(path: Path, manifest: Manifest, unit: Unit) -> bool:

@@ -13,14 +13,16 @@ from cache_pipeline.errors import DatasetError
 from cache_pipeline.extract.matching import array_digest
 from cache_pipeline.extract.prepare import Prepared, metadata_digests
 from cache_pipeline.extract.units import UnitCheck
+from cache_pipeline.files import digest
 
 
 def is_up_to_date(prepared: Prepared) -> bool:
-    """Whether the cache is complete as it stands, down to its metadata and weights."""
+    """Whether the cache is complete as it stands, down to the bytes of its metadata and weights."""
     old, new = prepared.old, prepared.manifest
-    if old is None or prepared.work.jobs or not all((prepared.path / file).is_file() for file in old.metadata):
+    if old is None or prepared.work.jobs or new != replace(old, units={}, metadata={}):
         return False
-    return new == replace(old, units={}, metadata={}) and metadata_digests(prepared) == old.metadata
+    files = {name: prepared.path / name for name in old.metadata}
+    return all(file.is_file() and digest(file.read_bytes()) == old.metadata[name] for name, file in files.items())
 
 
 def finish(prepared: Prepared) -> Manifest:

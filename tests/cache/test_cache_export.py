@@ -1,0 +1,63 @@
+import h5py
+import numpy as np
+import pytest
+from cache_fakes import CAMERA, equal, extract
+from fakes import make_dataset
+
+from cache_pipeline.cache.export import export_npz, export_robomimic
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.errors import CacheError
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    dataset = make_dataset(folder / "demos.hdf5", lengths=(7, 5), names=["demo_2", "demo_10"])
+    extract(folder / "cache.zarr", dataset, views=2)
+    return FeatureCache(folder / "cache.zarr")
+
+
+def test_robomimic_reads_the_export_and_gives_the_features_as_obs(cache, tmp_path):
+    dataset = pytest.importorskip("robomimic.utils.dataset")
+    export_robomimic(cache.path, tmp_path / "features.hdf5")
+    keys = ("agentview_feature", "robot0_eef_pos")
+    sequences = dataset.SequenceDataset(
+        str(tmp_path / "features.hdf5"),
+        obs_keys=keys,
+        dataset_keys=("actions", "rewards", "dones"),
+        seq_length=2,
+        hdf5_cache_mode=None,
+        filter_by_attribute="train",
+    )
+    assert len(sequences) == 7
+    assert np.array_equal(sequences[1]["obs"]["agentview_feature"][0], cache.features(CAMERA, slice(1, 2))[0])
+    assert np.array_equal(sequences[1]["actions"], cache.array("actions", slice(1, 3)))
+    sequences.close_and_delete_hdf5_handle()
+
+
+def test_the_export_keeps_demos_masks_and_environment(cache, tmp_path):
+    result = export_robomimic(cache.path, tmp_path / "features.hdf5", views=True)
+    assert set(result.keys) >= {"agentview_feature", "agentview_feature_view1", "robot0_eef_pos"}
+    with h5py.File(tmp_path / "features.hdf5") as file:
+        assert set(file["data"]) == {"demo_2", "demo_10"}
+        assert file["mask/valid"][()].tolist() == [b"demo_10"]
+        assert "Lift" in file["data"].attrs["env_args"]
+        assert file["data/demo_10"].attrs["num_samples"] == 5
+
+
+def test_npz_holds_every_array_with_its_views(cache, tmp_path):
+    export_npz(cache.path, tmp_path / "features.npz")
+    with np.load(tmp_path / "features.npz") as arrays:
+        assert equal(arrays[f"features/{CAMERA}"][1], cache.features(CAMERA, view=1))
+        assert arrays["demos"].tolist() == ["demo_2", "demo_10"]
+        assert arrays["starts"].tolist() == [0, 7]
+
+
+@pytest.mark.parametrize("export", [export_robomimic, export_npz])
+def test_a_file_that_is_there_is_replaced_only_when_asked(cache, tmp_path, export):
+    out = tmp_path / "out"
+    out.write_text("precious")
+    with pytest.raises(CacheError, match="--overwrite"):
+        export(cache.path, out)
+    assert out.read_text() == "precious"
+    export(cache.path, out, overwrite=True)

@@ -1,0 +1,51 @@
+import json
+
+import pytest
+from cache_fakes import CAMERA, extract
+from fakes import make_dataset
+
+from cache_pipeline.cache.manifest import MANIFEST
+from cache_pipeline.cache.summary import inspect_cache
+from cache_pipeline.errors import NotACacheError
+
+
+@pytest.fixture
+def cache(tmp_path):
+    dataset = make_dataset(tmp_path / "demos.hdf5", lengths=(7, 5))
+    extract(tmp_path / "cache.zarr", dataset)
+    return tmp_path / "cache.zarr"
+
+
+def test_a_complete_cache_tells_what_it_holds(cache):
+    summary = inspect_cache(cache)
+    value = summary.to_json()
+    assert (value["state"], value["demos"], value["rows"]) == ("complete", 2, 12)
+    assert value["cameras"][CAMERA]["feature_shape"] == [6]
+    assert any(CAMERA in line for line in summary.lines())
+    json.dumps(value)
+
+
+def test_an_unfinished_cache_tells_its_units(cache):
+    (cache / MANIFEST).rename(cache / "pending.json")
+    next((cache / "ledger/features").rglob("*.json")).unlink()
+    summary = inspect_cache(cache)
+    assert (summary.state, summary.units_done, summary.units) == ("incomplete", 4, 5)
+    assert "4 of 5 units are done" in "\n".join(summary.lines())
+
+
+def test_a_corrupt_cache_is_told_not_raised(cache):
+    (cache / MANIFEST).write_text("{")
+    summary = inspect_cache(cache)
+    assert summary.state == "corrupt"
+    assert "damaged" in summary.problem
+    json.dumps(summary.to_json())
+
+
+def test_a_lost_record_is_told(cache):
+    (cache / "ledger/rows/0.json").unlink()
+    assert inspect_cache(cache).state == "corrupt"
+
+
+def test_what_is_no_cache_raises(tmp_path):
+    with pytest.raises(NotACacheError):
+        inspect_cache(tmp_path)
