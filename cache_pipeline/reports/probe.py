@@ -22,8 +22,8 @@ from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.split import split_demos
 from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.image_encoder import build_encoder
-from cache_pipeline.encoders.saving import load_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.encoders.saving import load_encoder
 from cache_pipeline.errors import CacheError, CachePipelineError
 from cache_pipeline.files import atomic_path
 from cache_pipeline.progress import Progress, logger

@@ -99,7 +99,8 @@ def run_quickstart(out: Path, *, steps: int, weights: Path | None, device: str, 
     _log(trained.lines())
 
     _say("5/5 report", f"report {run}")
-    page = write_report(run, out / "report.html")
+    stages = {"read": extracted.read_s, "encode": extracted.encode_s, "write": extracted.write_s}
+    page = write_report(run, out / "report.html", stages=stages if extracted.images else None)
     return QuickstartResult(
         dataset=dataset,
         cache=cache,

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.errors import ConfigError
+from cache_pipeline.files import write_json
 from cache_pipeline.progress import Progress
 from cache_pipeline.sim.env_args import EnvArgs, read_env_args
 from cache_pipeline.sim.environment import Environment, Obs, Step
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 DEFAULT_HORIZON = 400
 """Steps of an episode where neither the config nor ``env_args`` says; robomimic's for most of its tasks."""
 DEFAULT_FPS = 20
+ROLLOUTS = "rollouts"
 
 
 class ActingPolicy(Protocol):
@@ -176,7 +178,21 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
             records.append(episode)
             if bar is not None:
                 bar.advance(successes=sum(record.success for record in records))
-    return summarise(records, time.monotonic() - started)
+    result = summarise(records, time.monotonic() - started)
+    if config.run.is_dir():
+        keep(result, config)
+    return result
+
+
+def keep(result: RolloutResult, config: RolloutConfig) -> Path:
+    """Writes the result to ``RUN/rollouts/seed_<seed>_<episodes>.json``, where the run's report looks for it."""
+    from cache_pipeline.training.checkpoint import find_checkpoint
+
+    folder = find_checkpoint(config.run)[0] / ROLLOUTS
+    folder.mkdir(exist_ok=True)
+    path = folder / f"seed_{config.seed}_{config.episodes}.json"
+    write_json(path, result.to_json())
+    return path
 
 
 def choose_environment(config: RolloutConfig, policy: ActingPolicy) -> EnvArgs:

@@ -1,0 +1,209 @@
+"""``report``: one page that shows a run: what it learned from, how it went, what it does, how it fared."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.errors import CachePipelineError
+from cache_pipeline.files import read_json
+from cache_pipeline.policies.visuomotor import VisuomotorPolicy
+from cache_pipeline.progress import logger
+from cache_pipeline.reports import plots
+from cache_pipeline.reports.page import Page
+from cache_pipeline.sim.rollout import ROLLOUTS
+from cache_pipeline.training.checkpoint import find_checkpoint, inspect_run, load_policy, read_run
+from cache_pipeline.training.metrics import read_metrics
+
+SHOWN_FRAMES = 6
+MAPPED_DEMOS = 5
+
+
+class DemoObs(NamedTuple):
+    """What a policy sees of one demo, step by step, and what was done.
+
+    Attributes:
+        name: of the demo.
+        obs: camera → features (T, …) or frames (T, H, W, 3); low-dim key → (T, …).
+        actions: (T, A).
+    """
+
+    name: str
+    obs: dict[str, NDArray[Any]]
+    actions: NDArray[np.float32]
+
+
+def write_report(run: Path, out: Path | None = None, *, stages: Mapping[str, float] | None = None) -> Path:
+    """Writes the page of a run and returns its path.
+
+    Args:
+        run: a run, or one of its checkpoints.
+        out: ``RUN/report.html`` by default.
+        stages: seconds of extraction stages to show, where they are known.
+
+    Raises:
+        CheckpointError: there is no run, or it cannot be read.
+    """
+    folder, _ = find_checkpoint(run)
+    value, summary = read_run(folder), inspect_run(folder)
+    page = Page(f"Run {folder.name}", " · ".join(summary.lines()[:2]))
+    _figures(page, value, summary)
+    _curves(page, folder, summary.mean_action_mse)
+    data = _open_data(value)
+    if data is not None:
+        _what_it_does(page, run, value, data)
+    if stages:
+        page.heading("Where the time of extraction went")
+        page.text("Stages run at the same time; the encoder should be the longest.")
+        page.picture(plots.stage_times(stages, "seconds per stage"), "stage times")
+    _what_it_saw(page, value)
+    _rollouts(page, folder)
+    page.heading("How it was made")
+    page.code(" ".join(value.get("command", [])))
+    versions = value.get("versions", {})
+    page.table(["package", "version"], sorted(versions.items()))
+    return page.write(out if out is not None else folder / "report.html")
+
+
+def _figures(page: Page, value: Mapping[str, Any], summary: Any) -> None:
+    facts = [(f"{summary.step:,}", f"of {summary.steps:,} steps")]
+    if summary.valid_action_mse is not None:
+        share = summary.valid_action_mse / summary.mean_action_mse
+        facts.append((f"{summary.valid_action_mse:.4g}", "held-out action error (MSE)"))
+        facts.append((f"{share:.0%}", "of the error of always predicting the mean action"))
+    facts.append((summary.policy, "policy"))
+    facts.append((f"{len(value['data']['train'])} + {len(value['data']['valid'])}", "demos: training + held out"))
+    page.facts(facts)
+
+
+def _curves(page: Page, folder: Path, mean_action_mse: float | None) -> None:
+    rows = read_metrics(folder)
+    if not rows:
+        return
+    columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in rows[0]}
+    page.heading("How training went")
+    page.picture(plots.curves(columns, mean_action_mse), "training loss and held-out action error")
+
+
+def _number(value: Any) -> float:
+    return float("nan") if value is None else float(value)
+
+
+def _open_data(value: Mapping[str, Any]) -> FeatureCache | Dataset | None:
+    data, policy = value["data"], value["policy"]
+    tuned = value["kind"] == "finetune"
+    try:
+        if data["cache"] is not None and not tuned:
+            return FeatureCache(data["cache"])
+        return Dataset.open(data["datasets"], cameras=tuple(policy["cameras"]), low_dim_keys=tuple(policy["low_dim"]))
+    except CachePipelineError as error:
+        logger.info("the data of the run cannot be read, so its actions are not drawn: %s", error)
+        return None
+
+
+def _what_it_does(page: Page, run: Path, value: Mapping[str, Any], data: FeatureCache | Dataset) -> None:
+    held_out = value["data"]["valid"]
+    demos = held_out or value["data"]["train"]
+    policy = load_policy(run)
+    demo = read_demo(data, policy, *demos[0])
+    page.heading("What it does")
+    kind = "held-out" if held_out else "training"
+    page.text(
+        f"At each step of {kind} {demo.name}, the action that the policy would carry out next, beside the demo's. "
+        "The policy is always shown the demo's own obs."
+    )
+    predicted = first_actions(policy, demo)
+    page.picture(plots.actions(demo.actions, predicted, f"{kind} {demo.name}"), "actions of the policy and of the demo")
+    if isinstance(data, FeatureCache):
+        chosen = [read_demo(data, policy, *name) for name in demos[:MAPPED_DEMOS]]
+        camera = next(iter(policy.cameras))
+        page.heading("What the encoder sees")
+        page.text(f"Features of {camera} over {len(chosen)} demos, on their two principal components.")
+        page.picture(plots.feature_map(principal([d.obs[camera] for d in chosen]), camera), "features over time")
+
+
+def read_demo(data: FeatureCache | Dataset, policy: VisuomotorPolicy, file: int, name: str) -> DemoObs:
+    """One demo as the policy sees it, from a cache or from the file itself."""
+    number = next(i for i, demo in enumerate(data.demos) if (demo.file, demo.name) == (file, name))
+    if isinstance(data, FeatureCache):
+        demo = data.demos[number]
+        rows = slice(demo.row, demo.row + demo.length)
+        obs = {camera: data.features(camera, rows) for camera in policy.cameras}
+        low_dim = {key: data.array(f"low_dim/{key}", rows) for key in policy.low_dim}
+        return DemoObs(name, {**obs, **low_dim}, data.array("actions", rows))
+    arrays = data.rows(number)
+    frames = {camera: data.frames(number, camera) for camera in policy.cameras}
+    low_dim = {key: arrays[f"low_dim/{key}"] for key in policy.low_dim}
+    return DemoObs(name, {**frames, **low_dim}, arrays["actions"])
+
+
+def first_actions(policy: VisuomotorPolicy, demo: DemoObs, seed: int = 0) -> NDArray[np.float32]:
+    """(T, A) the first action of the chunk that the policy predicts at each step of a demo."""
+    steps = np.arange(len(demo.actions))
+    rows = np.maximum(steps[:, None] + np.arange(1 - policy.obs_horizon, 1), 0)
+    obs: dict[str, Tensor] = {}
+    for key, values in demo.obs.items():
+        window = torch.from_numpy(values[rows])
+        obs[key] = window if window.dtype == torch.uint8 else window.float()
+    chunk = policy.act(obs, torch.Generator(policy.device).manual_seed(seed))
+    first: NDArray[np.float32] = chunk[:, 0].cpu().numpy()
+    return first
+
+
+def principal(features: list[NDArray[Any]]) -> list[NDArray[np.float64]]:
+    """Each demo's features (T, …) on the first two principal components of all, (T, 2)."""
+    flat = [values.reshape(len(values), -1).astype(np.float64) for values in features]
+    joined = np.concatenate(flat)
+    centred = joined - joined.mean(0)
+    _, _, axes = np.linalg.svd(centred, full_matrices=False)
+    mapped = centred @ axes[:2].T
+    if mapped.shape[1] < 2:
+        mapped = np.pad(mapped, ((0, 0), (0, 2 - mapped.shape[1])))
+    return np.split(mapped, np.cumsum([len(values) for values in flat])[:-1])
+
+
+def _what_it_saw(page: Page, value: Mapping[str, Any]) -> None:
+    data = value["data"]
+    try:
+        dataset = Dataset.open(data["datasets"], cameras=tuple(value["policy"]["cameras"]), low_dim_keys=())
+    except CachePipelineError as error:
+        logger.info("the frames of the run are not drawn: %s", error)
+        return
+    file, name = (data["valid"] or data["train"])[0]
+    number = next((i for i, demo in enumerate(dataset.demos) if (demo.file, demo.name) == (file, name)), 0)
+    rows = {}
+    for camera in dataset.cameras:
+        frames = dataset.frames(number, camera)
+        chosen = np.linspace(0, len(frames) - 1, min(SHOWN_FRAMES, len(frames))).round().astype(int)
+        rows[camera] = list(frames[chosen])
+    page.heading("What it saw")
+    page.picture(plots.contact_sheet(rows), f"frames of {name}")
+
+
+def _rollouts(page: Page, folder: Path) -> None:
+    for path in sorted((folder / ROLLOUTS).glob("*.json")):
+        try:
+            result = read_json(path)
+        except (OSError, ValueError) as error:
+            logger.info("%s is not shown: %s", path, error)
+            continue
+        low, high = result["ci95"]
+        page.heading(f"How it fared: rollouts {path.stem}")
+        page.facts(
+            [
+                (f"{result['successes']} of {result['episodes']}", "episodes succeeded"),
+                (f"{low:.0%} – {high:.0%}", "95 % interval of the rate"),
+            ]
+        )
+        for record in result["records"]:
+            video = Path(record["video"]) if record.get("video") else None
+            if video is not None and video.suffix == ".mp4" and video.is_file():
+                page.video(video)
