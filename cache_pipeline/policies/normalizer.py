@@ -19,16 +19,19 @@ ROUNDING = {"float16": 1e-3, "float32": 1e-6}
 class Normalizer(nn.Module):
     """Maps values (…, *shape) to (values - offset) * scale and back.
 
-    A dimension that is constant in the data it was fitted on maps to 0 at its constant, and its scale is 1.
+    A dimension that is constant in the data it was fitted on maps to 0 at its constant, with scale 1; back, everything
+    maps to that constant.
     """
 
     offset: Tensor
     scale: Tensor
+    spread: Tensor
 
     def __init__(self, shape: tuple[int, ...]) -> None:
         super().__init__()
         self.register_buffer("offset", torch.zeros(shape))
         self.register_buffer("scale", torch.ones(shape))
+        self.register_buffer("spread", torch.ones(shape))
 
     def fit(self, rows: NDArray, mode: Normalization, rounding: float = ROUNDING["float32"]) -> Normalizer:
         """Takes the statistics of ``rows`` (N, *shape): ``minmax`` to [-1, 1], ``gaussian`` to mean 0 and deviation 1.
@@ -51,6 +54,7 @@ class Normalizer(nn.Module):
         flat = spread <= rounding * np.maximum(np.abs(offset), 1e-3)
         self.offset.copy_(torch.from_numpy(np.asarray(offset)))
         self.scale.copy_(torch.from_numpy(np.asarray(1 / np.where(flat, 1.0, spread))))
+        self.spread.copy_(torch.from_numpy(np.asarray(np.where(flat, 0.0, spread))))
         return self
 
     def forward(self, values: Tensor) -> Tensor:
@@ -58,10 +62,10 @@ class Normalizer(nn.Module):
 
     def invert(self, values: Tensor) -> Tensor:
         """The values that ``forward`` maps to these."""
-        return values / self.scale + self.offset
+        return values * self.spread + self.offset
 
     def join(self, parts: Sequence[Normalizer]) -> None:
         """Takes the statistics of ``parts``, flattened and one after another."""
-        for name in ("offset", "scale"):
+        for name in ("offset", "scale", "spread"):
             own = getattr(self, name)
             own.copy_(torch.cat([getattr(part, name).flatten() for part in parts]).view_as(own))

@@ -62,3 +62,11 @@ def test_joined_normalizers_act_as_their_parts_side_by_side() -> None:
     values = torch.arange(5.0)
     expected = torch.cat([left(values[:2]), right(values[2:].view(3, 1)).flatten()])
     assert torch.equal(joined(values), expected)
+
+
+def test_what_a_policy_outputs_in_a_constant_dimension_does_not_matter() -> None:
+    rows = np.stack([np.linspace(-1, 1, 9), np.full(9, 0.25)], axis=1)
+    for mode in ("minmax", "gaussian"):
+        normalizer = Normalizer((2,)).fit(rows, mode)
+        back = normalizer.invert(torch.tensor([[0.0, 0.9], [0.0, -0.4]]))
+        assert back[:, 1].tolist() == [0.25, 0.25]
