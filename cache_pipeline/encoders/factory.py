@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from torch import nn
 from cache_pipeline.errors import EncoderError, available
 from cache_pipeline.files import digest, json_digest
 
+FILE_MODULE = "_encoder_"
 FORM = "give it as module:factory or path/to/file.py:factory"
 
 
@@ -50,11 +52,12 @@ def _import_module(name: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise EncoderError(f"there is no file {path} for --encoder; {FORM}")
-    # The name depends on the content, so that two files of one name never stand for each other.
-    spec = importlib.util.spec_from_file_location(f"_encoder_{digest(path.read_bytes())}", path)
+    # The name says what the content is: neither two files of one name nor one file and its edit stand for each other.
+    name = FILE_MODULE + digest(path.read_bytes())
+    spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
@@ -66,7 +69,8 @@ def structure_digest(net: nn.Module) -> str:
     """Digest of what a module computes apart from its weights.
 
     It covers the classes of all submodules, their plain attributes (numbers, strings, tuples of these), and the source
-    text of every class that is not torch's own. It changes when that text changes, even where the values would not.
+    text of every class that is not torch's own; of classes from a factory's file all of the file. It changes when that
+    text changes, even where the values would not.
     """
     parts = [[name, type(module).__qualname__, _plain_attributes(module)] for name, module in net.named_modules()]
     classes = {base for module in net.modules() for base in type(module).__mro__}
@@ -86,6 +90,8 @@ def _is_plain(value: Any) -> bool:
 
 
 def _source(kind: type) -> str:
+    if kind.__module__.startswith(FILE_MODULE):
+        return f"{kind.__module__}.{kind.__qualname__}"
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):

@@ -223,8 +223,9 @@ class MultiImageObsEncoder(nn.Module):
         for key, shape in self.shapes.low_dim.items():
             rows, leads[key] = low_dim_rows(low_dim, key, shape)
             parts[key] = rows.to(self.device)
+        leading = one_lead(leads)
         rows = torch.cat([part.to(dtype) for part in parts.values()], dim=-1)
-        return _split(self.projection(rows), one_lead(leads))
+        return _split(self.projection(rows), leading)
 
     def freeze_rgb_encoder(self) -> None:
         """Trains nothing of the encoders from now on; projection and spatial softmax stay trainable."""
@@ -243,7 +244,7 @@ class MultiImageObsEncoder(nn.Module):
             EncoderError: an encoder has no such layer.
         """
         for encoder in self.key_model_map.distinct():
-            children = {name: child for name, child in encoder.net.named_children() if any(child.parameters())}
+            children = {name: child for name, child in encoder.net.named_children() if list(child.parameters())}
             for layer in children if layers is None else layers:
                 if layer not in children:
                     raise EncoderError(f"{encoder.architecture} has no layer {layer!r}; {available(children, layer)}")

@@ -228,7 +228,7 @@ def test_cached_features_enter_where_live_ones_do(cut):
         half = {camera: value.half() for camera, value in features.items()}
         torch.testing.assert_close(encoder.project(half, obs), live, rtol=1e-2, atol=1e-2)
     assert tuple(features["agentview_image"].shape[2:]) == encoder.feature_shapes["agentview_image"]
-    with pytest.raises(EncoderError, match="agentview_image: features have shape"):
+    with pytest.raises(EncoderError, match="agentview_image: features have the shape"):
         encoder.project({"agentview_image": torch.rand(1, 2, 7)}, obs)
 
 
@@ -280,7 +280,7 @@ def test_the_guides_config_names_build_it_and_unknown_ones_are_refused():
     encoder = MultiImageObsEncoder.from_config(shape_meta(), {**config, "emb_dim": 32, "imagenet_norm": True})
     assert encoder.out_dim == 32
     assert encoder.preprocessing["agentview_image"].imagenet_norm
-    with pytest.raises(EncoderError, match="no option 'freeze_encodr'.*did you mean freeze_encoder"):
+    with pytest.raises(EncoderError, match=r"no option 'freeze_encodr'.*did you mean freeze_encoder"):
         MultiImageObsEncoder.from_config(shape_meta(), {"freeze_encodr": True})
 
 
