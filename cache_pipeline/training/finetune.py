@@ -214,7 +214,8 @@ class _Session:
 
     def _open_source(self, live: bool) -> Source:
         if self._opened is None or (self._opened.name == "live") is not live:
-            self._opened = self._make_live(self._config.max_memory) if live else self._make_cached(self.data, self._plan)
+            memory = self._config.max_memory
+            self._opened = self._make_live(memory) if live else self._make_cached(self.data, self._plan)
             logger.info("%s: %s source", self._run, self._opened.name)
         return self._opened
 
@@ -280,4 +281,3 @@ class _Session:
 def _cut(encoders: Mapping[str, ImageEncoder], cut: str) -> None:
     for encoder in encoders.values():
         encoder.cut = cut
-

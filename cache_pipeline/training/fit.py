@@ -69,9 +69,7 @@ def check_first_loss(
 ) -> None:
     """Raises CheckpointError unless the loss on a batch equals that on the same windows from another source."""
     policy.eval()
-    losses = [
-        float(policy.loss(each, torch.Generator(policy.device).manual_seed(seed))) for each in (batch, reference)
-    ]
+    losses = [float(policy.loss(each, torch.Generator(policy.device).manual_seed(seed))) for each in (batch, reference)]
     policy.train()
     difference = abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-12)
     if not difference <= tolerance:

@@ -260,7 +260,7 @@ def _learner(config: TrainConfig, policy: VisuomotorPolicy, device: torch.device
     if not config.freeze_encoder:
         policy.carries_encoder = True
         policy.encoder_dtype = autocast_dtype(config.precision, device)
-        policy.obs_encoder.unfreeze_rgb_encoder()
+        policy.obs_encoder.key_model_map.requires_grad_(True)
         learner.learn("encoder", policy.encoder_parameters())
     policy.train()
     return learner

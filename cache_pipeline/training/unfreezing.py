@@ -69,7 +69,10 @@ def unfreeze(
     policy: VisuomotorPolicy, layers: tuple[str, ...], freeze: str | None
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """Lets ``layers`` learn, but for parameters that match a pattern of ``freeze``; gives all that learn."""
-    policy.obs_encoder.unfreeze_rgb_encoder(None if ALL in layers else list(layers))
+    for encoder in policy.obs_encoder.key_model_map.distinct():
+        children = dict(encoder.net.named_children())
+        for module in [encoder] if ALL in layers else [children[layer] for layer in layers]:
+            module.requires_grad_(True)
     patterns = _names(freeze) if freeze else ()
     for name, parameter in policy.encoder_parameters():
         inner = name.split(".net.", 1)[-1]
@@ -77,6 +80,7 @@ def unfreeze(
             parameter.requires_grad_(False)
         elif parameter.requires_grad:
             yield name, parameter
+    policy.train(policy.training)
 
 
 def _layers(encoder: ImageEncoder) -> list[str]:

@@ -1,0 +1,126 @@
+from __future__ import annotations
+
+import json
+import pickle
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from training_runs import config
+
+from cache_pipeline.errors import CheckpointError
+from cache_pipeline.files import digest
+from cache_pipeline.training.checkpoint import find_checkpoint, inspect_run, load_policy
+from cache_pipeline.training.train import train
+
+
+@pytest.fixture(scope="module")
+def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(config(tmp_path_factory.mktemp("runs") / "run", cache, steps=2), progress=False).run
+
+
+@pytest.fixture
+def copy(run: Path, tmp_path: Path) -> Path:
+    """A run of its own to damage."""
+    return Path(shutil.copytree(run, tmp_path / "copy"))
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        load_policy(path)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "ema.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
+def test_a_truncated_file_of_a_checkpoint_is_refused(copy: Path, name: str, share: float) -> None:
+    file = find_checkpoint(copy)[1] / name
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    refused(copy)
+
+
+def test_one_flipped_bit_in_the_weights_is_refused(copy: Path) -> None:
+    file = find_checkpoint(copy)[1] / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    assert "damaged" in refused(copy)
+
+
+class _Bomb:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return Path.touch, (Path("bomb"),)  # type: ignore[return-value]
+
+
+def test_a_pickle_in_place_of_weights_is_refused_and_never_run(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copy)
+    folder = find_checkpoint(copy)[1]
+    file, record = folder / "model.safetensors", folder / "checkpoint.json"
+    file.write_bytes(pickle.dumps(_Bomb()))
+    value = json.loads(record.read_text())
+    value["files"]["model.safetensors"] = digest(file.read_bytes())
+    record.write_text(json.dumps(value))
+    assert "safetensors" in refused(copy)
+    assert not (copy / "bomb").exists()
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"format": 99}', "null", "[" * 100_000])
+def test_a_damaged_run_json_is_refused(copy: Path, text: str) -> None:
+    (copy / "run.json").write_text(text)
+    refused(copy)
+
+
+def test_a_run_json_that_points_outside_the_run_is_refused(copy: Path) -> None:
+    value = json.loads((copy / "run.json").read_text())
+    value["policy"]["encoder_files"] = dict.fromkeys(value["policy"]["encoder_files"], "../../secret.safetensors")
+    (copy / "run.json").write_text(json.dumps(value))
+    assert "outside the run" in refused(copy)
+
+
+def test_an_index_that_points_outside_the_run_is_refused(copy: Path) -> None:
+    (copy / "checkpoints/index.json").write_text(json.dumps({"latest": "../../other", "best": []}))
+    assert "index.json" in refused(copy)
+
+
+def test_a_missing_encoder_is_named(copy: Path) -> None:
+    (copy / "encoder.safetensors").unlink()
+    assert "encoder.safetensors" in refused(copy)
+
+
+def test_weights_of_another_shape_are_refused_by_name(copy: Path) -> None:
+    value = json.loads((copy / "run.json").read_text())
+    value["policy"]["emb_dim"] = 8
+    (copy / "run.json").write_text(json.dumps(value))
+    assert "shape" in refused(copy)
+
+
+def test_a_path_without_a_run_says_so(tmp_path: Path) -> None:
+    assert "neither a run" in refused(tmp_path)
+
+
+def test_a_run_loads_alike_by_itself_by_its_checkpoint_and_after_it_was_moved(run: Path, copy: Path) -> None:
+    policies = [load_policy(path) for path in (run, find_checkpoint(run)[1], copy)]
+    for other in policies[1:]:
+        pairs = zip(policies[0].state_dict().values(), other.state_dict().values(), strict=True)
+        assert all(torch.equal(one, two) for one, two in pairs)
+
+
+def test_inspect_sums_a_run_up_from_json_alone(copy: Path) -> None:
+    for file in copy.rglob("*.safetensors"):
+        file.unlink()
+    summary = inspect_run(copy)
+    assert (summary.step, summary.steps, summary.kind, summary.policy) == (2, 2, "train", "flow")
+    assert summary.cameras == ("agentview_image", "robot0_eye_in_hand_image")
+    assert json.loads(json.dumps(summary.to_json()))["latest"] == "step_0000002"
+    assert all("\n" not in line for line in summary.lines())
+
+
+def test_an_unfinished_save_is_never_taken_for_a_checkpoint(copy: Path) -> None:
+    folder = find_checkpoint(copy)[1]
+    partial = folder.with_name(".step_0000009.1.partial")
+    shutil.copytree(folder, partial)
+    (partial / "model.safetensors").write_bytes(b"")
+    assert find_checkpoint(copy)[1] == folder
+    load_policy(copy)

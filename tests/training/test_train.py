@@ -1,0 +1,214 @@
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fakes import make_dataset
+from safetensors.torch import load_file
+from training_runs import config, live, losses
+
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.encoders.image_encoder import EncoderSpec
+from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.errors import CheckpointError, ConfigError
+from cache_pipeline.training import learner as learner_module
+from cache_pipeline.training.checkpoint import inspect_run, load_policy
+from cache_pipeline.training.config import OptimConfig, SavingConfig, TrainConfig
+from cache_pipeline.training.metrics import read_metrics
+from cache_pipeline.training.train import train
+
+RESULT_FIELDS = [
+    "run",
+    "steps",
+    "seconds",
+    "steps_per_s",
+    "first_loss",
+    "final_loss",
+    "valid_action_mse",
+    "mean_action_mse",
+    "source",
+    "checkpoint",
+]
+
+
+def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Sends this process a signal within update ``step``, counted from 1."""
+    real = learner_module.PolicyLearner.step
+
+    def step_and_signal(self: Any, batch: Any, index: int) -> torch.Tensor:
+        if index == step - 1:
+            os.kill(os.getpid(), number)
+        return real(self, batch, index)
+
+    monkeypatch.setattr(learner_module.PolicyLearner, "step", step_and_signal)
+
+
+@pytest.fixture(scope="module")
+def run(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(config(tmp_path_factory.mktemp("runs") / "run", cache), progress=False).run
+
+
+def test_the_result_has_exactly_the_fields_that_scripts_rely_on(cache: Path, tmp_path: Path) -> None:
+    result = train(config(tmp_path / "run", cache, steps=2), progress=False)
+    value = json.loads(json.dumps(result.to_json()))
+    assert list(value) == RESULT_FIELDS
+    assert value["source"] == "resident"
+    assert 0 < value["mean_action_mse"] < 1
+    assert Path(value["checkpoint"]).is_dir()
+
+
+def test_cached_and_live_frozen_training_have_the_same_loss_curve(run: Path, dataset: Path, tmp_path: Path) -> None:
+    result = train(live(tmp_path / "live", dataset), progress=False)
+    assert result.source == "live"
+    np.testing.assert_allclose(losses(result.run), losses(run), rtol=1e-5)
+    assert result.valid_action_mse == pytest.approx(inspect_run(run).valid_action_mse, rel=1e-4)
+
+
+def test_all_sources_see_the_same_samples_in_the_same_order(cache: Path, dataset: Path, tmp_path: Path) -> None:
+    memory = 3 * 20 * 2 * 512 * 4  # pools of 20 rows, of 32
+    shared = {"order": "block", "max_memory": memory}
+    runs = [
+        train(config(tmp_path / "resident", cache, source="resident", **shared), progress=False).run,
+        train(config(tmp_path / "streamed", cache, source="streamed", **shared), progress=False).run,
+    ]
+    assert losses(runs[0]) == losses(runs[1])
+
+
+def test_views_are_drawn_alike_by_resident_and_streamed_training(cache: Path, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"order": "block", "max_memory": 3 * 20 * 2 * 512 * 4, "augment": True}
+    resident = train(config(tmp_path / "a", cache, source="resident", **shared), progress=False).run
+    streamed = train(config(tmp_path / "b", cache, source="streamed", **shared), progress=False).run
+    clean = train(config(tmp_path / "c", cache, source="resident", **{**shared, "augment": False}), progress=False).run
+    assert losses(resident) == losses(streamed)
+    assert losses(resident) != losses(clean)
+
+
+@pytest.mark.parametrize("policy", ["flow", "mlp", "gmm"])
+def test_each_policy_trains_and_acts_in_dataset_units(policy: str, cache: Path, dataset: Path, tmp_path: Path) -> None:
+    result = train(config(tmp_path / "run", cache, policy=policy, steps=3), progress=False)
+    loaded, data = load_policy(result.run), Dataset.open(dataset)
+    obs = {camera: torch.from_numpy(data.frames(0, camera, 0, 2))[None] for camera in loaded.cameras}
+    rows = data.rows(0)
+    obs |= {key: torch.from_numpy(rows[f"low_dim/{key}"][:2])[None] for key in loaded.low_dim}
+    actions = loaded.act(obs)
+    assert actions.shape == (1, 8, 7)
+    assert torch.isfinite(actions).all()
+
+
+def test_a_loaded_policy_acts_on_frames_as_on_their_cached_features(run: Path, cache: Path, dataset: Path) -> None:
+    from cache_pipeline.cache.reader import FeatureCache
+
+    policy, data, stored = load_policy(run), Dataset.open(dataset), FeatureCache(cache)
+    low_dim = {key: torch.from_numpy(data.rows(1)[f"low_dim/{key}"][3:5])[None] for key in policy.low_dim}
+    row = stored.demos[1].row + 3
+    frames = {camera: torch.from_numpy(data.frames(1, camera, 3, 5))[None] for camera in policy.cameras}
+    features = {c: torch.from_numpy(stored.features(c, slice(row, row + 2)))[None] for c in policy.cameras}
+    noise = [torch.Generator().manual_seed(1) for _ in range(2)]
+    torch.testing.assert_close(
+        policy.act({**frames, **low_dim}, noise[0]), policy.act({**features, **low_dim}, noise[1]), atol=1e-4, rtol=0
+    )
+
+
+def test_a_run_stopped_by_a_signal_and_resumed_equals_a_straight_run_bit_for_bit(
+    run: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config(out, cache), progress=False)
+    assert inspect_run(out).step == 2
+    result = train(config(out, cache, resume=True), progress=False)
+    assert result.steps == 6
+    for name in ("model.safetensors", "ema.safetensors", "resume/optimizer.safetensors"):
+        straight = load_file(run / "checkpoints/step_0000006" / name)
+        resumed = load_file(result.checkpoint / name)
+        assert straight.keys() == resumed.keys()
+        assert all(torch.equal(straight[key], resumed[key]) for key in straight)
+    assert losses(out) == losses(run)
+
+
+def test_statistics_come_from_the_train_split_alone(run: Path, dataset: Path) -> None:
+    data, policy = Dataset.open(dataset), load_policy(run)
+    actions = np.concatenate([data.rows(demo)["actions"] for demo in range(3)])
+    middle = (actions.min(0) + actions.max(0)) / 2
+    np.testing.assert_allclose(policy.actions.offset.numpy(), middle, atol=1e-6)
+
+
+def test_with_one_demo_the_held_out_figures_are_null(tmp_path: Path) -> None:
+    one = make_dataset(tmp_path / "one.hdf5", lengths=(9,), cameras={"agentview_image": (24, 24, 3)})
+    result = train(live(tmp_path / "run", one, steps=2), progress=False)
+    assert result.valid_action_mse is None
+    assert result.mean_action_mse is None
+    assert inspect_run(result.run).latest == "step_0000002"
+
+
+def test_an_encoder_that_learns_from_the_start_is_saved_with_the_run(dataset: Path, tmp_path: Path) -> None:
+    result = train(live(tmp_path / "run", dataset, steps=2, freeze_encoder=False, encoder_lr=1e-3), progress=False)
+    first = load_file(result.run / "encoder.safetensors")
+    policy = load_policy(result.run)
+    tuned = policy.obs_encoder.key_model_map["agentview_image"].state_dict()
+    assert not torch.equal(tuned["net.layer4.1.conv2.weight"], first["net.layer4.1.conv2.weight"])
+    assert torch.equal(tuned["net.bn1.running_mean"], first["net.bn1.running_mean"])
+
+
+def test_an_existing_run_is_neither_overwritten_nor_resumed_unasked(run: Path, cache: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"--resume .* --overwrite"):
+        train(config(run, cache), progress=False)
+
+
+def test_resuming_with_another_learning_rate_is_refused_by_name(run: Path, cache: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"lr 0.001 .* 0.5"):
+        train(config(run, cache, resume=True, lr=0.5), progress=False)
+
+
+def test_a_folder_that_is_no_run_is_left_alone(cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="is not a run"):
+        train(config(tmp_path / "mine", cache, overwrite=True), progress=False)
+    assert (tmp_path / "mine/thesis.txt").read_text() == "years of work"
+
+
+def test_names_that_the_data_do_not_have_are_refused_with_the_right_ones(cache: Path, tmp_path: Path) -> None:
+    for options, message in (
+        ({"cameras": ("agentview",)}, "did you mean agentview_image"),
+        ({"low_dim_keys": ("joints",)}, "robot0_eef_pos"),
+        ({"filter_key": "trian"}, "did you mean train"),
+        ({"policy_options": {"hiden": [3]}}, "did you mean hidden"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            train(config(tmp_path / "run", cache, **options), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(cache: Path, tmp_path: Path) -> None:
+    wild = config(tmp_path / "run", cache, lr=1e30, steps=5, optim=OptimConfig(grad_clip=None, warmup_steps=0))
+    with pytest.raises(ConfigError, match="lower --lr"):
+        train(wild, progress=False)
+
+
+def test_only_as_many_best_checkpoints_are_kept_as_asked(cache: Path, tmp_path: Path) -> None:
+    saving = SavingConfig(log_every=1, eval_every=1, save_every=1, keep_best=2)
+    result = train(config(tmp_path / "run", cache, saving=saving), progress=False)
+    kept = sorted(path.name for path in (result.run / "checkpoints").iterdir() if path.is_dir())
+    summary = inspect_run(result.run)
+    assert len(summary.best) == 2
+    assert kept == sorted({*summary.best, "step_0000006"})
+    errors = {row["step"]: row["validation/action_mse"] for row in read_metrics(result.run)}
+    errors = {step: error for step, error in errors.items() if error is not None}
+    assert summary.best[0] == f"step_{min(errors, key=errors.get):07d}"
+
+
+def test_the_config_survives_json(cache: Path, tmp_path: Path) -> None:
+    first = replace(config(tmp_path, cache), encoder=EncoderSpec(weights="random"), preprocess=Preprocess((32, 32)))
+    again = TrainConfig.from_json(json.loads(json.dumps(first.to_json())))
+    assert again.to_json() == first.to_json()
+    assert replace(again, preprocess=first.preprocess) == first

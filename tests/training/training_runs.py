@@ -1,0 +1,57 @@
+"""Small configs for the tests of the room, and what they look at."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from cache_pipeline.encoders.image_encoder import EncoderSpec
+from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.extract.config import ExtractConfig
+from cache_pipeline.extract.pipeline import extract_features
+from cache_pipeline.training.config import SavingConfig, TrainConfig
+from cache_pipeline.training.metrics import read_metrics
+
+ENCODER = EncoderSpec(weights="random")
+PREPROCESS = Preprocess(imagenet_norm=False)
+SMALL = {"hidden": [32, 32]}
+
+
+def config(out: Path, cache: Path | None = None, **options: Any) -> TrainConfig:
+    defaults: dict[str, Any] = {
+        "steps": 6,
+        "batch_size": 8,
+        "emb_dim": 16,
+        "policy_options": SMALL,
+        "device": "cpu",
+        "precision": "fp32",
+        "augment": False,
+        "saving": SavingConfig(log_every=1, eval_every=3),
+    }
+    return TrainConfig(cache=cache, out=out, **{**defaults, **options})
+
+
+def live(out: Path, dataset: Path, **options: Any) -> TrainConfig:
+    return config(out, datasets=(dataset,), encoder=ENCODER, preprocess=PREPROCESS, **options)
+
+
+def losses(run: Path) -> list[float]:
+    return [row["training/loss"] for row in read_metrics(run) if row["training/loss"] is not None]
+
+
+def extracted(dataset: Path, out: Path, **options: object) -> Path:
+    """A cache in float32 of float32 features."""
+    spec = options.pop("encoders", ENCODER)
+    extract_features(
+        ExtractConfig(
+            datasets=(dataset,),
+            out=out,
+            encoders=spec,
+            preprocess=PREPROCESS,
+            device="cpu",
+            precision="fp32",
+            store_dtype="float32",
+            **options,
+        )
+    )
+    return out
