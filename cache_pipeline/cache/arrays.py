@@ -5,22 +5,25 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import BloscCodec, Crc32cCodec
+from zarr.codecs import Crc32cCodec
 from zarr.core.buffer import Buffer
 from zarr.core.metadata import ArrayV3Metadata
 from zarr.storage import LocalStore, MemoryStore
 
 from cache_pipeline.cache.layout import Unit, align_up, choose_chunk_rows
 from cache_pipeline.cache.manifest import Manifest
+from cache_pipeline.cache.shards import read_chunks, uncompressed_layout, write_shard
 from cache_pipeline.errors import CorruptCacheError
 from cache_pipeline.files import DIGEST_BYTES, atomic_path
 
+READ_THREADS = 4
 GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
 DECODE_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, OSError)
 """What zarr and its codecs raise for bytes that are not what was written."""
@@ -90,7 +93,7 @@ def array_metadata(spec: ArraySpec, n_rows: int, shard_rows: int) -> bytes:
         shards=(*lead, shard_rows, *spec.row_shape),
         chunks=(*lead, chunk_rows, *spec.row_shape),
         dtype=spec.dtype,
-        compressors=[BloscCodec(cname="lz4", clevel=5, shuffle="bitshuffle"), Crc32cCodec()],
+        compressors=[Crc32cCodec()],
         fill_value=spec.fill,
         dimension_names=names,
         zarr_format=3,
@@ -175,7 +178,7 @@ class StoredArray:
         self.dtype = self._array.dtype
         self.row_shape = tuple(self._array.shape[2 if self._has_views else 1 :])
         self.fill = float("nan") if self.dtype.kind == "f" else 0
-        self._seen: set[tuple[int, int]] = set()
+        self._layout = uncompressed_layout(metadata.to_dict())
 
     def spans(self, spans: Sequence[tuple[int, int]], view: int | None = None) -> NDArray[Any]:
         """Rows of several spans, one after another, (n, …)."""
@@ -201,8 +204,11 @@ class StoredArray:
         unique, inverse = np.unique(rows, return_inverse=True)
         if unique[0] < 0 or unique[-1] >= n_rows:
             raise IndexError(f"rows must lie in [0, {n_rows}), they lie in [{unique[0]}, {unique[-1]}]")
-        self._check_shards(set((unique // self.shard_rows).tolist()), view or 0)
-        found = self._select(unique, view)
+        if self._layout is not None:
+            found = self._gather_uncompressed(unique, view or 0)
+        else:
+            self._check_shards(set((unique // self.shard_rows).tolist()), view or 0)
+            found = self._select(unique, view)
         return found[inverse.reshape(rows.shape)]
 
     def block(self, block: int, view: int | None = None) -> NDArray[Any]:
@@ -212,15 +218,60 @@ class StoredArray:
     def write_block(self, block: int, values: NDArray[Any], view: int | None = None) -> None:
         """Writes one whole shard, (shard_rows, …), and syncs it to the disk."""
         assert values.shape == (self.shard_rows, *self.row_shape), (values.shape, self.shard_rows, self.row_shape)
+        if self._layout is not None:
+            chunks = np.ascontiguousarray(values).view(np.uint8).reshape(self._layout)
+            return write_shard(self._shard_file(block, view or 0), self._layout, chunks)
         rows = slice(block * self.shard_rows, (block + 1) * self.shard_rows)
         self._array[(view or 0, rows) if self._has_views else rows] = values
         _sync_file(self._shard_file(block, view or 0))
+        return None
 
     def _span(self, start: int, stop: int, view: int | None) -> NDArray[Any]:
         if stop <= start:
             return np.empty((0, *self.row_shape), self.dtype)
+        if self._layout is not None:
+            return self._read_uncompressed(start, stop, view or 0)
         self._check_shards(range(start // self.shard_rows, (stop - 1) // self.shard_rows + 1), view or 0)
         return self._select(slice(start, stop), view)
+
+    def _read_uncompressed(self, start: int, stop: int, view: int) -> NDArray[Any]:
+        """Rows [start, stop), and around them those that share their chunks, read shard by shard in threads."""
+        layout = self._layout
+        assert layout is not None
+        chunks = layout.chunks
+        rows = self.shard_rows // chunks
+        first, last = start // rows, -(-stop // rows)
+        out = np.empty((last - first, layout.chunk_bytes), np.uint8)
+
+        def read(block: int) -> None:
+            low, high = max(first, block * chunks), min(last, (block + 1) * chunks)
+            file = self._shard_file(block, view)
+            try:
+                read_chunks(file, layout, low - block * chunks, out[low - first : high - first])
+            except FileNotFoundError as error:
+                raise CorruptCacheError(f"{file} is missing; {MEND}") from error
+            except (OSError, ValueError) as error:
+                raise self._damaged(error) from error
+
+        blocks = range(first // chunks, (last - 1) // chunks + 1)
+        if len(blocks) == 1:
+            read(blocks[0])
+        else:
+            with ThreadPoolExecutor(min(READ_THREADS, len(blocks))) as pool:
+                list(pool.map(read, blocks))
+        values = out.reshape(-1).view(self.dtype).reshape(-1, *self.row_shape)
+        return values[start - first * rows : stop - first * rows]
+
+    def _gather_uncompressed(self, unique: NDArray[np.integer], view: int) -> NDArray[Any]:
+        """Sorted rows: each chunk that holds one is read once."""
+        assert self._layout is not None
+        rows = self.shard_rows // self._layout.chunks
+        out = np.empty((len(unique), *self.row_shape), self.dtype)
+        cuts = np.flatnonzero(np.diff(unique // rows) > 1) + 1
+        for part in np.split(np.arange(len(unique)), cuts):
+            wanted = unique[part]
+            out[part] = self._read_uncompressed(int(wanted[0]), int(wanted[-1]) + 1, view)[wanted - wanted[0]]
+        return out
 
     def _select(self, rows: Any, view: int | None) -> NDArray[Any]:
         selection = (view or 0, rows) if self._has_views else (rows,)
@@ -229,19 +280,19 @@ class StoredArray:
                 return np.asarray(self._array[selection])
             return np.asarray(self._array.oindex[selection])
         except DECODE_ERRORS as error:
-            raise CorruptCacheError(
-                f"{self.path / self.name} holds bytes that are not what was written ({error}); "
-                f"find the damaged units with verify {self.path} --integrity, then {MEND}"
-            ) from error
+            raise self._damaged(error) from error
+
+    def _damaged(self, error: Exception) -> CorruptCacheError:
+        return CorruptCacheError(
+            f"{self.path / self.name} holds bytes that are not what was written ({error}); "
+            f"find the damaged units with verify {self.path} --integrity, then {MEND}"
+        )
 
     def _check_shards(self, blocks: Any, view: int) -> None:
         for block in blocks:
-            if (view, block) in self._seen:
-                continue
             file = self._shard_file(block, view)
             if not file.is_file():
                 raise CorruptCacheError(f"{file} is missing; {MEND}")
-            self._seen.add((view, block))
 
     def _shard_file(self, block: int, view: int) -> Path:
         lead = (view,) if self._has_views else ()

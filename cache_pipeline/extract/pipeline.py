@@ -226,7 +226,6 @@ class _Run:
             else:
                 encoder = self.prepared.encoders[unit.camera].frozen
                 features = self._batches(encoder, read.frames, self._views(read, unit), advance)
-                self._check_finite(features, read, unit)
                 values = {f"features/{unit.camera}": features}
                 self.encode_s += time.perf_counter() - started
             writer.put(_Write(unit, job.segments, read.segments, values, time.perf_counter() - started))
@@ -241,11 +240,11 @@ class _Run:
             views += [drawn] * (segment.stop - segment.start)
         return views
 
-    def _check_finite(self, features: NDArray, read: _Read, unit: Unit) -> None:
-        row = not_finite_row(features)
+    def _check_finite(self, features: NDArray, item: _Write) -> None:
+        row, unit = not_finite_row(features), item.unit
         if row is None:
             return
-        for segment in read.segments:
+        for segment in item.recorded:
             if row < segment.stop - segment.start:
                 raise EncoderError(
                     f"{segment.file}: {segment.demo}: the feature of {unit.camera} frame {segment.offset + row} is "
@@ -256,6 +255,8 @@ class _Run:
     def _write(self, item: _Write) -> None:
         unit, hashes, size = item.unit, [], self._manifest.shard_rows
         base = unit.block * size
+        if unit.kind == "features":
+            self._check_finite(item.values[f"features/{unit.camera}"], item)
         for name in arrays.unit_arrays(self._manifest, unit):
             stored, values = self._stored[name], item.values[name]
             block = np.full((size, *stored.row_shape), stored.fill, stored.dtype)
