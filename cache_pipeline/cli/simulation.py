@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -25,7 +25,7 @@ def collect(
     from cache_pipeline.sim.collect import collect as run
 
     chosen = o.names(cameras)
-    extra = {} if chosen is None else {"cameras": chosen}
+    extra: dict[str, Any] = {} if chosen is None else {"cameras": chosen}
     config = CollectConfig(
         out=out, task=task, demos=demos, image_size=image_size, seed=seed, overwrite=overwrite, **extra
     )

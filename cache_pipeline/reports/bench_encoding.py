@@ -15,7 +15,7 @@ from torch import nn
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
-from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.encoders.frozen import FrozenEncoder, precision_error, preferred_batch_size
 from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
 from cache_pipeline.encoders.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from cache_pipeline.extract.config import ExtractConfig
@@ -41,7 +41,7 @@ def encode(setup: BenchSetup) -> list[BenchRow]:
     for name, frozen in ours.items():
         work[name] = _batches(frozen, frames)
     rates = side_by_side(work, setup.seconds)
-    error = _relative_error(ours[f"{setup.rgb_model_name} auto"], ours[f"{setup.rgb_model_name} fp32"], frames)
+    error = precision_error(ours[f"{setup.rgb_model_name} auto"], frames[:EAGER_BATCH])
     return [
         BenchRow(
             case=f"encode {name} ({frozen.precision}, error {0.0 if name.endswith('fp32') else error:.1e}) images/s",
@@ -113,7 +113,7 @@ def _batches(frozen: FrozenEncoder, frames: NDArray[np.uint8]) -> Callable[[], i
     resident = torch.from_numpy(frames).to(frozen.device)
 
     def run() -> int:
-        for batch in resident.split(frozen.batch_size):
+        for batch in torch.split(resident, preferred_batch_size(frozen.device)):
             features = frozen(batch)
         features.cpu()
         return len(resident)
@@ -133,18 +133,12 @@ def _eager_loop(setup: BenchSetup, frames: NDArray[np.uint8]) -> Callable[[], in
 
     @torch.no_grad()
     def run() -> int:
-        for batch in resident.split(EAGER_BATCH):
+        for batch in torch.split(resident, EAGER_BATCH):
             features = model((batch.permute(0, 3, 1, 2).float() / 255 - mean) / std)
         features.cpu()
         return len(resident)
 
     return run
-
-
-def _relative_error(ours: FrozenEncoder, exact: FrozenEncoder, frames: NDArray[np.uint8]) -> float:
-    batch = torch.from_numpy(frames[: exact.batch_size]).to(exact.device)
-    expected = exact(batch)
-    return ((ours(batch) - expected).norm() / expected.norm()).item()
 
 
 def _extraction(setup: BenchSetup, out: Path, **options: Any) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,7 +132,7 @@ def _what_it_does(page: Page, run: Path, value: Mapping[str, Any], data: Feature
 
 def read_demo(data: FeatureCache | Dataset, policy: VisuomotorPolicy, file: int, name: str) -> DemoObs:
     """One demo as the policy sees it, from a cache or from the file itself."""
-    number = next(i for i, demo in enumerate(data.demos) if (demo.file, demo.name) == (file, name))
+    number = _number_of(data, file, name)
     if isinstance(data, FeatureCache):
         demo = data.demos[number]
         rows = slice(demo.row, demo.row + demo.length)
@@ -143,6 +143,11 @@ def read_demo(data: FeatureCache | Dataset, policy: VisuomotorPolicy, file: int,
     frames = {camera: data.frames(number, camera) for camera in policy.cameras}
     low_dim = {key: arrays[f"low_dim/{key}"] for key in policy.low_dim}
     return DemoObs(name, {**frames, **low_dim}, arrays["actions"])
+
+
+def _number_of(data: FeatureCache | Dataset, file: int, name: str) -> int:
+    demos: Sequence[Any] = data.demos
+    return next(i for i, demo in enumerate(demos) if (demo.file, demo.name) == (file, name))
 
 
 def first_actions(policy: VisuomotorPolicy, demo: DemoObs, seed: int = 0) -> NDArray[np.float32]:
@@ -178,7 +183,7 @@ def _what_it_saw(page: Page, value: Mapping[str, Any]) -> None:
         logger.info("the frames of the run are not drawn: %s", error)
         return
     file, name = (data["valid"] or data["train"])[0]
-    number = next((i for i, demo in enumerate(dataset.demos) if (demo.file, demo.name) == (file, name)), 0)
+    number = _number_of(dataset, file, name)
     rows = {}
     for camera in dataset.cameras:
         frames = dataset.frames(number, camera)
