@@ -15,7 +15,7 @@ DIGEST_BYTES = 16
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; on success it is synced and renamed over ``path``, on an error removed."""
+    """Yields a temporary path beside ``path``; on success it is synced and renamed into place, on an error removed."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:

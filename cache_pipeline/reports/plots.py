@@ -128,7 +128,8 @@ def _axes(rows: int, columns: int, height: float) -> tuple[Figure, list[Any]]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style: dict[Any, Any] = {"axes.edgecolor": GRID, "axes.labelcolor": INK, "text.color": INK, "xtick.color": INK, "ytick.color": INK}
+    inked = ("axes.labelcolor", "text.color", "xtick.color", "ytick.color")
+    style: dict[Any, Any] = {"axes.edgecolor": GRID, **dict.fromkeys(inked, INK)}
     with mpl.rc_context({**style, "font.size": 9, "axes.titlesize": 10}):
         figure = Figure(figsize=(WIDTH_IN, height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
