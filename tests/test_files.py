@@ -10,9 +10,14 @@ from cache_pipeline.files import atomic_path, digest, json_digest, read_json, wr
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
     path = tmp_path / "value.json"
     write_json(path, {"a": 1})
-    with pytest.raises(RuntimeError, match="half"), atomic_path(path) as partial:
-        partial.write_text("half a fi")
-        raise RuntimeError("half-way")
+
+    def fail_half_way():
+        with atomic_path(path) as partial:
+            partial.write_text("half a fi")
+            raise RuntimeError("half-way")
+
+    with pytest.raises(RuntimeError, match="half-way"):
+        fail_half_way()
     assert read_json(path) == {"a": 1}
     assert os.listdir(tmp_path) == ["value.json"]
 
