@@ -92,11 +92,11 @@ class TrainConfig:
     share_rgb_model: bool = False
     """One encoder for all cameras when it learns; a frozen encoder is the same for all cameras anyway."""
     policy: str = "flow"
-    """``flow``, ``mlp``, ``gmm`` or ``robomimic:ALGORITHM``."""
+    """``flow``, ``mlp`` or ``gmm``; ``robomimic:ALGORITHM`` is reserved and refused by ``train``."""
     policy_options: dict[str, Any] = field(default_factory=dict)
     """Options of the policy, such as ``{"hidden": [512, 512]}``; see the policy's config."""
     robomimic_config: Path | None = None
-    """A robomimic JSON config whose algorithm is trained on cached features; it overrides ``policy``."""
+    """Reserved for a robomimic JSON config; refused by ``train``."""
     steps: int = 4000
     batch_size: int = 64
     lr: float = 1e-3
@@ -117,8 +117,9 @@ class TrainConfig:
     source: SourceName = "auto"
     """Where features come from; ``auto`` takes resident if the cache fits ``max_memory``, else streamed."""
     order: Order = "auto"
-    """Order of samples: a ``full`` shuffle, or the ``block`` shuffle that streaming needs. Sources of one order and
-    seed see the same samples in the same order."""
+    """Order of samples: a ``full`` shuffle, or the ``block`` shuffle that streaming needs, whose pools follow from
+    ``max_memory``. Live and resident runs of one seed see the same samples in ``full`` order, resident and streamed
+    ones of one seed and ``max_memory`` in ``block`` order; live runs have no block order."""
     max_memory: int | None = None
     """Bytes that features (or frames) may take on the device; by default half of what is free."""
     device: str = "auto"
@@ -239,6 +240,8 @@ def _check_shared(config: TrainConfig | FinetuneConfig) -> None:
     _one_of("precision", config.precision, get_args(Precision))
     if isinstance(config, TrainConfig):
         _one_of("action_normalization", config.action_normalization, get_args(ActionNormalization))
+    if config.order == "block" and config.cache is None:
+        raise ConfigError("order block is for reading a cache in pieces; leave it out with live encoding")
     if config.max_memory is not None:
         _at_least("max_memory", config.max_memory, 1)
     if config.resume and config.overwrite:
@@ -247,7 +250,7 @@ def _check_shared(config: TrainConfig | FinetuneConfig) -> None:
 
 def _check_policy(name: str) -> None:
     if not name.startswith(ROBOMIMIC_PREFIX):
-        _one_of("policy", name, (*POLICIES, f"{ROBOMIMIC_PREFIX}ALGORITHM"))
+        _one_of("policy", name, POLICIES)
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

@@ -159,12 +159,10 @@ def plan_source(
 ) -> SourcePlan:
     """Chooses the source by size, and the order that it needs."""
     if data.cache is None or source == "live":
-        row_bytes = sum(int(np.prod(shape)) for shape in data.cameras.values())
-        chosen: SourceName = "live"
-    else:
-        row_bytes = _feature_bytes(data.cache, tuple(data.cameras))
-        fits = len(data.rows.actions) * row_bytes * views <= memory_budget(device, max_memory)
-        chosen = source if source != "auto" else ("resident" if fits else "streamed")
+        return SourcePlan("live", views, None)
+    row_bytes = _feature_bytes(data.cache, tuple(data.cameras))
+    fits = len(data.rows.actions) * row_bytes * views <= memory_budget(device, max_memory)
+    chosen: SourceName = source if source != "auto" else ("resident" if fits else "streamed")
     if order == "full" or (order == "auto" and chosen != "streamed"):
         return SourcePlan(chosen, views, None)
     budget = max_memory if max_memory is not None else min(DEFAULT_POOL_BYTES, memory_budget(device, None))

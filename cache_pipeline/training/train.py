@@ -16,7 +16,7 @@ from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, bui
 from cache_pipeline.encoders.precision import DTYPES, resolve_precision
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import load_encoder
-from cache_pipeline.errors import ConfigError
+from cache_pipeline.errors import ConfigError, available
 from cache_pipeline.policies.spec import PolicySpec, build_policy
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.checkpoint import (
@@ -27,7 +27,7 @@ from cache_pipeline.training.checkpoint import (
     read_run,
     run_encoders,
 )
-from cache_pipeline.training.config import SavingConfig, TrainConfig
+from cache_pipeline.training.config import POLICIES, ROBOMIMIC_PREFIX, SavingConfig, TrainConfig
 from cache_pipeline.training.data import (
     RunData,
     SourcePlan,
@@ -65,6 +65,8 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         CheckpointError: the run folder exists, or a run to resume does not fit.
         KeyboardInterrupt: asked to stop by SIGINT or SIGTERM; the run was saved and can be resumed.
     """
+    if config.robomimic_config is not None or config.policy.startswith(ROBOMIMIC_PREFIX):
+        raise ConfigError(f"robomimic's algorithms cannot be trained from a cache yet; {available(POLICIES)}")
     device = tensor_device(config.device)
     run = config.out if config.out is not None else default_run(config)
     check_run_folder(run, resume=config.resume, overwrite=config.overwrite)
