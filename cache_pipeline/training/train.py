@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder, make_preprocess
 from cache_pipeline.encoders.precision import DTYPES, resolve_precision
@@ -160,7 +161,10 @@ def _resumed(run: Path, before: Mapping[str, Any]) -> tuple[PolicySpec, dict[str
 
 
 def _fresh(config: TrainConfig, data: RunData) -> tuple[PolicySpec, dict[str, ImageEncoder]]:
-    encoders, preprocess = _cache_encoders(data) if data.cache is not None else _live_encoders(config, data)
+    if config.cache is not None:
+        encoders, preprocess = _cache_encoders(data.cache or FeatureCache(config.cache), tuple(data.cameras))
+    else:
+        encoders, preprocess = _live_encoders(config, data)
     distinct = list(dict.fromkeys(id(encoder) for encoder in encoders.values()))
     names = ["encoder.safetensors", *(f"encoder_{number}.safetensors" for number in range(2, len(distinct) + 1))]
     spec = PolicySpec(
@@ -181,12 +185,13 @@ def _fresh(config: TrainConfig, data: RunData) -> tuple[PolicySpec, dict[str, Im
     return spec, encoders
 
 
-def _cache_encoders(data: RunData) -> tuple[dict[str, ImageEncoder], dict[str, Preprocess]]:
-    assert data.cache is not None
-    files = {camera: data.cache.encoder_file(camera) for camera in data.cameras}
+def _cache_encoders(
+    cache: FeatureCache, cameras: Sequence[str]
+) -> tuple[dict[str, ImageEncoder], dict[str, Preprocess]]:
+    files = {camera: cache.encoder_file(camera) for camera in cameras}
     loaded = {file: load_encoder(None, file) for file in dict.fromkeys(files.values())}
-    entries = data.cache.cameras
-    preprocess = {camera: Preprocess.from_json(entries[camera].identity["preprocess"]) for camera in data.cameras}
+    entries = cache.cameras
+    preprocess = {camera: Preprocess.from_json(entries[camera].identity["preprocess"]) for camera in cameras}
     for camera, file in files.items():
         loaded[file].cut = entries[camera].identity["cut"]
     return {camera: loaded[file] for camera, file in files.items()}, preprocess

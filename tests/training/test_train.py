@@ -71,6 +71,14 @@ def test_cached_and_live_frozen_training_have_the_same_loss_curve(run: Path, dat
     assert result.valid_action_mse == pytest.approx(inspect_run(run).valid_action_mse, rel=1e-4)
 
 
+def test_live_training_beside_a_cache_uses_the_encoder_of_the_cache(
+    run: Path, cache: Path, dataset: Path, tmp_path: Path
+) -> None:
+    result = train(config(tmp_path / "live", cache, datasets=(dataset,), source="live"), progress=False)
+    assert result.source == "live"
+    np.testing.assert_allclose(losses(result.run), losses(run), rtol=1e-5)
+
+
 def test_resident_and_streamed_training_see_the_same_samples_in_block_order(cache: Path, tmp_path: Path) -> None:
     memory = 3 * 20 * 2 * 512 * 4  # pools of 20 rows, of 32
     shared = {"order": "block", "max_memory": memory}
