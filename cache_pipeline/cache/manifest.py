@@ -38,6 +38,7 @@ class CameraEntry(NamedTuple):
         identity: everything that decides the values of view 0, as opaque JSON.
         views: number of views K.
         view_spec: everything that decides the views from 1 on, as opaque JSON; None when there are none.
+        measured: what was measured on some of its frames when it was added; no part of what decides values.
     """
 
     feature_shape: tuple[int, ...]
@@ -45,6 +46,7 @@ class CameraEntry(NamedTuple):
     identity: dict[str, Any]
     views: int
     view_spec: dict[str, Any] | None = None
+    measured: dict[str, Any] | None = None
 
     def unit_identity(self, view: int) -> str:
         """Digest of what decides the values of one view."""
@@ -142,6 +144,7 @@ class Manifest:
                     "views": entry.views,
                     "identity": entry.identity,
                     "view_spec": entry.view_spec,
+                    "measured": entry.measured,
                 }
                 for name, entry in self.cameras.items()
             },
@@ -175,6 +178,7 @@ class Manifest:
                 entry["identity"],
                 entry["views"],
                 entry["view_spec"],
+                entry["measured"],
             )
             for name, entry in rest["cameras"].items()
         }

@@ -47,6 +47,7 @@ class CacheSummary(NamedTuple):
                 "views": entry.views,
                 "identity": entry.identity,
                 "view_spec": entry.view_spec,
+                "measured": entry.measured,
             }
             for name, entry in manifest.cameras.items()
         }
@@ -129,12 +130,18 @@ def _manifest_lines(manifest: Manifest, dead_rows: int) -> list[str]:
             f"camera {name}: {_shape(entry.image_shape)} → {_shape(entry.feature_shape)}, {entry.views} "
             f"view{'s' if entry.views > 1 else ''}, {identity.get('architecture')} at {identity.get('cut')}, weights "
             f"{weights.get('source')} ({str(weights.get('digest'))[:12]}), computed in {precision.get('compute')}"
+            f"{_measured(entry.measured or {})}"
         )
     keys = ", ".join(f"{key} {_shape(shape)}" for key, shape in manifest.low_dim.items())
     lines.append(f"low-dim obs: {keys or 'none'}; actions {manifest.action_dim}")
     lines.append("filter keys: " + (", ".join(f"{k} ({len(v)})" for k, v in manifest.masks.items()) or "none"))
     lines += [f"from {source.path}" for source in manifest.files]
     return lines
+
+
+def _measured(measured: dict[str, Any]) -> str:
+    error = measured.get("precision_error")
+    return f", error {error:.1e} against fp32" if error else ""
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -3,20 +3,29 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from cache_pipeline.cache.manifest import CameraEntry, Manifest
-from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.encoders.frozen import TOLERATED_ERROR, FrozenEncoder, relative_error, resolve_device
+from cache_pipeline.encoders.identity import collapse_warning, feature_statistics
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import load_encoder, save_encoder
-from cache_pipeline.errors import ConfigError
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.files import digest
+
+logger = logging.getLogger("cache_pipeline")
+
+SAMPLE = 64
 
 
 class CameraEncoder(NamedTuple):
@@ -32,37 +41,22 @@ class CameraEncoder(NamedTuple):
         return f"encoder/{self.entry.identity['weights']['digest']}.safetensors"
 
 
-def choose_device(text: str) -> torch.device:
-    """``auto`` takes CUDA where there is one."""
-    if text == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(text)
-    except RuntimeError as error:
-        raise ConfigError(f"--device {text!r} is no device; write auto, cpu, cuda or cuda:0") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"--device {text} is not there: torch sees no CUDA device; write --device cpu")
-    return device
-
-
-def build_camera_encoders(
-    config: ExtractConfig, cameras: Mapping[str, tuple[int, int, int]], cached: Manifest | None
-) -> dict[str, CameraEncoder]:
+def build_camera_encoders(config: ExtractConfig, dataset: Dataset, cached: Manifest | None) -> dict[str, CameraEncoder]:
     """Builds what encodes each camera.
 
     ``precision="auto"`` takes that of the cache where it has the camera, so that a cache begun on one machine can be
-    extended on another.
+    extended on another; else the fastest that errs by no more than ``TOLERATED_ERROR`` on the dataset's own frames.
 
     Args:
         config: what is asked for.
-        cameras: camera → (H, W, 3).
+        dataset: whose cameras are encoded.
         cached: the manifest so far.
     """
-    device = choose_device(config.device)
+    device = resolve_device(config.device)
     built: dict[EncoderSpec, ImageEncoder] = {}
     frozen: dict[tuple[EncoderSpec, Preprocess, str], FrozenEncoder] = {}
     found = {}
-    for camera, image_shape in cameras.items():
+    for camera, image_shape in dataset.cameras.items():
         entry = cached.cameras.get(camera) if cached else None
         spec, preprocess = config.encoder_for(camera), config.preprocess_for(camera)
         precision = config.precision
@@ -73,19 +67,56 @@ def build_camera_encoders(
             built[spec] = build_encoder(spec)
         if key not in frozen:
             frozen[key] = FrozenEncoder(built[spec], preprocess, device, precision)
+        measured = entry.measured if entry is not None else None
+        if measured is None:
+            frozen[key], measured = _measure(frozen[key], _sample(dataset, camera), camera, precision == "auto")
         views = max(config.views, entry.views if entry else 1)
-        found[camera] = CameraEncoder(
-            built[spec],
-            frozen[key],
-            CameraEntry(
-                tuple(frozen[key].feature_shape(image_shape)),
-                image_shape,
-                _as_json(frozen[key].identity(image_shape)),
-                views,
-                _view_spec(config, entry, views),
-            ),
-        )
+        shape, identity = frozen[key].feature_shape(image_shape), _as_json(frozen[key].identity(image_shape))
+        made = CameraEntry(shape, image_shape, identity, views, _view_spec(config, entry, views), measured)
+        found[camera] = CameraEncoder(built[spec], frozen[key], made)
     return found
+
+
+def _sample(dataset: Dataset, camera: str) -> NDArray[np.uint8]:
+    """Up to ``SAMPLE`` frames, spread over the demos."""
+    demos = np.unique(np.linspace(0, len(dataset.demos) - 1, SAMPLE).round().astype(int))
+    count = -(-SAMPLE // len(demos))
+    parts = []
+    for demo in demos.tolist():
+        length = dataset.demos[demo].length
+        places = np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int))
+        parts += [(demo, place, place + 1) for place in places.tolist()]
+    return dataset.gather(camera, parts[:SAMPLE])
+
+
+def _measure(
+    frozen: FrozenEncoder, frames: NDArray[np.uint8], camera: str, free: bool
+) -> tuple[FrozenEncoder, dict[str, float]]:
+    """The encoder to use, and its error against fp32 and the spread of its features on real frames.
+
+    Args:
+        free: whether the precision may be changed to fp32 where the error is too large.
+    """
+    features = frozen(frames)
+    error = 0.0
+    if frozen.precision != "fp32":
+        exact = FrozenEncoder(frozen.encoder, frozen.preprocess, frozen.device, "fp32")
+        error = relative_error(features, exact(frames))
+        if not error <= TOLERATED_ERROR:
+            if free:
+                logger.info("%s: %s errs by %.1e on its frames, so fp32 is taken", camera, frozen.precision, error)
+                frozen, error = exact, 0.0
+            else:
+                logger.warning("%s: %s errs by %.1e; --precision fp32 is exact", camera, frozen.precision, error)
+    statistics = feature_statistics(features)
+    warning = collapse_warning(statistics, camera)
+    if warning is not None:
+        logger.warning("%s", warning)
+    return frozen, {"precision_error": _figure(error), "spread": _figure(statistics.spread)}
+
+
+def _figure(value: float) -> float:
+    return float(f"{value:.3g}") if math.isfinite(value) else -1.0
 
 
 def _view_spec(config: ExtractConfig, entry: CameraEntry | None, views: int) -> dict | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from cache_pipeline.cache.manifest import STORE_DTYPES
 from cache_pipeline.encoders.image_encoder import EncoderSpec
@@ -29,7 +30,7 @@ class ExtractConfig:
     filter_key: str | None = None
     """Take the demos of this filter key; every demo by default."""
     encoders: EncoderSpec | Mapping[str, EncoderSpec] = field(default_factory=EncoderSpec)
-    """One encoder for all cameras, or camera → encoder."""
+    """One encoder for all cameras, or camera → encoder; of a mapping, the key ``""`` is that of all other cameras."""
     preprocess: Preprocess | Mapping[str, Preprocess] = field(default_factory=Preprocess)
     views: int = 1
     """Views K of every frame; the first is the clean one. A cache that has more keeps them."""
@@ -61,16 +62,20 @@ class ExtractConfig:
 
     def encoder_for(self, camera: str) -> EncoderSpec:
         """The encoder of one camera."""
-        if isinstance(self.encoders, EncoderSpec):
-            return self.encoders
-        if camera not in self.encoders:
-            raise ConfigError(f"no encoder is given for camera {camera}; {available(self.encoders, camera)}")
-        return self.encoders[camera]
+        return _of_camera(self.encoders, camera, "encoder")
 
     def preprocess_for(self, camera: str) -> Preprocess:
         """The preprocessing of one camera."""
-        if isinstance(self.preprocess, Preprocess):
-            return self.preprocess
-        if camera not in self.preprocess:
-            raise ConfigError(f"no preprocessing is given for camera {camera}; {available(self.preprocess, camera)}")
-        return self.preprocess[camera]
+        return _of_camera(self.preprocess, camera, "preprocessing")
+
+
+Item = TypeVar("Item")
+OTHERS = ""
+
+
+def _of_camera(value: Item | Mapping[str, Item], camera: str, what: str) -> Item:
+    if not isinstance(value, Mapping):
+        return value
+    if camera not in value and OTHERS not in value:
+        raise ConfigError(f"no {what} is given for camera {camera}; {available(value, camera)}")
+    return value[camera] if camera in value else value[OTHERS]

@@ -14,8 +14,9 @@ from cache_pipeline.cache.folder import beside, check_target, finish_swap, remov
 from cache_pipeline.cache.layout import Unit, choose_shard_rows, place_demos
 from cache_pipeline.cache.manifest import MANIFEST, DemoRows, Manifest, is_cache, read_manifest, read_pending
 from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.encoders.frozen import preferred_batch_size, resolve_device
 from cache_pipeline.errors import CorruptCacheError, StaleCacheError
-from cache_pipeline.extract.camera_encoders import CameraEncoder, build_camera_encoders, choose_device
+from cache_pipeline.extract.camera_encoders import CameraEncoder, build_camera_encoders
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.matching import Matching, match_demos, source_records
 from cache_pipeline.extract.staleness import MEND, check_camera, check_store
@@ -24,7 +25,6 @@ from cache_pipeline.files import digest
 
 logger = logging.getLogger("cache_pipeline")
 
-DEFAULT_BATCH = {"cpu": 32, "cuda": 256}
 MAX_UNIT_FRAME_BYTES = 128 << 20
 
 
@@ -68,7 +68,7 @@ def prepare(config: ExtractConfig, *, change: bool = True) -> Prepared:
     old = None if anew else _manifest_so_far(path, mend_with_ledger=True)
     pending = read_pending(path) if old is None else None
     dataset = _open_dataset(config, old)
-    encoders = build_camera_encoders(config, dataset.cameras, old or pending)
+    encoders = build_camera_encoders(config, dataset, old or pending)
     pending = _check_stale(config, path, old, pending, encoders, change=change)
     matching = match_demos(old, dataset, deep=config.deep)
     manifest = _target(config, dataset, encoders, old, pending, matching)
@@ -146,7 +146,9 @@ def _target(
         DemoRows(demo.file, demo.name, demo.length, row, was.digests if was else {}, was.view_key if was else demo.name)
         for demo, row, was in zip(dataset.demos, rows, kept, strict=True)
     )
-    batch_size = config.batch_size or (earlier.batch_size if earlier else DEFAULT_BATCH[_device_type(config)])
+    batch_size = config.batch_size or (
+        earlier.batch_size if earlier else preferred_batch_size(resolve_device(config.device))
+    )
     return Manifest(
         shard_rows=shard_rows,
         n_rows=n_rows,
@@ -162,10 +164,6 @@ def _target(
         render_flags=dataset.render_flags,
         encoders={camera: encoder.file for camera, encoder in encoders.items()},
     )
-
-
-def _device_type(config: ExtractConfig) -> str:
-    return "cuda" if choose_device(config.device).type == "cuda" else "cpu"
 
 
 def _shard_rows(config: ExtractConfig, encoders: Mapping[str, CameraEncoder]) -> int:

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.encoders.frozen import resolve_device
 from cache_pipeline.encoders.views import ViewSpec, view_parameters
 from cache_pipeline.errors import DatasetError
-from cache_pipeline.extract.camera_encoders import choose_device, restore_encoder
+from cache_pipeline.extract.camera_encoders import restore_encoder
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.freshness import require_same_demos
 
@@ -84,7 +85,7 @@ def verify_cache(
     pairs, tolerance = [], 0.0
     batches = BatchEncoder(cache.manifest.batch_size, "float32")
     for camera, entry in cache.cameras.items():
-        encoder = restore_encoder(cache.encoder_file(camera), entry, choose_device(device))
+        encoder = restore_encoder(cache.encoder_file(camera), entry, resolve_device(device))
         pieces = [dataset.frames(sources[d], camera, t, t + 1) for d, t in zip(demos, offsets, strict=True)]
         frames = np.concatenate(pieces)
         spec = ViewSpec.from_json(entry.view_spec or {})

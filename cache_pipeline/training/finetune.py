@@ -45,9 +45,10 @@ from cache_pipeline.training.metrics import MetricsLog
 from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.run import check_resumed, check_run_folder, start_run
+from cache_pipeline.training.session import autocast_dtype
 from cache_pipeline.training.sources.source import Source
 from cache_pipeline.training.tensors import tensor_device
-from cache_pipeline.training.train import autocast_dtype, measurement
+from cache_pipeline.training.train import measurement
 from cache_pipeline.training.unfreezing import Unfreezing, above_cut, check_layers, parse_unfreezing, unfreeze
 
 logger = logging.getLogger("cache_pipeline")
@@ -66,7 +67,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> TrainResult:
     base, folder = find_checkpoint(config.checkpoint)
     run = config.out if config.out is not None else base.with_name(f"{base.name}_finetune")
     check_run_folder(run, resume=config.resume, overwrite=config.overwrite)
-    session = _Session(config, device, base, folder, run)
+    session = FinetuneSession(config, device, base, folder, run)
     resumed = session.start()
     sampler = session.sampler
     with MetricsLog(run, 0 if resumed is None else resumed.step) as log:
@@ -79,7 +80,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> TrainResult:
     return TrainResult.of(run, result, journal.metrics)
 
 
-class _Session:
+class FinetuneSession:
     """The pieces of one fine-tuning run, made in the order in which errors are cheapest."""
 
     def __init__(self, config: FinetuneConfig, device: torch.device, base: Path, folder: Path, run: Path) -> None:

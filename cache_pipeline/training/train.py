@@ -3,57 +3,33 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from cache_pipeline.cache.reader import FeatureCache
-from cache_pipeline.demos.windows import WindowSpec
-from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder, make_preprocess
-from cache_pipeline.encoders.precision import DTYPES, resolve_precision
-from cache_pipeline.encoders.preprocess import Preprocess
-from cache_pipeline.encoders.saving import load_encoder
+from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.errors import ConfigError, available
-from cache_pipeline.policies.spec import PolicySpec, build_policy
-from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.checkpoint import (
-    Checkpoint,
     CheckpointFolder,
-    find_checkpoint,
-    read_checkpoint,
-    read_run,
-    run_encoders,
 )
 from cache_pipeline.training.config import POLICIES, ROBOMIMIC_PREFIX, SavingConfig, TrainConfig
 from cache_pipeline.training.data import (
     RunData,
-    SourcePlan,
-    SplitNames,
-    check_cameras,
-    frozen_encode,
-    open_cache_data,
-    open_cached,
-    open_dataset_data,
-    open_live,
-    plan_source,
 )
 from cache_pipeline.training.evaluate import ActionError, evaluate
 from cache_pipeline.training.learner import PolicyLearner
 from cache_pipeline.training.loop import Journal, Phase, run_loop
 from cache_pipeline.training.metrics import MetricsLog
-from cache_pipeline.training.order import BlockOrder, Sampler
 from cache_pipeline.training.result import TrainResult
-from cache_pipeline.training.run import check_resumed, check_run_folder, start_run
+from cache_pipeline.training.run import check_run_folder, start_run
+from cache_pipeline.training.session import TrainSession, open_session
 from cache_pipeline.training.sources.source import Source, SplitRows
-from cache_pipeline.training.tensors import tensor_device
 
 logger = logging.getLogger("cache_pipeline")
 
-STATISTICS_ROWS = 1024
 RUNS = Path("runs")
 
 
@@ -68,37 +44,19 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     """
     if config.robomimic_config is not None or config.policy.startswith(ROBOMIMIC_PREFIX):
         raise ConfigError(f"robomimic's algorithms cannot be trained from a cache yet; {available(POLICIES)}")
-    device = tensor_device(config.device)
     run = config.out if config.out is not None else default_run(config)
     check_run_folder(run, resume=config.resume, overwrite=config.overwrite)
-    data = _open(config, run)
-    check_cameras(data.cameras)
-    before = check_resumed(run, config, data.identity) if config.resume else None
-    spec, encoders = _resumed(run, before) if before is not None else _fresh(config, data)
-    policy = build_policy(spec, encoders, config.seed).to(device)
-    policy.feature_noise = config.feature_noise
-
-    splits = data.splits(WindowSpec(config.obs_horizon, config.action_horizon), device)
-    plan = _plan(config, data, len(splits[0]), device, before)
-    source = _source(config, data, plan, splits, spec, encoders, device)
-    learner = _learner(config, policy, device)
-    resumed: Checkpoint | None = None
-    if before is not None:
-        resumed = read_checkpoint(find_checkpoint(run, latest=True)[1])
-        learner.load(resumed.model, resumed.ema, resumed.resume)
-    else:
-        fit_statistics(policy, data, source, config.action_normalization)
-        start_run(run, _run_json("train", config, spec, data, plan), _files(spec, encoders))
-    logger.info("%s: %s source, %d windows, %s", run, source.name, len(splits[0]), device)
-
-    journal_log = MetricsLog(run, 0 if resumed is None else resumed.step)
-    sampler = Sampler(len(splits[0]), config.batch_size, config.seed, views=plan.views, blocks=plan.blocks)
-    with journal_log as log:
-        measure = measurement(learner, lambda: source, data, splits[1], device, config.saving)
+    session = open_session(config, run)
+    if session.resumed is None:
+        start_run(run, _run_json(session), _files(session))
+    learner, source, resumed = session.learner, session.source, session.resumed
+    logger.info("%s: %s source, %d windows, %s", run, source.name, len(session.splits[0]), session.device)
+    with MetricsLog(run, 0 if resumed is None else resumed.step) as log:
+        measure = measurement(learner, lambda: source, session.data, session.splits[1], session.device, config.saving)
         folder = CheckpointFolder(run, config.saving.keep_best)
         journal = Journal(learner, folder, log, measure, config.saving, steps=config.steps, resumed=resumed)
         phases = [Phase(0, config.steps, lambda: None, lambda: source)]
-        result = run_loop(journal, learner, sampler, phases, steps=config.steps, run=run, progress=progress)
+        result = run_loop(journal, learner, session.sampler, phases, steps=config.steps, run=run, progress=progress)
     return TrainResult.of(run, result, journal.metrics)
 
 
@@ -136,158 +94,16 @@ def measurement(
     return measure
 
 
-def fit_statistics(policy: VisuomotorPolicy, data: RunData, source: Source, normalization: Any) -> None:
-    """Takes the normalisation's statistics: of features from rows spread over the train split, of the rest from all."""
-    rows = data.rows.train_rows
-    chosen = np.unique(np.linspace(0, rows - 1, min(rows, STATISTICS_ROWS)).round().astype(np.int64))
-    low_dim = {key: values[:rows] for key, values in data.rows.low_dim.items()}
-    policy.fit(source.features_of(chosen), low_dim, data.rows.actions[:rows], normalization)
-
-
-def _open(config: TrainConfig, run: Path) -> RunData:
-    names = SplitNames(config.filter_key, config.valid_key, config.seed)
-    if config.resume:
-        before = read_run(run)["data"]
-        names = names._replace(train=before["train"], valid=before["valid"], where=str(run))
-    if config.live:
-        return open_dataset_data(config.datasets, config.cameras, config.low_dim_keys, names)
-    assert config.cache is not None
-    return open_cache_data(config.cache, config.cameras, config.low_dim_keys, names)
-
-
-def _resumed(run: Path, before: Mapping[str, Any]) -> tuple[PolicySpec, dict[str, ImageEncoder]]:
-    spec = PolicySpec.from_json(before.get("policy"))
-    return spec, run_encoders(run, spec)
-
-
-def _fresh(config: TrainConfig, data: RunData) -> tuple[PolicySpec, dict[str, ImageEncoder]]:
-    if config.cache is not None:
-        encoders, preprocess = _cache_encoders(data.cache or FeatureCache(config.cache), tuple(data.cameras))
-    else:
-        encoders, preprocess = _live_encoders(config, data)
-    distinct = list(dict.fromkeys(id(encoder) for encoder in encoders.values()))
-    names = ["encoder.safetensors", *(f"encoder_{number}.safetensors" for number in range(2, len(distinct) + 1))]
-    spec = PolicySpec(
-        name=config.policy,
-        options=dict(config.policy_options),
-        emb_dim=config.emb_dim,
-        obs_horizon=config.obs_horizon,
-        action_horizon=config.action_horizon,
-        action_dim=int(data.rows.actions.shape[1]),
-        cameras=data.cameras,
-        low_dim=data.low_dim,
-        preprocess={camera: value.to_json() for camera, value in preprocess.items()},
-        encoder_files={camera: names[distinct.index(id(encoder))] for camera, encoder in encoders.items()},
-        cut=next(iter(encoders.values())).cut,
-        share_rgb_model=config.freeze_encoder or config.share_rgb_model,
-        clip_actions=config.action_normalization == "minmax",
-    )
-    return spec, encoders
-
-
-def _cache_encoders(
-    cache: FeatureCache, cameras: Sequence[str]
-) -> tuple[dict[str, ImageEncoder], dict[str, Preprocess]]:
-    files = {camera: cache.encoder_file(camera) for camera in cameras}
-    loaded = {file: load_encoder(None, file) for file in dict.fromkeys(files.values())}
-    entries = cache.cameras
-    preprocess = {camera: Preprocess.from_json(entries[camera].identity["preprocess"]) for camera in cameras}
-    for camera, file in files.items():
-        loaded[file].cut = entries[camera].identity["cut"]
-    return {camera: loaded[file] for camera, file in files.items()}, preprocess
-
-
-def _live_encoders(config: TrainConfig, data: RunData) -> tuple[dict[str, ImageEncoder], dict[str, Preprocess]]:
-    encoder = build_encoder(config.encoder if config.encoder is not None else EncoderSpec())
-    preprocess = config.preprocess if config.preprocess is not None else make_preprocess(encoder)
-    return dict.fromkeys(data.cameras, encoder), dict.fromkeys(data.cameras, preprocess)
-
-
-def _plan(
-    config: TrainConfig, data: RunData, windows: int, device: torch.device, before: Mapping[str, Any] | None
-) -> SourcePlan:
-    views = _views(config, data)
-    plan = plan_source(
-        data,
-        windows,
-        source=config.source,
-        order=config.order,
-        views=views,
-        max_memory=config.max_memory,
-        device=device,
-    )
-    if before is None:
-        return plan
-    blocks = before["order"]["blocks"]
-    return SourcePlan(plan.source, before["order"]["views"], None if blocks is None else BlockOrder(**blocks))
-
-
-def _views(config: TrainConfig, data: RunData) -> int:
-    if data.cache is None:
-        if config.augment:
-            raise ConfigError("views are drawn from a cache: extract with --views K and train --from-cache")
-        return 1
-    views = min(data.cache.cameras[camera].views for camera in data.cameras)
-    if config.augment and views == 1:
-        raise ConfigError(f"{data.cache.path} has the clean view alone; run its extract-features again with --views 4")
-    return 1 if config.augment is False else views
-
-
-def _source(
-    config: TrainConfig,
-    data: RunData,
-    plan: SourcePlan,
-    splits: tuple[SplitRows, SplitRows | None],
-    spec: PolicySpec,
-    encoders: Mapping[str, ImageEncoder],
-    device: torch.device,
-) -> Source:
-    if plan.source != "live":
-        return open_cached(data, plan, splits, max_memory=config.max_memory, device=device)
-    preprocess = {camera: Preprocess.from_json(value) for camera, value in spec.preprocess.items()}
-    return open_live(
-        data,
-        splits,
-        frozen_encode(encoders, preprocess, device, config.precision),
-        hand_on_frames=not config.freeze_encoder,
-        max_memory=config.max_memory,
-        device=device,
-    )
-
-
-def _learner(config: TrainConfig, policy: VisuomotorPolicy, device: torch.device) -> PolicyLearner:
-    learner = PolicyLearner(
-        policy,
-        config.optim,
-        rates={"policy": config.lr, "encoder": config.encoder_lr},
-        steps=config.steps,
-        seed=config.seed,
-        device=device,
-    )
-    if not config.freeze_encoder:
-        policy.carries_encoder = True
-        policy.encoder_dtype = autocast_dtype(config.precision, device)
-        policy.obs_encoder.key_model_map.requires_grad_(True)
-        learner.learn("encoder", policy.encoder_parameters())
-    policy.train()
-    return learner
-
-
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype to which a learning encoder is autocast; None computes in float32."""
-    dtype = DTYPES[resolve_precision(precision, device)]
-    return None if dtype == torch.float32 else dtype
-
-
-def _run_json(kind: str, config: TrainConfig, spec: PolicySpec, data: RunData, plan: SourcePlan) -> dict[str, Any]:
+def _run_json(session: TrainSession) -> dict[str, Any]:
+    plan = session.plan
     return {
-        "kind": kind,
-        "config": config.to_json(),
-        "policy": spec.to_json(),
-        "data": data.identity,
+        "kind": "train",
+        "config": session.config.to_json(),
+        "policy": session.spec.to_json(),
+        "data": session.data.identity,
         "order": {"views": plan.views, "blocks": None if plan.blocks is None else asdict(plan.blocks)},
     }
 
 
-def _files(spec: PolicySpec, encoders: Mapping[str, ImageEncoder]) -> dict[str, ImageEncoder]:
-    return {spec.encoder_files[camera]: encoder for camera, encoder in encoders.items()}
+def _files(session: TrainSession) -> dict[str, ImageEncoder]:
+    return {session.spec.encoder_files[camera]: encoder for camera, encoder in session.encoders.items()}
