@@ -21,6 +21,7 @@ from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, bui
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import load_encoder, save_encoder
 from cache_pipeline.extract.config import ExtractConfig
+from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.files import digest
 
 logger = logging.getLogger("cache_pipeline")
@@ -97,11 +98,12 @@ def _measure(
     Args:
         free: whether the precision may be changed to fp32 where the error is too large.
     """
-    features = frozen(frames)
+    encode = BatchEncoder(SAMPLE, "float32")
+    features = torch.from_numpy(encode(frozen, frames))
     error = 0.0
     if frozen.precision != "fp32":
         exact = FrozenEncoder(frozen.encoder, frozen.preprocess, frozen.device, "fp32")
-        error = relative_error(features, exact(frames))
+        error = relative_error(features, torch.from_numpy(encode(exact, frames)))
         if not error <= TOLERATED_ERROR:
             if free:
                 logger.info("%s: %s errs by %.1e on its frames, so fp32 is taken", camera, frozen.precision, error)
