@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import zarr
@@ -19,12 +21,16 @@ from zarr.storage import LocalStore, MemoryStore
 
 from cache_pipeline.cache.layout import Unit, align_up, choose_chunk_rows
 from cache_pipeline.cache.manifest import Manifest
-from cache_pipeline.cache.shards import read_chunks, uncompressed_layout, write_shard
+from cache_pipeline.cache.shards import open_shard, uncompressed_layout, write_shard
 from cache_pipeline.errors import CorruptCacheError
 from cache_pipeline.files import DIGEST_BYTES, atomic_path
 
-READ_THREADS = 4
+READ_THREADS = max(1, min(8, os.cpu_count() or 1))
+THREADED_BYTES = 2 << 20  # less is read sooner than threads start
+PIECE_BYTES = 4 << 20  # that one thread reads at once
+LONG_RUN = 16  # rows in a run, on average, from which each run is read straight into its place
 GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
+Item = TypeVar("Item")
 DECODE_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, OSError)
 """What zarr and its codecs raise for bytes that are not what was written."""
 
@@ -154,8 +160,18 @@ def shard_file(path: Path, name: str, spec: ArraySpec, view: int, block: int) ->
     return path.joinpath(name, "c", *map(str, (*lead, block, *(0 for _ in spec.row_shape))))
 
 
+class _Piece(NamedTuple):
+    """Rows of one shard, from ``row`` on, to be read into ``out``."""
+
+    view: int
+    block: int
+    row: int
+    out: NDArray[Any]
+
+
 class StoredArray:
-    """One array of a cache, opened in this process. Reading raises ``CorruptCacheError``, never returns fill values.
+    """One array of a cache, opened in this process. Reading raises ``CorruptCacheError``; a missing file is never read
+    as fill values.
 
     Args:
         path: the cache.
@@ -164,139 +180,163 @@ class StoredArray:
 
     def __init__(self, path: Path, name: str, *, read_only: bool = True) -> None:
         self.path, self.name = path, name
+        self._read_only = read_only
         try:
-            store = LocalStore(path / name, read_only=read_only)
-            array = zarr.open_array(store, mode="r" if read_only else "r+")
-        except (*DECODE_ERRORS, zarr.errors.BaseZarrError) as error:
+            metadata = json.loads((path / name / "zarr.json").read_bytes())
+            self._has_views = metadata.get("dimension_names", [""])[0] == "view"
+            rows_at = 1 if self._has_views else 0
+            self.shard_rows = int(metadata["chunk_grid"]["configuration"]["chunk_shape"][rows_at])
+            self.dtype = np.dtype(metadata["data_type"])
+            self.row_shape = tuple(int(side) for side in metadata["shape"][rows_at + 1 :])
+            self._layout = uncompressed_layout(metadata)
+        except DECODE_ERRORS as error:
             raise CorruptCacheError(f"{path / name} cannot be opened ({error}); {MEND}") from error
-        # A chunk that equals the fill value is stored too: a shard that is not there was never written.
-        config: Any = {"order": "C", "write_empty_chunks": True}
-        metadata = cast(ArrayV3Metadata, array.metadata)
-        self._array = zarr.Array(zarr.AsyncArray(metadata, array.async_array.store_path, config))
-        self._has_views = (metadata.dimension_names or ("",))[0] == "view"
-        self.shard_rows = int((self._array.shards or self._array.chunks)[1 if self._has_views else 0])
-        self.dtype = self._array.dtype
-        self.row_shape = tuple(self._array.shape[2 if self._has_views else 1 :])
         self.fill = float("nan") if self.dtype.kind == "f" else 0
-        self._layout = uncompressed_layout(metadata.to_dict())
 
     def spans(self, spans: Sequence[tuple[int, int]], view: int | None = None) -> NDArray[Any]:
-        """Rows of several spans, one after another, (n, …)."""
-        merged: list[tuple[int, int]] = []
-        for start, stop in spans:
-            if merged and merged[-1][1] == start:
-                merged[-1] = (merged[-1][0], stop)
-            elif stop > start:
-                merged.append((start, stop))
-        if len(merged) == 1:
-            return self._span(*merged[0], view)
-        out = np.empty((sum(stop - start for start, stop in merged), *self.row_shape), self.dtype)
-        at = 0
-        for start, stop in merged:
-            out[at : at + stop - start] = self._span(start, stop, view)
-            at += stop - start
+        """Rows of several spans (start, stop), one after another, (n, …)."""
+        out = np.empty((sum(stop - start for start, stop in spans), *self.row_shape), self.dtype)
+        _in_threads(self._read_piece, list(self._pieces(_merged(spans), view or 0, out)), out.nbytes)
+        return out
+
+    def views(self, spans: Sequence[tuple[int, int]], count: int) -> NDArray[Any]:
+        """Rows of several spans of the first ``count`` views, (count, n, …)."""
+        out = np.empty((count, sum(stop - start for start, stop in spans), *self.row_shape), self.dtype)
+        merged = _merged(spans)
+        pieces = [piece for view in range(count) for piece in self._pieces(merged, view, out[view])]
+        _in_threads(self._read_piece, pieces, out.nbytes)
         return out
 
     def gather(self, rows: NDArray[np.integer], n_rows: int, view: int | None = None) -> NDArray[Any]:
         """Rows in the order asked for, (n, …); each chunk that holds one is read once."""
         if rows.size == 0:
             return np.empty((*rows.shape, *self.row_shape), self.dtype)
-        unique, inverse = np.unique(rows, return_inverse=True)
+        ascending = rows.ndim == 1 and bool((np.diff(rows) > 0).all())
+        unique, inverse = (rows, None) if ascending else np.unique(rows, return_inverse=True)
         if unique[0] < 0 or unique[-1] >= n_rows:
             raise IndexError(f"rows must lie in [0, {n_rows}), they lie in [{unique[0]}, {unique[-1]}]")
-        if self._layout is not None:
-            found = self._gather_uncompressed(unique, view or 0)
+        found = np.empty((len(unique), *self.row_shape), self.dtype)
+        cuts = np.flatnonzero(np.diff(unique) > 1) + 1
+        if len(cuts) * LONG_RUN < len(unique):
+            firsts, lasts = unique[[0, *cuts]], unique[[*(cuts - 1), -1]]
+            spans = list(zip(firsts.tolist(), (lasts + 1).tolist(), strict=True))
+            _in_threads(self._read_piece, list(self._pieces(spans, view or 0, found)), found.nbytes)
         else:
-            self._check_shards(set((unique // self.shard_rows).tolist()), view or 0)
-            found = self._select(unique, view)
-        return found[inverse.reshape(rows.shape)]
+            self._read_rows(unique, view or 0, found)
+        return found if inverse is None else found[inverse.reshape(rows.shape)]
 
     def block(self, block: int, view: int | None = None) -> NDArray[Any]:
         """A whole shard with its dead rows, (shard_rows, …)."""
-        return self._span(block * self.shard_rows, (block + 1) * self.shard_rows, view)
+        return self.spans([(block * self.shard_rows, (block + 1) * self.shard_rows)], view)
 
     def write_block(self, block: int, values: NDArray[Any], view: int | None = None) -> None:
         """Writes one whole shard, (shard_rows, …), and syncs it to the disk."""
         assert values.shape == (self.shard_rows, *self.row_shape), (values.shape, self.shard_rows, self.row_shape)
         if self._layout is not None:
-            chunks = np.ascontiguousarray(values).view(np.uint8).reshape(self._layout)
+            chunks = np.ascontiguousarray(values).view(np.uint8).reshape(self._layout.chunks, -1)
             return write_shard(self._shard_file(block, view or 0), self._layout, chunks)
         rows = slice(block * self.shard_rows, (block + 1) * self.shard_rows)
         self._array[(view or 0, rows) if self._has_views else rows] = values
         _sync_file(self._shard_file(block, view or 0))
         return None
 
-    def _span(self, start: int, stop: int, view: int | None) -> NDArray[Any]:
-        if stop <= start:
-            return np.empty((0, *self.row_shape), self.dtype)
-        if self._layout is not None:
-            return self._read_uncompressed(start, stop, view or 0)
-        self._check_shards(range(start // self.shard_rows, (stop - 1) // self.shard_rows + 1), view or 0)
-        return self._select(slice(start, stop), view)
+    def _pieces(self, spans: Sequence[tuple[int, int]], view: int, out: NDArray[Any]) -> Iterator[_Piece]:
+        """Cuts spans to be read into ``out`` at the bounds of shards, and these into what one thread reads at once."""
+        chunk_rows = self.shard_rows // self._layout.chunks if self._layout else self.shard_rows
+        chunks_at_once = max(1, PIECE_BYTES // self._layout.chunk_bytes) if self._layout else 1
+        step = min(self.shard_rows, chunk_rows * chunks_at_once)
+        at = 0
+        for start, stop in spans:
+            while start < stop:
+                block, row = divmod(start, self.shard_rows)
+                count = min(stop - start, step - row % step, self.shard_rows - row)
+                yield _Piece(view, block, row, out[at : at + count])
+                start, at = start + count, at + count
 
-    def _read_uncompressed(self, start: int, stop: int, view: int) -> NDArray[Any]:
-        """Rows [start, stop), and around them those that share their chunks, read shard by shard in threads."""
-        layout = self._layout
-        assert layout is not None
-        chunks = layout.chunks
-        rows = self.shard_rows // chunks
-        first, last = start // rows, -(-stop // rows)
-        out = np.empty((last - first, layout.chunk_bytes), np.uint8)
+    def _read_piece(self, piece: _Piece) -> None:
+        view, block, row, out = piece
+        with self._damage_told(block, view):
+            if self._layout is None:
+                first = block * self.shard_rows + row
+                out[...] = self._select(slice(first, first + len(out)), view)
+            else:
+                with open_shard(self._shard_file(block, view), self._layout) as shard:
+                    shard.read_span(row, _row_bytes(out))
 
-        def read(block: int) -> None:
-            low, high = max(first, block * chunks), min(last, (block + 1) * chunks)
-            file = self._shard_file(block, view)
-            try:
-                read_chunks(file, layout, low - block * chunks, out[low - first : high - first])
-            except FileNotFoundError as error:
-                raise CorruptCacheError(f"{file} is missing; {MEND}") from error
-            except (OSError, ValueError) as error:
-                raise self._damaged(error) from error
+    def _read_rows(self, rows: NDArray[np.integer], view: int, out: NDArray[Any]) -> None:
+        """Scattered rows in ascending order into ``out``, shard by shard."""
+        blocks = rows // self.shard_rows
+        cuts = (np.flatnonzero(np.diff(blocks)) + 1).tolist()
 
-        blocks = range(first // chunks, (last - 1) // chunks + 1)
-        if len(blocks) == 1:
-            read(blocks[0])
-        else:
-            with ThreadPoolExecutor(min(READ_THREADS, len(blocks))) as pool:
-                list(pool.map(read, blocks))
-        values = out.reshape(-1).view(self.dtype).reshape(-1, *self.row_shape)
-        return values[start - first * rows : stop - first * rows]
+        def read(part: slice) -> None:
+            block = int(blocks[part.start])
+            with self._damage_told(block, view):
+                if self._layout is None:
+                    out[part] = self._select(rows[part], view)
+                else:
+                    with open_shard(self._shard_file(block, view), self._layout) as shard:
+                        shard.read_rows(rows[part] - block * self.shard_rows, _row_bytes(out[part]))
 
-    def _gather_uncompressed(self, unique: NDArray[np.integer], view: int) -> NDArray[Any]:
-        """Sorted rows: each chunk that holds one is read once."""
-        assert self._layout is not None
-        rows = self.shard_rows // self._layout.chunks
-        out = np.empty((len(unique), *self.row_shape), self.dtype)
-        cuts = np.flatnonzero(np.diff(unique // rows) > 1) + 1
-        for part in np.split(np.arange(len(unique)), cuts):
-            wanted = unique[part]
-            out[part] = self._read_uncompressed(int(wanted[0]), int(wanted[-1]) + 1, view)[wanted - wanted[0]]
-        return out
+        _in_threads(read, list(map(slice, [0, *cuts], [*cuts, len(rows)])), out.nbytes)
 
-    def _select(self, rows: Any, view: int | None) -> NDArray[Any]:
-        selection = (view or 0, rows) if self._has_views else (rows,)
+    def _select(self, rows: Any, view: int) -> NDArray[Any]:
+        selection = (view, rows) if self._has_views else (rows,)
+        if isinstance(rows, slice):
+            return np.asarray(self._array[selection])
+        return np.asarray(self._array.oindex[selection])
+
+    @cached_property
+    def _array(self) -> zarr.Array[ArrayV3Metadata]:
+        """For arrays with a compressor; opened on first use."""
+        store = LocalStore(self.path / self.name, read_only=self._read_only)
+        array = zarr.open_array(store, mode="r" if self._read_only else "r+")
+        # A chunk that equals the fill value is stored too: a shard that is not there was never written.
+        config: Any = {"order": "C", "write_empty_chunks": True}
+        metadata = cast(ArrayV3Metadata, array.metadata)
+        return zarr.Array(zarr.AsyncArray(metadata, array.async_array.store_path, config))
+
+    @contextmanager
+    def _damage_told(self, block: int, view: int) -> Iterator[None]:
+        file = self._shard_file(block, view)
+        if not file.is_file():
+            raise CorruptCacheError(f"{file} is missing; {MEND}")
         try:
-            if isinstance(rows, slice):
-                return np.asarray(self._array[selection])
-            return np.asarray(self._array.oindex[selection])
-        except DECODE_ERRORS as error:
-            raise self._damaged(error) from error
-
-    def _damaged(self, error: Exception) -> CorruptCacheError:
-        return CorruptCacheError(
-            f"{self.path / self.name} holds bytes that are not what was written ({error}); "
-            f"find the damaged units with verify {self.path} --integrity, then {MEND}"
-        )
-
-    def _check_shards(self, blocks: Any, view: int) -> None:
-        for block in blocks:
-            file = self._shard_file(block, view)
-            if not file.is_file():
-                raise CorruptCacheError(f"{file} is missing; {MEND}")
+            yield
+        except (*DECODE_ERRORS, zarr.errors.BaseZarrError) as error:
+            raise CorruptCacheError(
+                f"{self.path / self.name} holds bytes that are not what was written ({error}); "
+                f"find the damaged units with verify {self.path} --integrity, then {MEND}"
+            ) from error
 
     def _shard_file(self, block: int, view: int) -> Path:
         lead = (view,) if self._has_views else ()
         return self.path.joinpath(self.name, "c", *map(str, (*lead, block, *(0 for _ in self.row_shape))))
+
+
+def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Spans that follow one another made one, empty ones left out."""
+    merged: list[tuple[int, int]] = []
+    for start, stop in spans:
+        if merged and merged[-1][1] == start:
+            merged[-1] = (merged[-1][0], stop)
+        elif stop > start:
+            merged.append((start, stop))
+    return merged
+
+
+def _row_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
+    """(n, …) as (n, bytes of a row), the same memory."""
+    return values.reshape(len(values), -1).view(np.uint8)
+
+
+def _in_threads(read: Callable[[Item], None], items: Sequence[Item], size: int) -> None:
+    """Reads items of ``size`` bytes in all, in threads where that pays."""
+    if len(items) < 2 or size < THREADED_BYTES:
+        for item in items:
+            read(item)
+        return
+    with ThreadPoolExecutor(min(READ_THREADS, len(items))) as pool:
+        list(pool.map(read, items))
 
 
 def _sync_file(file: Path) -> None:

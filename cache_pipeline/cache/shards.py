@@ -1,14 +1,16 @@
-"""Reading and writing uncompressed zarr shards directly: one system call a shard, checksums on the way.
+"""Reading and writing uncompressed zarr shards directly into the caller's array, checksums on the way.
 
 zarr reads the same files; it takes a task and a copy for each chunk, which costs ten times the reading itself.
 Layout of a shard as in the zarr v3 specification of ``sharding_indexed``: chunks (values, then their CRC-32C), at the
-end an index of (offset, bytes) per chunk, then the index's CRC-32C.
+end an index of (offset, bytes) per chunk, then the index's CRC-32C. A chunk of fill values alone, such as one whose
+rows are all dead, is marked as empty in the index and takes no bytes.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,14 +21,27 @@ from numpy.typing import NDArray
 from cache_pipeline.files import atomic_path
 
 CRC_BYTES = 4
-MAX_PIECES = 512  # below IOV_MAX of any system
+EMPTY = (1 << 64) - 1  # offset and size of an empty chunk
+MAX_PIECES = 500  # half of IOV_MAX
+CALL_BYTES = 1 << 20  # of one system call: what was read is still in the processor's cache when its checksum is taken
 
 
 class ShardLayout(NamedTuple):
-    """Chunks of a shard, along the rows alone: ``chunks`` of ``chunk_bytes`` each, checksums left out."""
+    """Chunks of a shard, along the rows alone.
+
+    Attributes:
+        chunks: in a shard.
+        chunk_bytes: of one chunk, its checksum left out.
+        fill: bytes of one fill value.
+    """
 
     chunks: int
     chunk_bytes: int
+    fill: bytes
+
+    def fill_chunk(self, chunk: NDArray[np.uint8]) -> None:
+        """Fills one chunk."""
+        chunk.reshape(-1, len(self.fill))[...] = np.frombuffer(self.fill, np.uint8)
 
     @property
     def index_bytes(self) -> int:
@@ -35,7 +50,7 @@ class ShardLayout(NamedTuple):
 
 
 def uncompressed_layout(metadata: dict[str, Any]) -> ShardLayout | None:
-    """The layout of an array's shards when they can be read by :func:`read_chunks`, else None.
+    """The layout of an array's shards when they can be read by :func:`open_shard`, else None.
 
     Args:
         metadata: the array's ``zarr.json``.
@@ -47,27 +62,80 @@ def uncompressed_layout(metadata: dict[str, Any]) -> ShardLayout | None:
     inner, index = ([codec["name"] for codec in sharding[key]] for key in ("codecs", "index_codecs"))
     if inner != ["bytes", "crc32c"] or index != ["bytes", "crc32c"] or sharding.get("index_location", "end") != "end":
         return None
-    itemsize = np.dtype(metadata["data_type"]).itemsize
+    dtype = np.dtype(metadata["data_type"])
+    fill = np.array(metadata["fill_value"], dtype).tobytes()
     shard, chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"], sharding["chunk_shape"]
-    return ShardLayout(int(np.prod(shard)) // int(np.prod(chunk)), int(np.prod(chunk)) * itemsize)
+    return ShardLayout(int(np.prod(shard)) // int(np.prod(chunk)), int(np.prod(chunk)) * dtype.itemsize, fill)
 
 
-def read_chunks(file: Path, layout: ShardLayout, first: int, out: NDArray[np.uint8]) -> None:
-    """Reads chunks of one shard into ``out``, (n, chunk_bytes), from chunk ``first`` on.
+class OpenShard:
+    """A shard open for reading. Every method checks the checksum of each chunk that it touches.
 
     Raises:
         OSError: the file cannot be read.
         ValueError: a checksum, an offset or the file's size is not what was written.
     """
+
+    def __init__(self, descriptor: int, layout: ShardLayout) -> None:
+        self._descriptor, self._layout = descriptor, layout
+        self._offsets = _read_index(descriptor, layout)
+
+    def read_span(self, start: int, out: NDArray[np.uint8]) -> None:
+        """Rows from ``start`` on into ``out``, (n, bytes of a row); whole chunks without a copy."""
+        size = self._layout.chunk_bytes // out.shape[1]
+        stop = start + len(out)
+        first, last = start // size, -(-stop // size)
+        low, high = -(-start // size), stop // size
+        if low > high:  # within one chunk
+            low = high = last
+        pieces: list[NDArray[np.uint8]] = []
+        edges = []
+        for chunk in (*range(first, low), *range(high, last)):
+            begin, end = max(start, chunk * size), min(stop, (chunk + 1) * size)
+            edge = np.empty((size, out.shape[1]), np.uint8)
+            edges.append((out[begin - start : end - start], edge[begin - chunk * size : end - chunk * size], edge))
+        pieces += [edge.reshape(-1) for _, _, edge in edges[: low - first]]
+        if high > low:
+            pieces += list(out[low * size - start : high * size - start].reshape(-1, self._layout.chunk_bytes))
+        pieces += [edge.reshape(-1) for _, _, edge in edges[low - first :]]
+        self._read_chunks(first, pieces)
+        for wanted, read, _ in edges:
+            wanted[...] = read
+
+    def read_rows(self, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
+        """Rows in ascending order into ``out``, (n, bytes of a row); each chunk that holds one is read once."""
+        size = self._layout.chunk_bytes // out.shape[1]
+        chunks = rows // size
+        cuts = np.flatnonzero(np.diff(chunks) > 1) + 1
+        for begin, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
+            first, last = int(chunks[begin]), int(chunks[end - 1]) + 1
+            read = np.empty((last - first, self._layout.chunk_bytes), np.uint8)
+            self._read_chunks(first, list(read))
+            out[begin:end] = read.reshape(-1, out.shape[1])[rows[begin:end] - first * size]
+
+    def _read_chunks(self, first: int, pieces: Sequence[NDArray[np.uint8]]) -> None:
+        size = self._layout.chunk_bytes + CRC_BYTES
+        offsets = self._offsets[first : first + len(pieces)]
+        most = min(MAX_PIECES, max(1, CALL_BYTES // size))
+        start = 0
+        while start < len(pieces):
+            stop = start + 1
+            if offsets[start] == EMPTY:
+                self._layout.fill_chunk(pieces[start])
+                start = stop
+                continue
+            while stop < len(pieces) and stop - start < most and offsets[stop] == offsets[stop - 1] + size:
+                stop += 1
+            _read_run(self._descriptor, offsets[start], pieces[start:stop])
+            start = stop
+
+
+@contextmanager
+def open_shard(file: Path, layout: ShardLayout) -> Iterator[OpenShard]:
+    """Opens one shard and checks its index."""
     descriptor = os.open(file, os.O_RDONLY)
     try:
-        offsets = _read_index(descriptor, layout)[first : first + len(out)]
-        start = 0
-        for stop in range(1, len(out) + 1):
-            follows = stop < len(out) and offsets[stop] == offsets[stop - 1] + layout.chunk_bytes + CRC_BYTES
-            if not follows or stop - start == MAX_PIECES:
-                _read_run(descriptor, int(offsets[start]), out[start:stop])
-                start = stop
+        yield OpenShard(descriptor, layout)
     finally:
         os.close(descriptor)
 
@@ -75,37 +143,42 @@ def read_chunks(file: Path, layout: ShardLayout, first: int, out: NDArray[np.uin
 def write_shard(file: Path, layout: ShardLayout, values: NDArray[np.uint8]) -> None:
     """Writes a whole shard, (chunks, chunk_bytes), atomically and synced."""
     assert values.shape == (layout.chunks, layout.chunk_bytes), (values.shape, layout)
-    size = layout.chunk_bytes + CRC_BYTES
-    index = np.empty((layout.chunks, 2), "<u8")
-    index[:, 0], index[:, 1] = np.arange(layout.chunks) * size, size
+    filled = np.empty(layout.chunk_bytes, np.uint8)
+    layout.fill_chunk(filled)
+    index = np.full((layout.chunks, 2), EMPTY, "<u8")
     file.parent.mkdir(parents=True, exist_ok=True)
     with atomic_path(file) as partial, partial.open("wb") as shard:
-        for chunk in values:
+        for number, chunk in enumerate(values):
+            if np.array_equal(chunk, filled):
+                continue
+            index[number] = shard.tell(), layout.chunk_bytes + CRC_BYTES
             shard.write(chunk)
             shard.write(crc32c.crc32c(chunk).to_bytes(CRC_BYTES, "little"))
         shard.write(index.tobytes())
         shard.write(crc32c.crc32c(index.tobytes()).to_bytes(CRC_BYTES, "little"))
 
 
-def _read_index(descriptor: int, layout: ShardLayout) -> NDArray[np.int64]:
+def _read_index(descriptor: int, layout: ShardLayout) -> list[int]:
+    """The offset of each chunk."""
     size = os.fstat(descriptor).st_size
     index = os.pread(descriptor, layout.index_bytes, max(0, size - layout.index_bytes))
     if len(index) != layout.index_bytes or crc32c.crc32c(index[:-CRC_BYTES]) != _crc(index[-CRC_BYTES:]):
         raise ValueError("the checksum of the shard's index does not fit")
     entries = np.frombuffer(index[:-CRC_BYTES], "<u8").reshape(layout.chunks, 2)
-    if (entries[:, 1] != layout.chunk_bytes + CRC_BYTES).any():
-        raise ValueError("the shard's index names a chunk of another size")
-    return entries[:, 0].astype(np.int64)
+    stored = entries[entries[:, 0] != EMPTY]
+    if (stored[:, 1] != layout.chunk_bytes + CRC_BYTES).any() or (stored[:, 0] >= size).any():
+        raise ValueError("the shard's index names a chunk of another size or place")
+    return entries[:, 0].tolist()
 
 
-def _read_run(descriptor: int, offset: int, out: NDArray[np.uint8]) -> None:
-    checksums = np.empty((len(out), CRC_BYTES), np.uint8)
-    pieces: Sequence[Any] = [part for pair in zip(out, checksums, strict=True) for part in pair]
-    if os.preadv(descriptor, pieces, offset) != out.size + checksums.size:
+def _read_run(descriptor: int, offset: int, chunks: Sequence[NDArray[np.uint8]]) -> None:
+    """Chunks that lie one after another in the file, each into its own array."""
+    checksums = np.empty((len(chunks), CRC_BYTES), np.uint8)
+    targets: Sequence[Any] = [part for pair in zip(chunks, checksums, strict=True) for part in pair]
+    if os.preadv(descriptor, targets, offset) != len(chunks) * (chunks[0].size + CRC_BYTES):
         raise ValueError("the shard ends too early")
-    for values, stored in zip(out, checksums, strict=True):
-        if crc32c.crc32c(values) != _crc(stored.tobytes()):
-            raise ValueError("the checksum of a chunk does not fit")
+    if [crc32c.crc32c(chunk.data) for chunk in chunks] != checksums.view("<u4").ravel().tolist():
+        raise ValueError("the checksum of a chunk does not fit")
 
 
 def _crc(stored: bytes) -> int:

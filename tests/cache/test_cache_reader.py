@@ -9,6 +9,7 @@ from fakes import make_dataset
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cache_pipeline.cache import arrays
 from cache_pipeline.cache.manifest import MANIFEST
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.errors import CacheError, CorruptCacheError, IncompleteCacheError, NotACacheError
@@ -40,6 +41,27 @@ def test_all_live_rows_come_demo_after_demo_without_dead_ones(path):
         assert equal(packed[start : start + demo.length], rows)
     assert not np.isnan(packed).any()
     assert equal(packed, cache.features(CAMERA, cache.live_rows))
+
+
+def test_all_views_come_in_one_array(path):
+    cache = FeatureCache(path)
+    both = cache.views(CAMERA)
+    assert both.shape == (2, N, 6)
+    for view in (0, 1):
+        assert equal(both[view], cache.features(CAMERA, view=view))
+    assert equal(cache.views(CAMERA, 1), both[:1])
+    with pytest.raises(CacheError, match=r"views 0 to 1 .*--views 3"):
+        cache.views(CAMERA, 3)
+
+
+def test_reading_in_threads_and_in_small_pieces_gives_the_same(path, monkeypatch):
+    whole = FeatureCache(path).views(OTHER)
+    monkeypatch.setattr(arrays, "THREADED_BYTES", 0)
+    for size in (1, 60, 100):
+        monkeypatch.setattr(arrays, "PIECE_BYTES", size)
+        cache = FeatureCache(path)
+        assert equal(cache.views(OTHER), whole)
+        assert equal(cache.features(OTHER, cache.live_rows, 1), whole[1])
 
 
 @given(st.lists(st.integers(0, 67), max_size=20))

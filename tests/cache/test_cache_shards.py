@@ -6,32 +6,70 @@ import zarr
 from cache_fakes import CAMERA, equal, extract
 from fakes import make_dataset
 
+from cache_pipeline.cache import shards
 from cache_pipeline.cache.reader import FeatureCache
-from cache_pipeline.cache.shards import ShardLayout, read_chunks, uncompressed_layout, write_shard
+from cache_pipeline.cache.shards import ShardLayout, open_shard, uncompressed_layout, write_shard
 
-LAYOUT = ShardLayout(chunks=6, chunk_bytes=40)
+LAYOUT = ShardLayout(chunks=6, chunk_bytes=40, fill=b"\x00\x7e")
+ROW_BYTES = 10
+ROWS = 24
 
 
 @pytest.fixture
 def values():
-    return np.random.default_rng(0).integers(0, 256, (LAYOUT.chunks, LAYOUT.chunk_bytes), np.uint8)
+    """(24, 10) rows, of which 4 share a chunk."""
+    return np.random.default_rng(0).integers(0, 256, (ROWS, ROW_BYTES), np.uint8)
 
 
-def read(file, first=0, count=LAYOUT.chunks):
-    out = np.empty((count, LAYOUT.chunk_bytes), np.uint8)
-    read_chunks(file, LAYOUT, first, out)
+def write(file, values):
+    write_shard(file, LAYOUT, values.reshape(LAYOUT.chunks, -1))
+
+
+def read(file, start=0, count=ROWS):
+    out = np.empty((count, ROW_BYTES), np.uint8)
+    with open_shard(file, LAYOUT) as shard:
+        shard.read_span(start, out)
     return out
 
 
-def test_chunks_come_back_wherever_one_begins(tmp_path, values):
-    write_shard(tmp_path / "s", LAYOUT, values)
-    for first in range(LAYOUT.chunks):
-        for count in range(1, LAYOUT.chunks - first + 1):
-            assert equal(read(tmp_path / "s", first, count), values[first : first + count])
+def read_rows(file, rows):
+    out = np.empty((len(rows), ROW_BYTES), np.uint8)
+    with open_shard(file, LAYOUT) as shard:
+        shard.read_rows(np.array(rows), out)
+    return out
+
+
+def test_every_span_of_rows_comes_back(tmp_path, values):
+    write(tmp_path / "s", values)
+    for start in range(ROWS):
+        for count in range(1, ROWS - start + 1):
+            assert equal(read(tmp_path / "s", start, count), values[start : start + count])
+
+
+def test_scattered_rows_come_back(tmp_path, values):
+    write(tmp_path / "s", values)
+    for rows in ([0], [23], [0, 3, 4, 22], [1, 5, 6, 7, 16], list(range(ROWS))):
+        assert equal(read_rows(tmp_path / "s", rows), values[rows])
+
+
+def test_long_spans_are_read_by_several_calls(tmp_path, values, monkeypatch):
+    write(tmp_path / "s", values)
+    for size in (1, 90, 1000):
+        monkeypatch.setattr(shards, "CALL_BYTES", size)
+        assert equal(read(tmp_path / "s", 3, 19), values[3:22])
+
+
+def test_chunks_of_fill_values_take_no_bytes(tmp_path, values):
+    values[4:8].reshape(-1, 2)[...] = np.frombuffer(LAYOUT.fill, np.uint8)
+    write(tmp_path / "s", values)
+    assert (tmp_path / "s").stat().st_size == 5 * (40 + 4) + LAYOUT.index_bytes
+    assert equal(read(tmp_path / "s"), values)
+    assert equal(read(tmp_path / "s", 6, 3), values[6:9])
+    assert equal(read_rows(tmp_path / "s", [1, 5, 9]), values[[1, 5, 9]])
 
 
 def test_any_flipped_byte_and_any_cut_is_found(tmp_path, values):
-    write_shard(tmp_path / "s", LAYOUT, values)
+    write(tmp_path / "s", values)
     content = (tmp_path / "s").read_bytes()
     for at in range(len(content)):
         (tmp_path / "s").write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
@@ -60,5 +98,5 @@ def test_only_the_layout_that_is_known_is_read_directly(tmp_path):
             tmp_path / f"{direct}", shape=(8, 3), shards=(8, 3), chunks=(2, 3), dtype="f4", compressors=compressors
         )
         metadata = json.loads((tmp_path / f"{direct}" / "zarr.json").read_text())
-        assert (uncompressed_layout(metadata) == ShardLayout(4, 24)) is direct
+        assert (uncompressed_layout(metadata) == ShardLayout(4, 24, bytes(4))) is direct
         assert (uncompressed_layout(metadata) is None) is not direct
