@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.demos.split import Split
 from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.image_encoder import ImageEncoder
@@ -23,13 +24,12 @@ from cache_pipeline.training.config import Order, SourceName
 from cache_pipeline.training.order import BlockOrder
 from cache_pipeline.training.rows import (
     RunRows,
-    Split,
     cache_row_numbers,
     choose_keys,
+    chosen_split,
     named_split,
     rows_of_cache,
     rows_of_dataset,
-    split_demos,
 )
 from cache_pipeline.training.sources.live import DemoFrames, Encode, LiveSource
 from cache_pipeline.training.sources.memory import memory_budget
@@ -110,7 +110,7 @@ class RunData(NamedTuple):
 def open_cache_data(
     path: Path, cameras: Sequence[str] | None, low_dim_keys: Sequence[str] | None, split: SplitNames
 ) -> RunData:
-    """Opens a cache; raises CacheError, or ConfigError for names that it does not have."""
+    """Opens a cache; raises CacheError, or ConfigError or DatasetError for names that it does not have."""
     cache = FeatureCache(path)
     chosen = choose_keys(cameras, tuple(cache.cameras), "camera")
     keys = choose_keys(low_dim_keys, tuple(cache.low_dim), "low-dim key")
@@ -123,7 +123,7 @@ def open_cache_data(
 def open_dataset_data(
     paths: Sequence[Path], cameras: Sequence[str] | None, low_dim_keys: Sequence[str] | None, split: SplitNames
 ) -> RunData:
-    """Opens HDF5 files; raises DatasetError, or ConfigError for filter keys that they do not have."""
+    """Opens HDF5 files; raises DatasetError, for filter keys that they do not have too."""
     dataset = Dataset.open(paths, cameras=cameras, low_dim_keys=low_dim_keys)
     demos = _split(dataset, split)
     rows = rows_of_dataset(dataset, demos, tuple(dataset.low_dim))
@@ -134,8 +134,8 @@ def _split(data: Any, names: SplitNames) -> Split:
     if names.train is not None:
         split = named_split(data, names.train, names.valid, names.where)
     else:
-        split = split_demos(data, names.filter_key, names.valid_key, names.seed)
-    logger.info("%s", split.note)
+        split = chosen_split(data, names.filter_key, names.valid_key, names.seed)
+    logger.info("%s", split.rule)
     return split
 
 

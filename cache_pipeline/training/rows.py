@@ -12,18 +12,9 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_pipeline.demos.split import Split, split_demos
 from cache_pipeline.demos.windows import Windows, WindowSpec, make_windows
 from cache_pipeline.errors import CheckpointError, ConfigError, available
-
-VALID_SHARE = 0.1
-
-
-class Split(NamedTuple):
-    """Indices into the demo list, and how they were chosen."""
-
-    train: tuple[int, ...]
-    valid: tuple[int, ...]
-    note: str
 
 
 class _DemoList(Protocol):
@@ -65,46 +56,12 @@ class RunRows(NamedTuple):
         return make_windows(starts[chosen], self.lengths[chosen], spec) if len(starts[chosen]) else None
 
 
-def split_demos(data: _DemoList, filter_key: str | None, valid_key: str | None, seed: int) -> Split:
-    """Chooses the demos: by filter keys, by the data's own ``train`` and ``valid``, or by a seeded draw of a tenth.
-
-    Raises:
-        ConfigError: a filter key that the data do not have, or two that share demos.
-    """
-    for key in (filter_key, valid_key):
-        if key is not None and key not in data.masks:
-            raise ConfigError(f"there is no filter key {key!r} whose demos are all here; {available(data.masks, key)}")
-    everyone = tuple(range(len(data.demos)))
-    if filter_key is None and valid_key is None and {"train", "valid"} <= data.masks.keys():
-        filter_key, valid_key = "train", "valid"
-    if filter_key is None and valid_key is None:
-        return _drawn_split(everyone, seed)
-    valid = tuple(sorted(data.masks[valid_key])) if valid_key is not None else ()
-    if filter_key is None:
-        train = tuple(demo for demo in everyone if demo not in set(valid))
-    else:
-        train = tuple(sorted(data.masks[filter_key]))
-        if valid_key is None and "valid" in data.masks and not set(train) & set(data.masks["valid"]):
-            valid_key, valid = "valid", tuple(sorted(data.masks["valid"]))
-    if not train:
-        raise ConfigError(f"filter key {filter_key!r} leaves no demos to train on")
-    if shared := set(train) & set(valid):
-        name = data.demos[min(shared)].name
-        raise ConfigError(
-            f"{name} is under both {filter_key!r} and {valid_key!r}: held-out demos must not be trained on"
-        )
-    note = f"{len(train)} demos to train on ({filter_key or 'all others'}), {len(valid)} held out ({valid_key})"
-    return Split(train, valid, note)
-
-
-def _drawn_split(everyone: tuple[int, ...], seed: int) -> Split:
-    if len(everyone) == 1:
-        return Split(everyone, (), "one demo, so none is held out: the held-out figures are null")
-    drawn = np.random.Generator(np.random.Philox(seed)).permutation(len(everyone))
-    count = max(1, round(VALID_SHARE * len(everyone)))
-    valid = tuple(sorted(int(demo) for demo in drawn[:count]))
-    train = tuple(demo for demo in everyone if demo not in set(valid))
-    return Split(train, valid, f"{len(train)} demos to train on, {count} held out (drawn by demo with seed {seed})")
+def chosen_split(data: _DemoList, filter_key: str | None, valid_key: str | None, seed: int) -> Split:
+    """The split of a cache's or a dataset's demos; raises DatasetError as ``split_demos`` does."""
+    several = len({demo.file for demo in data.demos}) > 1
+    names = [f"{demo.name} of file {demo.file}" if several else demo.name for demo in data.demos]
+    masks = {key: [names[number] for number in members] for key, members in data.masks.items()}
+    return split_demos(names, masks, seed=seed, filter_key=filter_key, valid_key=valid_key)
 
 
 def named_split(data: _DemoList, train: Sequence[Sequence[Any]], valid: Sequence[Sequence[Any]], where: str) -> Split:

@@ -17,7 +17,7 @@ from training_runs import config, live, losses
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
-from cache_pipeline.errors import CheckpointError, ConfigError
+from cache_pipeline.errors import CheckpointError, ConfigError, DatasetError
 from cache_pipeline.training import learner as learner_module
 from cache_pipeline.training.checkpoint import inspect_run, load_policy
 from cache_pipeline.training.config import OptimConfig, SavingConfig, TrainConfig
@@ -192,7 +192,8 @@ def test_names_that_the_data_do_not_have_are_refused_with_the_right_ones(cache: 
         ({"filter_key": "trian"}, "did you mean train"),
         ({"policy_options": {"hiden": [3]}}, "did you mean hidden"),
     ):
-        with pytest.raises(ConfigError, match=message):
+        error = DatasetError if "filter_key" in options else ConfigError
+        with pytest.raises(error, match=message):
             train(config(tmp_path / "run", cache, **options), progress=False)
     assert not (tmp_path / "run").exists()
 
