@@ -7,8 +7,10 @@ policy sees are encoded.
 
 from __future__ import annotations
 
+import io
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -42,20 +44,21 @@ class RobomimicImages(nn.Module):
         device: torch.device,
     ) -> None:
         super().__init__()
-        dataset_class, core_class, process = _robomimic(cameras, low_dim_keys)
-        self._dataset = dataset_class(
-            hdf5_path=str(path),
-            obs_keys=(*cameras, *low_dim_keys),
-            dataset_keys=("actions",),
-            frame_stack=windows.obs_horizon,
-            seq_length=windows.action_horizon,
-            get_pad_mask=True,
-            hdf5_cache_mode="all",
-            load_next_obs=False,
-        )
-        self._windows, self._batch_size, self._device, self._process = windows, batch_size, device, process
-        self.cores = nn.ModuleDict(
-            {
+        self._windows, self._batch_size, self._device = windows, batch_size, device
+        with _quiet():
+            dataset_class, core_class, self._process = _robomimic(cameras, low_dim_keys)
+            self._dataset = dataset_class(
+                hdf5_path=str(path),
+                obs_keys=(*cameras, *low_dim_keys),
+                dataset_keys=("actions",),
+                frame_stack=windows.obs_horizon,
+                seq_length=windows.action_horizon,
+                get_pad_mask=True,
+                hdf5_cache_mode="all",
+                hdf5_use_swmr=False,
+                load_next_obs=False,
+            )
+            cores = {
                 name: core_class(
                     input_shape=(3, *shape[:2]),
                     backbone_class="ResNet18Conv",
@@ -65,7 +68,7 @@ class RobomimicImages(nn.Module):
                 )
                 for name, shape in cameras.items()
             }
-        ).to(device)
+        self.cores = nn.ModuleDict(cores).to(device)
         self._frozen = frozen
         self.requires_grad_(not frozen).train(not frozen)
 
@@ -93,15 +96,21 @@ class RobomimicImages(nn.Module):
         return core(images.flatten(0, 1)).unflatten(0, images.shape[:2])
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """robomimic prints its progress to stdout and uses deprecated names of torchvision's."""
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
 def _robomimic(
     cameras: Sequence[str] | dict[str, Any], low_dim_keys: Sequence[str]
 ) -> tuple[Any, Any, Callable[..., Any]]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            from robomimic.models.obs_core import VisualCore
-            from robomimic.utils import obs_utils
-            from robomimic.utils.dataset import SequenceDataset
+        from robomimic.models.obs_core import VisualCore
+        from robomimic.utils import obs_utils
+        from robomimic.utils.dataset import SequenceDataset
     except ImportError as error:
         raise MissingExtraError("robomimic is not installed; pip install 'cache-pipeline[robomimic]'") from error
     obs_utils.initialize_obs_modality_mapping_from_dict({"rgb": list(cameras), "low_dim": list(low_dim_keys)})
