@@ -21,8 +21,10 @@ def save_encoder(encoder: ImageEncoder, path: str | Path) -> None:
     """Writes all weights of an encoder as safetensors, atomically, with its spec in the file's metadata."""
     state = {name: value.detach().contiguous() for name, value in encoder.state_dict().items()}
     spec = None if encoder.spec is None else encoder.spec.to_json()
+    # One key: safetensors writes several in random order, and files of the same encoder are to be the same bytes.
+    metadata = {"encoder": json.dumps({"spec": spec, "source": encoder.source})}
     with atomic_path(path) as partial:
-        save_file(state, partial, metadata={"spec": json.dumps(spec), "source": encoder.source})
+        save_file(state, partial, metadata=metadata)
 
 
 def load_encoder(spec: EncoderSpec | Mapping[str, Any] | None, path: str | Path) -> ImageEncoder:
@@ -37,11 +39,11 @@ def load_encoder(spec: EncoderSpec | Mapping[str, Any] | None, path: str | Path)
     """
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {}).get("encoder", "{}"))
         state = load_file(path)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise EncoderError(f"cannot read the encoder's weights from {path} ({error})") from error
-    spec = spec if spec is not None else json.loads(metadata.get("spec", "null"))
+    spec = spec if spec is not None else metadata.get("spec")
     if spec is None:
         raise EncoderError(
             f"{path} was saved from a ready module, which cannot be made again; give it as --encoder FILE:FACTORY"

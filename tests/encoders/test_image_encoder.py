@@ -129,6 +129,13 @@ def test_a_saved_factory_encoder_gets_its_saved_weights(tmp_path, factory):
     assert load_encoder(None, tmp_path / "e.safetensors").weights_digest() == encoder.weights_digest()
 
 
+def test_the_same_encoder_is_saved_as_the_same_bytes(tmp_path, factory):
+    encoder = build_encoder(EncoderSpec(factory=factory))
+    for number in range(8):
+        save_encoder(encoder, tmp_path / f"{number}.safetensors")
+    assert len({file.read_bytes() for file in tmp_path.glob("*.safetensors")}) == 1
+
+
 def test_loading_does_not_download_imagenet_weights(tmp_path, monkeypatch):
     def fail(*args, **options):
         raise AssertionError("download")
