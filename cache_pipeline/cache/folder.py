@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -69,6 +69,13 @@ def remove_partial_files(path: Path) -> None:
     """Clears away what a killed writer left half-written."""
     for file in path.rglob("*.partial"):
         file.unlink(missing_ok=True)
+
+
+def remove_other_files(folder: Path, kept: Collection[str]) -> None:
+    """Clears away the files of a folder whose names are not ``kept``."""
+    for file in folder.iterdir():
+        if file.name not in kept:
+            file.unlink()
 
 
 @contextmanager

@@ -50,7 +50,13 @@ class CameraEntry(NamedTuple):
 
     def unit_identity(self, view: int) -> str:
         """Digest of what decides the values of one view."""
-        return json_digest([self.identity] if view == 0 else [self.identity, self.view_spec, view])
+        return json_digest([self.decisive] if view == 0 else [self.decisive, self.view_spec, view])
+
+    @property
+    def decisive(self) -> dict[str, Any]:
+        """The identity without the name of the weights' source, which decides nothing."""
+        weights = {key: item for key, item in self.identity.get("weights", {}).items() if key != "source"}
+        return {**self.identity, "weights": weights}
 
 
 class DemoRows(NamedTuple):
@@ -101,7 +107,7 @@ class Manifest:
     def fingerprint(self) -> str:
         """Digest of what the cache holds: the same for the same frames, encoder and views, wherever its rows lie."""
         cameras = {
-            name: [entry.identity, entry.views, entry.view_spec if entry.views > 1 else None]
+            name: [entry.decisive, entry.views, entry.view_spec if entry.views > 1 else None]
             for name, entry in self.cameras.items()
         }
         demos = [[demo.name, demo.length, demo.digests, demo.view_key] for demo in self.demos]

@@ -18,7 +18,8 @@ def encoder_identity(
 ) -> dict[str, Any]:
     """Everything that decides the features at the cut. Two encoders that give different features never share one.
 
-    Compare all of it but ``weights.source``, which names a file for people: ``weights.digest`` decides.
+    Compare all of it but ``weights.source``, which names a file for people: ``weights.digest`` decides. It covers what
+    lies below the cut, and no more: features do not go stale when the layers above are trained.
 
     Args:
         encoder: the encoder, cut.
@@ -33,7 +34,7 @@ def encoder_identity(
         **({} if structure is None else {"structure": structure}),
         "cut": encoder.cut,
         "feature_shape": list(encoder.feature_shape(*shape)),
-        "weights": {"source": encoder.source, "digest": encoder.weights_digest()},
+        "weights": {"source": encoder.source, "digest": encoder.trunk_digest()},
         "preprocess": preprocess.to_json(),
         "precision": {"compute": compute},
     }

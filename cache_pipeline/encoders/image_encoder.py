@@ -223,6 +223,13 @@ class ImageEncoder(nn.Module):
         """Digest of all weights and BatchNorm statistics, whatever file they came from."""
         return state_digest(self.state_dict())
 
+    def trunk_digest(self, cut: str | None = None) -> str:
+        """Digest of the weights and BatchNorm statistics below ``cut``, or below the encoder's own: what decides the
+        features there. Equal to ``weights_digest`` where nothing lies above.
+        """
+        above = tuple(f"net.{stage}." for stage in head_stages(cut or self.cut)) if self.is_resnet else ()
+        return state_digest({name: value for name, value in self.state_dict().items() if not name.startswith(above)})
+
     def structure(self) -> str | None:
         """Digest of what a module of the user's own computes apart from its weights; ``None`` for a ResNet."""
         return None if self.is_resnet else structure_digest(self.net)

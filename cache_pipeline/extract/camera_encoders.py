@@ -35,11 +35,8 @@ class CameraEncoder(NamedTuple):
     encoder: ImageEncoder
     frozen: FrozenEncoder
     entry: CameraEntry
-
-    @property
-    def file(self) -> str:
-        """Where its weights lie inside a cache."""
-        return f"encoder/{self.entry.identity['weights']['digest']}.safetensors"
+    file: str
+    """Where its weights lie inside a cache, those above the cut too."""
 
 
 def build_camera_encoders(config: ExtractConfig, dataset: Dataset, cached: Manifest | None) -> dict[str, CameraEncoder]:
@@ -55,6 +52,7 @@ def build_camera_encoders(config: ExtractConfig, dataset: Dataset, cached: Manif
     """
     device = resolve_device(config.device)
     built: dict[EncoderSpec, ImageEncoder] = {}
+    files: dict[EncoderSpec, str] = {}
     frozen: dict[tuple[EncoderSpec, Preprocess, str], FrozenEncoder] = {}
     found = {}
     for camera, image_shape in dataset.cameras.items():
@@ -66,6 +64,7 @@ def build_camera_encoders(config: ExtractConfig, dataset: Dataset, cached: Manif
         key = (spec, preprocess, precision)
         if spec not in built:
             built[spec] = build_encoder(spec)
+            files[spec] = f"encoder/{built[spec].weights_digest()}.safetensors"
         if key not in frozen:
             frozen[key] = FrozenEncoder(built[spec], preprocess, device, precision)
         measured = entry.measured if entry is not None else None
@@ -74,7 +73,7 @@ def build_camera_encoders(config: ExtractConfig, dataset: Dataset, cached: Manif
         views = max(config.views, entry.views if entry else 1)
         shape, identity = frozen[key].feature_shape(image_shape), _as_json(frozen[key].identity(image_shape))
         made = CameraEntry(shape, image_shape, identity, views, _view_spec(config, entry, views), measured)
-        found[camera] = CameraEncoder(built[spec], frozen[key], made)
+        found[camera] = CameraEncoder(built[spec], frozen[key], made, files[spec])
     return found
 
 

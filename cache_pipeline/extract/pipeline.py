@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.cache import arrays
-from cache_pipeline.cache.folder import folder_bytes, remove_partial_files, swap, told_when_full
+from cache_pipeline.cache.folder import folder_bytes, remove_other_files, remove_partial_files, swap, told_when_full
 from cache_pipeline.cache.layout import Segment, Unit
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, write_record
 from cache_pipeline.cache.lock import writer_lock
@@ -120,6 +120,7 @@ def extract_features(config: ExtractConfig, *, progress: bool = True) -> Extract
                 prepared = run.prepared
                 finished = finish(prepared)
                 write_manifest(prepared.path, finished)
+                remove_other_files(prepared.path / "encoder", {Path(file).name for file in finished.encoders.values()})
             else:
                 finished = prepared.manifest if prepared.old is None else prepared.old
             if prepared.path != prepared.out:

@@ -49,7 +49,7 @@ def check_frontier(policy: VisuomotorPolicy, data: RunData) -> None:
         identity = data.cache.cameras[camera].identity
         encoder, preprocess = policy.obs_encoder.key_model_map[camera], policy.obs_encoder.preprocessing[camera]
         pairs = [
-            ("encoder.weights", identity["weights"]["digest"], encoder.weights_digest()),
+            ("encoder.weights", identity["weights"]["digest"], encoder.trunk_digest(identity["cut"])),
             ("preprocess", identity["preprocess"], preprocess.to_json()),
         ]
         for field, cached, wanted in pairs:

@@ -1,13 +1,16 @@
 import re
 
 import pytest
+import torch
 from cache_fakes import CAMERA, OTHER, OTHER_WEIGHTS, change_pixel, extract, outputs
 from fakes import make_dataset
 
+from cache_pipeline.cache.integrity import check_integrity
 from cache_pipeline.cache.manifest import read_manifest
 from cache_pipeline.cache.reader import FeatureCache
-from cache_pipeline.encoders.image_encoder import EncoderSpec
+from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.encoders.saving import load_encoder
 from cache_pipeline.encoders.views import ViewSpec
 from cache_pipeline.errors import StaleCacheError
 from cache_pipeline.extract.freshness import open_for_training
@@ -20,6 +23,15 @@ CROPPED = Preprocess(crop_shape=(20, 20))
 @pytest.fixture
 def dataset(tmp_path):
     return make_dataset(tmp_path / "demos.hdf5", lengths=LENGTHS)
+
+
+def weights_file(path, changed=None):
+    """The weights of a ResNet-18 drawn from seed 0, one value changed."""
+    state = build_encoder(EncoderSpec(weights="random")).net.state_dict()
+    if changed is not None:
+        state[changed].view(-1)[0] += 1
+    torch.save(state, path)
+    return path
 
 
 @pytest.fixture
@@ -59,6 +71,38 @@ def test_weights_under_another_name_are_the_same_weights(out):
     entry = read_manifest(out).cameras[CAMERA]
     renamed = {**entry.identity, "weights": {**entry.identity["weights"], "source": "elsewhere.pth"}}
     check_camera(CAMERA, entry, entry._replace(identity=renamed))
+
+
+def test_a_cache_made_with_weights_of_another_name_is_encoded_no_second_time(tmp_path, dataset):
+    first, second = (weights_file(tmp_path / name) for name in ("first.pth", "second.pth"))
+    extract(tmp_path / "c.zarr", dataset, encoders=EncoderSpec(weights=str(first), cut="layer1"))
+    before = outputs(tmp_path / "c.zarr")
+    result = extract(tmp_path / "c.zarr", dataset, encoders=EncoderSpec(weights=str(second), cut="layer1"))
+    assert (result.images, result.units_encoded) == (0, 0)
+    assert outputs(tmp_path / "c.zarr") == before
+
+
+def test_a_layer3_cache_does_not_go_stale_when_only_layer4_differs(tmp_path, dataset):
+    path, first = tmp_path / "c.zarr", weights_file(tmp_path / "first.pth")
+    extract(path, dataset, encoders=EncoderSpec(weights=str(first), cut="layer3"))
+    before = outputs(path)
+    tuned = EncoderSpec(weights=str(weights_file(tmp_path / "tuned.pth", "layer4.1.conv2.weight")), cut="layer3")
+    assert extract(path, dataset, encoders=tuned).images == 0
+    assert outputs(path) == before
+    file = FeatureCache(path).encoder_file(CAMERA)
+    assert load_encoder(None, file).weights_digest() == build_encoder(tuned).weights_digest()
+    assert list(file.parent.iterdir()) == [file]
+    assert check_integrity(path).ok
+
+
+@pytest.mark.parametrize("changed", ["layer3.1.conv2.weight", "layer2.0.bn1.running_mean"])
+def test_a_layer3_cache_is_stale_when_a_weight_or_statistic_below_differs(tmp_path, dataset, changed):
+    path, first = tmp_path / "c.zarr", weights_file(tmp_path / "first.pth")
+    extract(path, dataset, encoders=EncoderSpec(weights=str(first), cut="layer3"))
+    other = EncoderSpec(weights=str(weights_file(tmp_path / "other.pth", changed)), cut="layer3")
+    with pytest.raises(StaleCacheError) as caught:
+        extract(path, dataset, encoders=other)
+    assert caught.value.field == "encoder.weights.digest"
 
 
 def test_frames_of_another_size_are_named(out, dataset):
