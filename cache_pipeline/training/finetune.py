@@ -43,6 +43,7 @@ from cache_pipeline.training.learner import PolicyLearner
 from cache_pipeline.training.loop import Journal, Phase, run_loop
 from cache_pipeline.training.metrics import MetricsLog
 from cache_pipeline.training.order import Sampler
+from cache_pipeline.training.plateau import plateau_notes
 from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.run import check_resumed, check_run_folder, start_run
 from cache_pipeline.training.session import autocast_dtype
@@ -77,7 +78,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> TrainResult:
         result = run_loop(
             journal, session.learner, sampler, session.phases(), steps=config.steps, run=run, progress=progress
         )
-    return TrainResult.of(run, result, journal.metrics)
+    return TrainResult.of(run, result, journal.metrics, plateau_notes(run))
 
 
 class FinetuneSession:

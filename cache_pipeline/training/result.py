@@ -15,7 +15,7 @@ class TrainResult(NamedTuple):
     Losses are the policy's own, in normalised action units; ``final_loss`` is the mean since the last logged row.
     The two action errors are mean squared errors in the units of the dataset over the same held-out windows;
     ``mean_action_mse`` is that of always predicting the mean action of the train split. Both are None without
-    held-out demos.
+    held-out demos. ``notes`` are lines of advice for a terminal, no part of the JSON.
     """
 
     run: Path
@@ -28,9 +28,10 @@ class TrainResult(NamedTuple):
     mean_action_mse: float | None
     source: str
     checkpoint: Path
+    notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, run: Path, loop: LoopResult, metrics: dict[str, Any]) -> TrainResult:
+    def of(cls, run: Path, loop: LoopResult, metrics: dict[str, Any], notes: tuple[str, ...] = ()) -> TrainResult:
         """The figures of a finished loop and of its last measurement."""
         return cls(
             run=run,
@@ -43,10 +44,12 @@ class TrainResult(NamedTuple):
             mean_action_mse=metrics.get("validation/mean_action_mse"),
             source=loop.source,
             checkpoint=loop.checkpoint,
+            notes=notes,
         )
 
     def to_json(self) -> dict[str, Any]:
-        return {**self._asdict(), "run": str(self.run), "checkpoint": str(self.checkpoint)}
+        figures = {name: value for name, value in self._asdict().items() if name != "notes"}
+        return {**figures, "run": str(self.run), "checkpoint": str(self.checkpoint)}
 
     def lines(self) -> list[str]:
         """The figures as lines for a terminal."""
@@ -60,4 +63,4 @@ class TrainResult(NamedTuple):
                 f"held-out action error {self.valid_action_mse:.4g}, "
                 f"{share:.2f} of always predicting the mean action ({self.mean_action_mse:.4g})"
             )
-        return [*lines, f"checkpoint {self.checkpoint}"]
+        return [*lines, f"checkpoint {self.checkpoint}", *self.notes]

@@ -23,6 +23,7 @@ from cache_pipeline.training.evaluate import ActionError, evaluate
 from cache_pipeline.training.learner import PolicyLearner
 from cache_pipeline.training.loop import Journal, Phase, run_loop
 from cache_pipeline.training.metrics import MetricsLog
+from cache_pipeline.training.plateau import plateau_notes
 from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.run import check_run_folder, start_run
 from cache_pipeline.training.session import TrainSession, open_session
@@ -57,7 +58,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         journal = Journal(learner, folder, log, measure, config.saving, steps=config.steps, resumed=resumed)
         phases = [Phase(0, config.steps, lambda: None, lambda: source)]
         result = run_loop(journal, learner, session.sampler, phases, steps=config.steps, run=run, progress=progress)
-    return TrainResult.of(run, result, journal.metrics)
+    return TrainResult.of(run, result, journal.metrics, plateau_notes(run))
 
 
 def default_run(config: TrainConfig) -> Path:

@@ -1,0 +1,55 @@
+"""Whether the held-out error has flattened, and what to try then."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from shlex import quote
+
+from cache_pipeline.policies.spec import PolicySpec
+from cache_pipeline.training.checkpoint import read_run
+from cache_pipeline.training.metrics import read_metrics
+
+LEAST_MEASUREMENTS = 6
+IMPROVEMENT = 0.02
+
+
+def has_flattened(errors: Sequence[float]) -> bool:
+    """Whether the best of the last third of the measurements is less than 2 % below the best of those before.
+
+    Fewer than six measurements say nothing. A heuristic: it cannot tell an error that has reached its floor from one
+    that waits for a smaller learning rate.
+    """
+    if len(errors) < LEAST_MEASUREMENTS:
+        return False
+    late = len(errors) // 3
+    return min(errors[-late:]) > (1 - IMPROVEMENT) * min(errors[:-late])
+
+
+def plateau_notes(run: Path) -> tuple[str, ...]:
+    """Lines for the end of a run whose held-out error has flattened; none otherwise."""
+    measured = [row["validation/action_mse"] for row in read_metrics(run)]
+    errors = [error for error in measured if error is not None]
+    if not has_flattened(errors):
+        return ()
+    value = read_run(run)
+    late = len(errors) // 3
+    return (
+        f"the held-out error has flattened: the last {late} of {len(errors)} measurements brought less than "
+        f"{IMPROVEMENT:.0%}; if rollouts fail, try",
+        *(f"  {line}" for line in advice(run, value["kind"], PolicySpec.from_json(value["policy"]), value["config"])),
+    )
+
+
+def advice(run: Path, kind: str, spec: PolicySpec, config: dict[str, object]) -> list[str]:
+    """Commands to try next, in the order of their cost."""
+    whole = f"finetune --live-encoder --checkpoint {quote(str(run))}"
+    if kind == "finetune":
+        if config.get("unfreeze_schedule") is None and config.get("unfreeze") == "all":
+            return ["more demos: the whole encoder learns already"]
+        return [f"more of the encoder: {whole} --unfreeze all"]
+    if config.get("freeze_encoder") is False:
+        return ["more demos: the whole encoder learns already"]
+    wider = f"a wider projection: the same train command with --emb-dim {2 * spec.emb_dim}"
+    layers = "all" if spec.cut == "output" else "layer4"
+    return [f"an encoder that learns: {whole} --unfreeze {layers}", wider]
