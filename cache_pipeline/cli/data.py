@@ -27,6 +27,12 @@ def extract_features(
     encoder_from: Annotated[
         Path | None, typer.Option("--encoder-from", help="The encoder of this run, such as a fine-tuned one.")
     ] = None,
+    camera_encoder: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--camera-encoder", help="CAMERA=MODEL[@WEIGHTS]: another encoder for one camera; may be repeated."
+        ),
+    ] = None,
     cut: o.Cut = "avgpool",
     imagenet_norm: o.ImagenetNorm = None,
     resize_shape: o.ResizeShape = None,
@@ -58,16 +64,22 @@ def extract_features(
     spec = o.encoder_spec(
         rgb_model_name=rgb_model_name, pretrained=pretrained, weights=weights, encoder=encoder, cut=cut, seed=seed
     )
+    preprocess = o.preprocessing(
+        resize_shape=resize_shape, crop_shape=crop_shape, imagenet_norm=imagenet_norm, spec=spec
+    )
+    encoders, preprocessing = o.camera_encoders(camera_encoder, spec, preprocess, imagenet_norm)
+    if encoder_from is not None:
+        from cache_pipeline.training.tuned_encoder import encoders_of_run
+
+        encoders, preprocessing = encoders_of_run(encoder_from, cut)
     config = ExtractConfig(
         datasets=paths,
         out=Path(out),
         cameras=o.names(cameras),
         low_dim_keys=o.names(low_dim_keys),
         filter_key=filter_key,
-        encoders=spec,
-        preprocess=o.preprocessing(
-            resize_shape=resize_shape, crop_shape=crop_shape, imagenet_norm=imagenet_norm, spec=spec
-        ),
+        encoders=encoders,
+        preprocess=preprocessing,
         views=views,
         view_spec=ViewSpec(seed=seed),
         device=device,
@@ -88,11 +100,20 @@ def extract_features(
 
 def inspect(
     path: Annotated[Path, typer.Argument(help="A robomimic HDF5 file, a cache or a run.")],
+    views: Annotated[
+        Path | None, typer.Option("--views", help="Draw frames of a cache in all its views to this PNG.")
+    ] = None,
     json: o.Json = False,
 ) -> None:
     """Say what a dataset, a cache or a run holds, and whether it is sound."""
     from cache_pipeline.reports.inspection import inspect_path
 
+    if views is not None:
+        from cache_pipeline.reports.view_sheet import write_view_sheet
+
+        sheet = write_view_sheet(path, views)
+        o.emit(json, {"picture": str(sheet)}, [f"picture: {sheet}"])
+        return
     summary = inspect_path(path)
     o.emit(json, summary.to_json(), summary.lines())
 

@@ -63,6 +63,29 @@ def preprocessing(
     return Preprocess(resize_shape=shape(resize_shape), crop_shape=shape(crop_shape), imagenet_norm=norm)
 
 
+def camera_encoders(
+    chosen: list[str] | None, spec: EncoderSpec, preprocess: Preprocess, imagenet_norm: bool | None
+) -> tuple[EncoderSpec | dict[str, EncoderSpec], Preprocess | dict[str, Preprocess]]:
+    """``CAMERA=MODEL[@WEIGHTS]`` for some cameras, ``spec`` and ``preprocess`` for all others.
+
+    ``WEIGHTS`` is a file, ``imagenet`` or ``random``; without it, ``imagenet``.
+    """
+    from dataclasses import replace
+
+    if not chosen:
+        return spec, preprocess
+    specs, preprocesses = {"": spec}, {"": preprocess}
+    for text in chosen:
+        match = re.fullmatch(r"([^=]+)=([^@]+)(?:@(.+))?", text)
+        if match is None:
+            raise ConfigError(f"--camera-encoder {text!r}: write CAMERA=MODEL or CAMERA=MODEL@WEIGHTS")
+        camera, model, weights = match.groups()
+        specs[camera] = replace(spec, rgb_model_name=model, weights=weights or "imagenet", factory=None)
+        norm = specs[camera].weights != "random" if imagenet_norm is None else imagenet_norm
+        preprocesses[camera] = replace(preprocess, imagenet_norm=norm)
+    return specs, preprocesses
+
+
 def emit(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
     """Prints one JSON object, or the lines for a person, to stdout."""
     if as_json:

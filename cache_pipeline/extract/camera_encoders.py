@@ -20,7 +20,8 @@ from cache_pipeline.encoders.identity import collapse_warning, feature_statistic
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import load_encoder, save_encoder
-from cache_pipeline.extract.config import ExtractConfig
+from cache_pipeline.errors import ConfigError, available
+from cache_pipeline.extract.config import OTHERS, ExtractConfig
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.files import digest
 
@@ -50,6 +51,8 @@ def build_camera_encoders(config: ExtractConfig, dataset: Dataset, cached: Manif
         dataset: whose cameras are encoded.
         cached: the manifest so far.
     """
+    _check_names(config.encoders, dataset)
+    _check_names(config.preprocess, dataset)
     device = resolve_device(config.device)
     built: dict[EncoderSpec, ImageEncoder] = {}
     files: dict[EncoderSpec, str] = {}
@@ -75,6 +78,14 @@ def build_camera_encoders(config: ExtractConfig, dataset: Dataset, cached: Manif
         made = CameraEntry(shape, image_shape, identity, views, _view_spec(config, entry, views), measured)
         found[camera] = CameraEncoder(built[spec], frozen[key], made, files[spec])
     return found
+
+
+def _check_names(chosen: object, dataset: Dataset) -> None:
+    if not isinstance(chosen, Mapping):
+        return
+    for camera in chosen:
+        if camera != OTHERS and camera not in dataset.cameras:
+            raise ConfigError(f"an encoder is given for {camera!r}; {available(dataset.cameras, camera)}")
 
 
 def _sample(dataset: Dataset, camera: str) -> NDArray[np.uint8]:

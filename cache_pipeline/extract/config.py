@@ -13,6 +13,9 @@ from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.views import ViewSpec
 from cache_pipeline.errors import ConfigError, available
 
+Item = TypeVar("Item")
+
+OTHERS = ""
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 
 
@@ -67,10 +70,6 @@ class ExtractConfig:
     def preprocess_for(self, camera: str) -> Preprocess:
         """The preprocessing of one camera."""
         return _of_camera(self.preprocess, camera, "preprocessing")
-
-
-Item = TypeVar("Item")
-OTHERS = ""
 
 
 def _of_camera(value: Item | Mapping[str, Item], camera: str, what: str) -> Item:

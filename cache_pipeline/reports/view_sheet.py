@@ -1,0 +1,64 @@
+"""``inspect --views``: a contact sheet of frames as the encoder sees them, one row per camera and view."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.encoders.preprocess import Preprocess, augment
+from cache_pipeline.encoders.views import ViewSpec, view_parameters
+from cache_pipeline.errors import CacheError, CachePipelineError
+from cache_pipeline.files import atomic_path
+from cache_pipeline.reports import plots
+
+COLUMNS = 6
+
+
+def write_view_sheet(cache_path: Path, out: Path) -> Path:
+    """Draws frames of the first demos of a cache, in every view, as a PNG.
+
+    Raises:
+        CacheError: no cache, or its source files are not at hand.
+    """
+    cache = FeatureCache(cache_path)
+    try:
+        dataset = Dataset.open([Path(source.path) for source in cache.manifest.files], cameras=tuple(cache.cameras))
+    except CachePipelineError as error:
+        raise CacheError(f"the frames of {cache_path} cannot be read, so its views cannot be drawn: {error}") from error
+    rows: dict[str, list[NDArray[np.uint8]]] = {}
+    for camera, entry in cache.cameras.items():
+        spec = ViewSpec.from_json(entry.view_spec or {})
+        preprocess = Preprocess.from_json(entry.identity["preprocess"])
+        for view in range(entry.views):
+            title = f"{camera}, view {view}" + (" (clean)" if view == 0 else "")
+            rows[title] = [_frame(cache, dataset, camera, number, preprocess, spec, view) for number in _demos(cache)]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out) as partial:
+        partial.write_bytes(plots.contact_sheet(rows))
+    return out
+
+
+def _demos(cache: FeatureCache) -> list[int]:
+    return list(range(min(COLUMNS, len(cache.demos))))
+
+
+def _frame(
+    cache: FeatureCache,
+    dataset: Dataset,
+    camera: str,
+    number: int,
+    preprocess: Preprocess,
+    spec: ViewSpec,
+    view: int,
+) -> NDArray[np.uint8]:
+    demo = cache.demos[number]
+    source = next(i for i, other in enumerate(dataset.demos) if (other.file, other.name) == (demo.file, demo.name))
+    frame = torch.from_numpy(dataset.frames(source, camera, demo.length // 2, demo.length // 2 + 1))
+    drawn = view_parameters(spec, demo.view_key, camera, view)
+    pixels: NDArray[np.uint8] = (augment(frame, preprocess, drawn)[0] * 255).round().byte().permute(1, 2, 0).numpy()
+    return pixels
