@@ -196,11 +196,14 @@ class _Run:
             rows = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
             recorded = tuple(self._record(s, rows_digest(piece)) for s, piece in zip(job.segments, pieces, strict=True))
             return _Read(job, none, none, rows, recorded)
-        frames = [dataset.frames(s.demo, job.camera, s.offset, s.offset + s.stop - s.start) for s in job.segments]
-        digests = [frame_digests(piece) for piece in frames]
-        recorded = tuple(self._record(s, array_digest(piece)) for s, piece in zip(job.segments, digests, strict=True))
+        lengths = [segment.stop - segment.start for segment in job.segments]
+        spans = [(s.demo, s.offset, s.offset + count) for s, count in zip(job.segments, lengths, strict=True)]
+        frames = dataset.gather(job.camera, spans)
+        digests = frame_digests(frames)
+        parts = np.split(digests, np.cumsum(lengths)[:-1])
+        recorded = tuple(self._record(s, array_digest(part)) for s, part in zip(job.segments, parts, strict=True))
         self._check_unchanged(job, recorded)
-        return _Read(job, np.concatenate(frames), np.concatenate(digests), {}, recorded)
+        return _Read(job, frames, digests, {}, recorded)
 
     def _record(self, segment: Segment, content: str) -> RecordedSegment:
         demo = self._manifest.demos[segment.demo]

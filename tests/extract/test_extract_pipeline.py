@@ -1,6 +1,7 @@
 import json
 import os
 import shutil
+import threading
 import time
 
 import numpy as np
@@ -103,6 +104,20 @@ def test_a_changed_demo_alone_is_encoded_again(dataset, out):
     assert [d.row for d in after.demos[:2]] == [d.row for d in before.demos[:2]]
     assert after.demos[2].row == 64
     assert after.fingerprint != before.fingerprint
+
+
+def test_of_a_hundred_demos_one_changed_is_encoded_alone(tmp_path, out):
+    lengths = tuple(2 + number % 5 for number in range(100))
+    dataset = make_dataset(tmp_path / "hundred.hdf5", lengths=lengths)
+    whole = extract(out, dataset, cameras=(CAMERA,), shard_rows=8)
+    before = FeatureCache(out).manifest.units
+    change_pixel(dataset, "demo_57", CAMERA, 1)
+    result = extract(out, dataset, cameras=(CAMERA,), shard_rows=8)
+    assert result.images == lengths[57]
+    assert result.units_encoded == 3
+    assert result.units_reused >= whole.units_encoded - 3 * 2
+    kept = FeatureCache(out).manifest.units
+    assert {name: kept[name] for name in kept if name in before}.items() <= before.items()
 
 
 def test_an_extended_cache_holds_the_same_bits_as_one_made_at_once(tmp_path):
@@ -224,10 +239,14 @@ def test_a_feature_that_does_not_fit_the_stored_dtype_is_refused_by_frame(datase
 
 
 def test_an_error_of_the_reading_thread_comes_out_as_itself(dataset, out, monkeypatch):
-    def fail(self, *args):
-        raise DatasetError("the disk is on fire")
+    gather = Dataset.gather
 
-    monkeypatch.setattr(Dataset, "frames", fail)
+    def fail(self, *args):
+        if threading.current_thread().name == "read":
+            raise DatasetError("the disk is on fire")
+        return gather(self, *args)
+
+    monkeypatch.setattr(Dataset, "gather", fail)
     with pytest.raises(DatasetError, match="on fire"):
         extract(out, dataset)
 

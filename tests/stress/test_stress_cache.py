@@ -14,7 +14,7 @@ from cache_fakes import CAMERA, change_pixel, equal, extract, outputs
 from fakes import make_dataset
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from killed import start, wait_for
+from killed import start
 
 from cache_pipeline.cache.compact import compact
 from cache_pipeline.cache.integrity import check_integrity
@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.stress, pytest.mark.timeout(7200)]
 
 KILLS = int(os.environ.get("STRESS_KILLS", "200"))
 EXAMPLES = int(os.environ.get("STRESS_EXAMPLES", "60"))
+PAIRS = int(os.environ.get("STRESS_PAIRS", "20"))
+FLIPS = int(os.environ.get("STRESS_FLIPS", "8"))
 MUTATIONS = int(os.environ.get("STRESS_MUTATIONS", "3000"))
 
 
@@ -34,13 +36,15 @@ def test_many_kills_at_random_moments_never_change_a_digest(tmp_path):
     dataset = make_dataset(tmp_path / "demos.hdf5", lengths=(17, 30, 9, 21))
     whole, out = tmp_path / "whole.zarr", tmp_path / "killed.zarr"
     extract(whole, dataset, views=2)
-    rng, finished = random.Random(0), 0
+    rng, finished, advanced = random.Random(0), 0, 0
+    seconds = seconds_of_a_run(dataset, tmp_path / "timed.zarr")
     for _ in range(KILLS):
+        units = len(list(out.glob("ledger/**/*.json")))
         process = start(out, dataset, seconds=0.002)
-        wait_for(process, tmp_path, ".killed.zarr.lock")
-        time.sleep(rng.uniform(0, 0.8))
+        time.sleep(rng.uniform(0, 1.2 * seconds))
         process.kill()
         process.join()
+        advanced += len(list(out.glob("ledger/**/*.json"))) > units
         if (out / MANIFEST).exists():
             finished += 1
             assert outputs(out) == outputs(whole)
@@ -48,7 +52,55 @@ def test_many_kills_at_random_moments_never_change_a_digest(tmp_path):
     extract(out, dataset, views=2)
     assert outputs(out) == outputs(whole)
     assert check_integrity(out).ok
-    print(f"{KILLS} kills, {finished} of them after the end")
+    print(f"{KILLS} kills, {advanced} of them after units were written, {finished} after the end")
+    assert advanced > 0
+
+
+def seconds_of_a_run(dataset, out):
+    """From starting a process to its end."""
+    started = time.perf_counter()
+    process = start(out, dataset, seconds=0.002)
+    process.join()
+    assert process.exitcode == 0
+    return time.perf_counter() - started
+
+
+def test_two_extractions_started_at_once_never_spoil_a_cache(tmp_path):
+    dataset = make_dataset(tmp_path / "demos.hdf5", lengths=(17, 30, 9, 21))
+    whole, refused = tmp_path / "whole.zarr", 0
+    extract(whole, dataset, views=2)
+    for number in range(PAIRS):
+        out = tmp_path / f"{number}.zarr"
+        pair = [start(out, dataset, seconds=0.002) for _ in range(2)]
+        for process in pair:
+            process.join()
+        refused += sum(process.exitcode != 0 for process in pair)
+        assert any(process.exitcode == 0 for process in pair)
+        assert outputs(out) == outputs(whole)
+        assert check_integrity(out).ok
+        shutil.rmtree(out)
+    print(f"{PAIRS} pairs, {refused} times one of them was refused")
+
+
+def test_a_byte_flipped_anywhere_in_any_file_is_found(tmp_path):
+    dataset = make_dataset(tmp_path / "demos.hdf5", lengths=(7, 12))
+    path, rng, flips = tmp_path / "cache.zarr", random.Random(2), 0
+    extract(path, dataset, views=2)
+    ledger = {file: file.read_bytes() for file in (path / "ledger").rglob("*.json")}
+    files = [file for file in path.rglob("*") if file.is_file()]
+    for file in files:
+        content = file.read_bytes()
+        places = {0, len(content) - 1, *(rng.randrange(len(content)) for _ in range(FLIPS))}
+        for at in places:
+            file.write_bytes(content[:at] + bytes([content[at] ^ (1 << rng.randrange(8))]) + content[at + 1 :])
+            if file.suffix != ".json" or parsed(file.read_bytes()) != parsed(content) or file.name == "zarr.json":
+                assert not check_integrity(path).ok, (file, at)
+                flips += 1
+            file.write_bytes(content)
+            for record in ledger:  # the check strikes the damaged unit's
+                if not record.exists():
+                    record.write_bytes(ledger[record])
+    print(f"{flips} flipped bytes in {len(files)} files")
 
 
 @pytest.mark.parametrize("name", [MANIFEST, "ledger"])
