@@ -39,12 +39,20 @@ def train(
         Path | None, typer.Option("--robomimic-config", help="A robomimic JSON config; trains its algorithm.")
     ] = None,
     steps: Steps = 4000,
-    batch_size: BatchSize = 64,
+    batch_size: Annotated[
+        int | None, typer.Option("--batch-size", min=1, help="Windows per step; 64, or what the robomimic config says.")
+    ] = None,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of projection and policy.")] = 1e-3,
     encoder_lr: EncoderLr = 1e-5,
     emb_dim: Annotated[int, typer.Option("--emb-dim", min=1, help="Width of the projection.")] = 256,
-    obs_horizon: Annotated[int, typer.Option("--obs-horizon", min=1, help="Obs steps that the policy sees.")] = 2,
-    action_horizon: Annotated[int, typer.Option("--action-horizon", min=1, help="Action steps it predicts.")] = 8,
+    obs_horizon: Annotated[
+        int | None,
+        typer.Option("--obs-horizon", min=1, help="Obs steps that the policy sees (frame_stack); 2 for our own."),
+    ] = None,
+    action_horizon: Annotated[
+        int | None,
+        typer.Option("--action-horizon", min=1, help="Action steps it predicts (seq_length); 8 for our own."),
+    ] = None,
     action_normalization: Annotated[
         str, typer.Option("--action-normalization", help="minmax, gaussian or none.")
     ] = "minmax",

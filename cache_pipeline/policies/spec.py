@@ -79,6 +79,8 @@ def build_policy(spec: PolicySpec, encoders: Mapping[str, ImageEncoder], seed: i
         ConfigError: an option that the policy does not have, or of a wrong value.
         EncoderError: encoders that do not fit the cameras.
     """
+    if spec.name not in POLICIES:
+        raise ConfigError(f"{spec.name} cannot be exported or fine-tuned here; {available(POLICIES)}")
     policy_class, config = POLICIES[spec.name][0], policy_config(spec.name, spec.options)
     shapes: dict[str, Any] = {camera: {"shape": shape, "type": "rgb"} for camera, shape in spec.cameras.items()}
     shapes |= {key: {"shape": shape, "type": "low_dim"} for key, shape in spec.low_dim.items()}

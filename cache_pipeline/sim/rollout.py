@@ -230,6 +230,8 @@ def run_episode(
     started = time.monotonic()
     cameras = tuple(policy.cameras)
     history = ObsHistory((*cameras, *policy.low_dim), policy.obs_horizon)
+    if hasattr(policy, "start_episode"):
+        policy.start_episode()
     obs = env.reset(seed)
     history.start(obs)
     chunk: list[NDArray] = []

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.saving import load_encoder
-from cache_pipeline.errors import CachePipelineError, CheckpointError
+from cache_pipeline.errors import CachePipelineError, CheckpointError, ConfigError
 from cache_pipeline.files import read_json, write_json
+from cache_pipeline.policies.robomimic_bridge import PREFIX
+from cache_pipeline.policies.robomimic_policy import build_robomimic_policy
 from cache_pipeline.policies.spec import PolicySpec, build_policy
 from cache_pipeline.training.tensors import place_folder, read_tensors, tensor_device, write_tensors
 
 if TYPE_CHECKING:
-    from cache_pipeline.policies.visuomotor import VisuomotorPolicy
     from cache_pipeline.training.learner import Learner
 
 FORMAT = 1
@@ -201,21 +202,31 @@ def run_encoders(run: Path, spec: PolicySpec) -> dict[str, ImageEncoder]:
     return {camera: loaded[file] for camera, file in spec.encoder_files.items()}
 
 
-def load_policy(path: str | Path, device: str = "cpu") -> VisuomotorPolicy:
+def load_policy(path: str | Path, device: str = "cpu") -> Any:
     """The policy of a run (its best checkpoint, else its latest) or of one checkpoint folder, ready for ``act``.
 
-    It has the averaged weights, if the run kept any.
+    A ``VisuomotorPolicy`` with the averaged weights, if the run kept any; of a robomimic run a ``RobomimicPolicy``.
 
     Raises:
         CheckpointError: anything is missing, damaged or from another version. Nothing is unpickled.
+        MissingExtraError: a robomimic run, and robomimic is not installed.
     """
     run, folder = find_checkpoint(Path(path))
     value, checkpoint = read_run(run), read_checkpoint(folder)
     spec = PolicySpec.from_json(value.get("policy"))
-    policy = build_policy(spec, run_encoders(run, spec))
+    encoders = run_encoders(run, spec)
+    policy: Any
+    if spec.name.startswith(PREFIX):
+        try:
+            policy = build_robomimic_policy(spec, encoders, tensor_device(device))
+        except ConfigError as error:
+            raise CheckpointError(f"{run / RUN_JSON} is damaged: {error}") from error
+    else:
+        policy = build_policy(spec, encoders).to(tensor_device(device)).requires_grad_(False)
     policy.load_tensors({**checkpoint.model, **checkpoint.ema})
     policy.env_args, policy.render_flags = value["data"].get("env_args"), value["data"].get("render_flags")
-    return policy.to(tensor_device(device)).eval().requires_grad_(False)
+    policy.eval()
+    return policy
 
 
 def inspect_run(path: str | Path) -> RunSummary:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from cache_pipeline.errors import CheckpointError, ConfigError, available
+from cache_pipeline.policies.robomimic_bridge import PREFIX, check_name
 
 if TYPE_CHECKING:
     from cache_pipeline.encoders.image_encoder import EncoderSpec
@@ -17,7 +18,11 @@ Order = Literal["auto", "full", "block"]
 ActionNormalization = Literal["minmax", "gaussian", "none"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 POLICIES = ("flow", "mlp", "gmm")
-ROBOMIMIC_PREFIX = "robomimic:"
+ROBOMIMIC_PREFIX = PREFIX
+
+OWN_POLICY_OPTIONS = ("policy_options", "lr", "emb_dim", "action_normalization", "feature_noise", "optim")
+# What the options mean for our own policies where nothing is given; a robomimic config says it for its algorithm.
+DEFAULTS = {"batch_size": 64, "obs_horizon": 2, "action_horizon": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,23 +97,24 @@ class TrainConfig:
     share_rgb_model: bool = False
     """One encoder for all cameras when it learns; a frozen encoder is the same for all cameras anyway."""
     policy: str = "flow"
-    """``flow``, ``mlp`` or ``gmm``; ``robomimic:ALGORITHM`` is reserved and refused by ``train``."""
+    """``flow``, ``mlp`` or ``gmm``, or ``robomimic:ALGORITHM``; see docs/robomimic.md."""
     policy_options: dict[str, Any] = field(default_factory=dict)
     """Options of the policy, such as ``{"hidden": [512, 512]}``; see the policy's config."""
     robomimic_config: Path | None = None
-    """Reserved for a robomimic JSON config; refused by ``train``."""
+    """A robomimic JSON config, whose algorithm is trained with its settings."""
     steps: int = 4000
-    batch_size: int = 64
+    batch_size: int | None = None
+    """Windows per step; 64, or what the robomimic config says."""
     lr: float = 1e-3
     """Peak learning rate of projection and policy."""
     encoder_lr: float = 1e-5
     """Peak learning rate of an encoder that learns."""
     emb_dim: int = 256
     """Width of the projection of one obs step."""
-    obs_horizon: int = 2
-    """Obs steps that the policy sees, robomimic's ``frame_stack``."""
-    action_horizon: int = 8
-    """Action steps that the policy predicts, robomimic's ``seq_length``."""
+    obs_horizon: int | None = None
+    """Obs steps that the policy sees, robomimic's ``frame_stack``; 2, or what the robomimic config says."""
+    action_horizon: int | None = None
+    """Action steps that the policy predicts, robomimic's ``seq_length``; 8, or what the robomimic config says."""
     action_normalization: ActionNormalization = "minmax"
     augment: bool | None = None
     """Draw a view for each window in training. By default wherever the cache has more than the clean view."""
@@ -134,8 +140,13 @@ class TrainConfig:
     saving: SavingConfig = field(default_factory=SavingConfig)
 
     def __post_init__(self) -> None:
+        if self.robomimic:
+            _check_robomimic(self)
+        else:
+            for name, value in DEFAULTS.items():
+                object.__setattr__(self, name, value if getattr(self, name) is None else getattr(self, name))
+            _one_of("policy", self.policy, POLICIES)
         _check_shared(self)
-        _check_policy(self.policy)
         if self.cache is None and not self.datasets:
             raise ConfigError("nothing to train on: give --from-cache CACHE, or --dataset FILE to encode live")
         if self.cache is not None and self.source == "live" and not self.datasets:
@@ -145,8 +156,14 @@ class TrainConfig:
         if not self.freeze_encoder and self.live is False:
             raise ConfigError("a cache holds frozen features: to train the encoder give --dataset FILE alone")
         for name in ("emb_dim", "obs_horizon", "action_horizon"):
-            _at_least(name, getattr(self, name), 1)
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
         _at_least("feature_noise", self.feature_noise, 0)
+
+    @property
+    def robomimic(self) -> bool:
+        """Whether one of robomimic's algorithms is trained."""
+        return self.robomimic_config is not None or self.policy.startswith(ROBOMIMIC_PREFIX)
 
     @property
     def live(self) -> bool:
@@ -231,7 +248,8 @@ Config = TypeVar("Config", TrainConfig, FinetuneConfig)
 
 def _check_shared(config: TrainConfig | FinetuneConfig) -> None:
     _at_least("steps", config.steps, 1)
-    _at_least("batch_size", config.batch_size, 1)
+    if config.batch_size is not None:
+        _at_least("batch_size", config.batch_size, 1)
     for name in ("lr", "encoder_lr"):
         if not getattr(config, name) > 0:
             raise ConfigError(f"{name} is {getattr(config, name)}; it must be positive")
@@ -248,9 +266,21 @@ def _check_shared(config: TrainConfig | FinetuneConfig) -> None:
         raise ConfigError("--resume continues the run and --overwrite replaces it: give one of them")
 
 
-def _check_policy(name: str) -> None:
-    if not name.startswith(ROBOMIMIC_PREFIX):
-        _one_of("policy", name, POLICIES)
+def _check_robomimic(config: TrainConfig) -> None:
+    """Raises ConfigError for options of our own policies and encoders, which robomimic's algorithms do not have."""
+    if config.policy.startswith(ROBOMIMIC_PREFIX):
+        check_name(config.policy)
+    elif config.policy != TrainConfig.policy:
+        raise ConfigError(f"policy {config.policy!r} is not robomimic's: give it, or --robomimic-config, not both")
+    plain = TrainConfig(cache=config.cache, datasets=config.datasets)
+    for name in OWN_POLICY_OPTIONS:
+        if getattr(config, name) != getattr(plain, name):
+            raise ConfigError(
+                f"{name} is for the policies {', '.join(POLICIES)}; robomimic's algorithms have theirs in the JSON of "
+                f"--robomimic-config, such as algo.optim_params"
+            )
+    if not config.freeze_encoder:
+        raise ConfigError("robomimic's algorithms learn from frozen features: leave --no-freeze-encoder out")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

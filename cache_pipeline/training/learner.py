@@ -23,6 +23,10 @@ class ActingPolicy(Protocol):
 
     def act(self, obs: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor: ...
 
+    def eval(self) -> Any: ...
+
+    def train(self) -> Any: ...
+
 
 class Learner(Protocol):
     """One trainable policy with its optimiser."""

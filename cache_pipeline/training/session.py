@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,8 @@ from cache_pipeline.encoders.precision import DTYPES, resolve_precision
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import load_encoder
 from cache_pipeline.errors import ConfigError
+from cache_pipeline.policies.robomimic_bridge import RobomimicConfig
+from cache_pipeline.policies.robomimic_policy import CONFIG, build_robomimic_policy
 from cache_pipeline.policies.spec import PolicySpec, build_policy
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, read_run, run_encoders
@@ -32,8 +35,9 @@ from cache_pipeline.training.data import (
     open_live,
     plan_source,
 )
-from cache_pipeline.training.learner import PolicyLearner
+from cache_pipeline.training.learner import Learner, PolicyLearner
 from cache_pipeline.training.order import BlockOrder, Sampler
+from cache_pipeline.training.robomimic import RobomimicLearner, fit_robomimic, robomimic_config, robomimic_splits
 from cache_pipeline.training.run import check_resumed
 from cache_pipeline.training.sources.source import Source, SplitRows
 from cache_pipeline.training.tensors import tensor_device
@@ -46,6 +50,7 @@ class TrainSession(NamedTuple):
 
     Attributes:
         splits: windows of the train and of the held-out split.
+        learner: a PolicyLearner, or a RobomimicLearner.
         resumed: the checkpoint from which the run goes on; its state is in the learner.
     """
 
@@ -57,7 +62,7 @@ class TrainSession(NamedTuple):
     splits: tuple[SplitRows, SplitRows | None]
     plan: SourcePlan
     source: Source
-    learner: PolicyLearner
+    learner: Any
     sampler: Sampler
     resumed: Checkpoint | None
 
@@ -72,25 +77,65 @@ def open_session(config: TrainConfig, run: Path) -> TrainSession:
         ConfigError, DatasetError, CacheError, EncoderError, CheckpointError: what does not fit.
     """
     device = tensor_device(config.device)
-    data = _open(config, run)
+    bridge = robomimic_config(config) if config.robomimic else None
+    data = _open(config if bridge is None else _with_keys(config, bridge), run)
     check_cameras(data.cameras)
     before = check_resumed(run, config, data.identity) if config.resume else None
-    spec, encoders = _resumed(run, before) if before is not None else _fresh(config, data)
-    policy = build_policy(spec, encoders, config.seed).to(device)
-    policy.feature_noise = config.feature_noise
-
-    splits = data.splits(WindowSpec(config.obs_horizon, config.action_horizon), device)
-    plan = _plan(config, data, len(splits[0]), device, before)
-    source = _source(config, data, plan, splits, spec, encoders, device)
-    learner = _learner(config, policy, device)
+    spec, encoders = _resumed(run, before) if before is not None else _fresh(config, bridge, data)
+    opened = _open_own if bridge is None else _open_robomimic
+    splits, plan, source, learner, batch_size = opened(config, spec, encoders, data, device, before)
     resumed: Checkpoint | None = None
     if before is not None:
         resumed = read_checkpoint(find_checkpoint(run, latest=True)[1])
         learner.load(resumed.model, resumed.ema, resumed.resume)
-    else:
-        fit_statistics(policy, data, source, config.action_normalization)
-    sampler = Sampler(len(splits[0]), config.batch_size, config.seed, views=plan.views, blocks=plan.blocks)
+    sampler = Sampler(len(splits[0]), batch_size, config.seed, views=plan.views, blocks=plan.blocks)
     return TrainSession(config, device, data, spec, encoders, splits, plan, source, learner, sampler, resumed)
+
+
+class _Opened(NamedTuple):
+    splits: tuple[SplitRows, SplitRows | None]
+    plan: SourcePlan
+    source: Source
+    learner: Learner
+    batch_size: int
+
+
+def _open_own(
+    config: TrainConfig,
+    spec: PolicySpec,
+    encoders: Mapping[str, ImageEncoder],
+    data: RunData,
+    device: torch.device,
+    before: Mapping[str, Any] | None,
+) -> _Opened:
+    assert config.batch_size is not None
+    policy = build_policy(spec, encoders, config.seed).to(device)
+    policy.feature_noise = config.feature_noise
+    splits = data.splits(WindowSpec(spec.obs_horizon, spec.action_horizon), device)
+    plan = _plan(config, data, len(splits[0]), device, before)
+    source = _source(config, data, plan, splits, spec, encoders, device)
+    learner = _learner(config, policy, device)
+    if before is None:
+        fit_statistics(policy, data, source, config.action_normalization)
+    return _Opened(splits, plan, source, learner, config.batch_size)
+
+
+def _open_robomimic(
+    config: TrainConfig,
+    spec: PolicySpec,
+    encoders: Mapping[str, ImageEncoder],
+    data: RunData,
+    device: torch.device,
+    before: Mapping[str, Any] | None,
+) -> _Opened:
+    policy = build_robomimic_policy(spec, encoders, device, config.seed)
+    splits = robomimic_splits(policy.config, data.rows, device)
+    plan = _plan(config, data, len(splits[0]), device, before)
+    source = _source(config, data, plan, splits, spec, encoders, device)
+    learner = RobomimicLearner(policy, windows=len(splits[0]), seed=config.seed)
+    if before is None:
+        fit_robomimic(policy, data.rows, source)
+    return _Opened(splits, plan, source, learner, policy.config.batch_size)
 
 
 def fit_statistics(policy: VisuomotorPolicy, data: RunData, source: Source, normalization: Any) -> None:
@@ -99,6 +144,20 @@ def fit_statistics(policy: VisuomotorPolicy, data: RunData, source: Source, norm
     chosen = np.unique(np.linspace(0, rows - 1, min(rows, STATISTICS_ROWS)).round().astype(np.int64))
     low_dim = {key: values[:rows] for key, values in data.rows.low_dim.items()}
     policy.fit(source.features_of(chosen), low_dim, data.rows.actions[:rows], normalization)
+
+
+def _with_keys(config: TrainConfig, bridge: RobomimicConfig) -> TrainConfig:
+    """Cameras, low-dim keys and filter keys of a robomimic JSON, where no option names others."""
+    if config.robomimic_config is None:
+        return config
+    train, valid = bridge.filter_keys
+    return replace(
+        config,
+        cameras=config.cameras if config.cameras is not None else bridge.cameras,
+        low_dim_keys=config.low_dim_keys if config.low_dim_keys is not None else bridge.low_dim,
+        filter_key=config.filter_key or train,
+        valid_key=config.valid_key or valid,
+    )
 
 
 def _open(config: TrainConfig, run: Path) -> RunData:
@@ -117,19 +176,29 @@ def _resumed(run: Path, before: Mapping[str, Any]) -> tuple[PolicySpec, dict[str
     return spec, run_encoders(run, spec)
 
 
-def _fresh(config: TrainConfig, data: RunData) -> tuple[PolicySpec, dict[str, ImageEncoder]]:
+def _fresh(
+    config: TrainConfig, bridge: RobomimicConfig | None, data: RunData
+) -> tuple[PolicySpec, dict[str, ImageEncoder]]:
     if config.cache is not None:
         encoders, preprocess = _cache_encoders(data.cache or FeatureCache(config.cache), tuple(data.cameras))
     else:
         encoders, preprocess = _live_encoders(config, data)
     distinct = list(dict.fromkeys(id(encoder) for encoder in encoders.values()))
     names = ["encoder.safetensors", *(f"encoder_{number}.safetensors" for number in range(2, len(distinct) + 1))]
+    if bridge is None:
+        assert config.obs_horizon is not None
+        assert config.action_horizon is not None
+        name, options = config.policy, dict(config.policy_options)
+        horizons = (config.obs_horizon, config.action_horizon)
+    else:
+        name, options = bridge.name, {CONFIG: bridge.on_features(tuple(data.cameras), tuple(data.low_dim)).json}
+        horizons = (bridge.obs_horizon, 1)
     spec = PolicySpec(
-        name=config.policy,
-        options=dict(config.policy_options),
+        name=name,
+        options=options,
         emb_dim=config.emb_dim,
-        obs_horizon=config.obs_horizon,
-        action_horizon=config.action_horizon,
+        obs_horizon=horizons[0],
+        action_horizon=horizons[1],
         action_dim=int(data.rows.actions.shape[1]),
         cameras=data.cameras,
         low_dim=data.low_dim,
@@ -137,7 +206,7 @@ def _fresh(config: TrainConfig, data: RunData) -> tuple[PolicySpec, dict[str, Im
         encoder_files={camera: names[distinct.index(id(encoder))] for camera, encoder in encoders.items()},
         cut=next(iter(encoders.values())).cut,
         share_rgb_model=config.freeze_encoder or config.share_rgb_model,
-        clip_actions=config.action_normalization == "minmax",
+        clip_actions=bridge is None and config.action_normalization == "minmax",
     )
     return spec, encoders
 

@@ -11,16 +11,15 @@ from typing import Any
 import torch
 
 from cache_pipeline.encoders.image_encoder import ImageEncoder
-from cache_pipeline.errors import ConfigError, available
 from cache_pipeline.training.checkpoint import (
     CheckpointFolder,
 )
-from cache_pipeline.training.config import POLICIES, ROBOMIMIC_PREFIX, SavingConfig, TrainConfig
+from cache_pipeline.training.config import SavingConfig, TrainConfig
 from cache_pipeline.training.data import (
     RunData,
 )
 from cache_pipeline.training.evaluate import ActionError, evaluate
-from cache_pipeline.training.learner import PolicyLearner
+from cache_pipeline.training.learner import Learner
 from cache_pipeline.training.loop import Journal, Phase, run_loop
 from cache_pipeline.training.metrics import MetricsLog
 from cache_pipeline.training.plateau import plateau_notes
@@ -43,8 +42,6 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         CheckpointError: the run folder exists, or a run to resume does not fit.
         KeyboardInterrupt: asked to stop by SIGINT or SIGTERM; the run was saved and can be resumed.
     """
-    if config.robomimic_config is not None or config.policy.startswith(ROBOMIMIC_PREFIX):
-        raise ConfigError(f"robomimic's algorithms cannot be trained from a cache yet; {available(POLICIES)}")
     run = config.out if config.out is not None else default_run(config)
     check_run_folder(run, resume=config.resume, overwrite=config.overwrite)
     session = open_session(config, run)
@@ -67,7 +64,7 @@ def default_run(config: TrainConfig) -> Path:
 
 
 def measurement(
-    learner: PolicyLearner,
+    learner: Learner,
     source: Callable[[], Source],
     data: RunData,
     valid: SplitRows | None,

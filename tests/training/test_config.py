@@ -8,7 +8,6 @@ import pytest
 
 from cache_pipeline.errors import CheckpointError, ConfigError
 from cache_pipeline.training.config import FinetuneConfig, OptimConfig, SavingConfig, TrainConfig
-from cache_pipeline.training.train import train
 
 CACHE = Path("lift.zarr")
 
@@ -59,9 +58,3 @@ def test_a_saved_config_with_an_unknown_option_is_refused_by_name() -> None:
 def test_a_batch_that_cannot_be_split_is_refused() -> None:
     with pytest.raises(ConfigError, match="does not divide"):
         FinetuneConfig(checkpoint=Path("run"), batch_size=10, accumulate=4)
-
-
-def test_robomimic_algorithms_are_refused_before_any_work(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="flow, mlp, gmm"):
-        train(TrainConfig(cache=CACHE, policy="robomimic:bc", out=tmp_path / "run"))
-    assert not (tmp_path / "run").exists()

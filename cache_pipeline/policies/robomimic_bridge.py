@@ -1,0 +1,269 @@
+"""robomimic's algorithms on cached features: their names, and their configs with cameras turned into low-dim keys.
+
+robomimic 0.3.0 (https://robomimic.github.io) is asked for its own config and trained with its own code; what changes is
+that a camera's obs is its cached feature, flattened, under the camera's own name and with the modality ``low_dim``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import json
+import logging
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from cache_pipeline.errors import ConfigError, MissingExtraError, available
+from cache_pipeline.files import read_json
+
+logger = logging.getLogger("cache_pipeline")
+
+PREFIX = "robomimic:"
+
+# Short name → robomimic's algorithm and the parts of its config that are switched on.
+ALGORITHMS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "bc": ("bc", ()),
+    "bc_gmm": ("bc", ("gmm",)),
+    "bc_rnn": ("bc", ("rnn",)),
+    "bc_rnn_gmm": ("bc", ("rnn", "gmm")),
+    "bc_transformer": ("bc", ("transformer",)),
+    "bc_transformer_gmm": ("bc", ("transformer", "gmm")),
+    "iql": ("iql", ()),
+    "td3_bc": ("td3_bc", ()),
+    "cql": ("cql", ()),
+    "bcq": ("bcq", ()),
+}
+# torch tells of a robomimic class what concerns its authors alone, at every process's first CQL step.
+KNOWN_WARNING = r".*TanhWrappedDistribution.* does not define `arg_constraints`"
+BC_PARTS = ("rnn", "transformer", "gaussian", "gmm", "vae")
+OBS_MODALITIES = ("rgb", "low_dim")
+
+# How robomimic answers to a config that it cannot use: it has no error classes of its own.
+CONFIG_ERRORS = (RuntimeError, NotImplementedError, AssertionError, KeyError, TypeError, ValueError, AttributeError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RobomimicConfig:
+    """A whole robomimic config as JSON, and what the training loop needs to know of it."""
+
+    json: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        for name in ("seq_length", "frame_stack", "batch_size"):
+            value = self.json["train"][name]
+            if not isinstance(value, int) or value < 1:
+                raise ConfigError(f"train.{name} is {value!r} in the robomimic config; it must be at least 1")
+        if self.transformer and self.window < self.context_length:
+            raise ConfigError(
+                f"the transformer's context_length is {self.context_length}, but windows have {self.window} steps "
+                f"(frame_stack - 1 + seq_length); set train.frame_stack to {self.context_length}, or --obs-horizon"
+            )
+
+    @property
+    def algorithm(self) -> str:
+        """robomimic's name of the algorithm: bc, iql, td3_bc, cql or bcq."""
+        return str(self.json["algo_name"])
+
+    @property
+    def name(self) -> str:
+        """``robomimic:`` and the algorithm with its parts, such as ``robomimic:bc_rnn_gmm``."""
+        algo = self.json["algo"]
+        parts = [part for part in BC_PARTS if self.algorithm == "bc" and algo.get(part, {}).get("enabled")]
+        return PREFIX + "_".join([self.algorithm, *parts])
+
+    @property
+    def rl(self) -> bool:
+        """Whether it learns from rewards, dones and next obs."""
+        return self.algorithm != "bc"
+
+    @property
+    def recurrent(self) -> bool:
+        return not self.rl and bool(self.json["algo"]["rnn"]["enabled"])
+
+    @property
+    def transformer(self) -> bool:
+        return not self.rl and bool(self.json["algo"]["transformer"]["enabled"])
+
+    @property
+    def context_length(self) -> int:
+        return int(self.json["algo"]["transformer"]["context_length"])
+
+    @property
+    def frame_stack(self) -> int:
+        return int(self.json["train"]["frame_stack"])
+
+    @property
+    def seq_length(self) -> int:
+        return int(self.json["train"]["seq_length"])
+
+    @property
+    def window(self) -> int:
+        """Steps of a training window, of obs and of actions alike."""
+        return self.frame_stack - 1 + self.seq_length
+
+    @property
+    def obs_horizon(self) -> int:
+        """Obs steps that the policy is given when it acts."""
+        return min(self.frame_stack, self.context_length) if self.transformer else 1
+
+    @property
+    def batch_size(self) -> int:
+        return int(self.json["train"]["batch_size"])
+
+    @property
+    def pads(self) -> tuple[bool, bool]:
+        """Whether windows are padded at a demo's start and at its end."""
+        return bool(self.json["train"]["pad_frame_stack"]), bool(self.json["train"]["pad_seq_length"])
+
+    @property
+    def normalize_obs(self) -> bool:
+        return bool(self.json["train"]["hdf5_normalize_obs"])
+
+    @property
+    def epoch_steps(self) -> int | None:
+        """Updates of an epoch, at whose end learning rates are scheduled; None is one pass over the windows."""
+        steps = self.json["experiment"]["epoch_every_n_steps"]
+        return None if steps is None else int(steps)
+
+    @property
+    def filter_keys(self) -> tuple[str | None, str | None]:
+        """Filter keys of the demos to train on and of the held-out ones, where the config names them."""
+        train = self.json["train"]
+        return train["hdf5_filter_key"], train["hdf5_validation_filter_key"]
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The rgb keys, empty once they have become low-dim keys."""
+        return tuple(self.json["observation"]["modalities"]["obs"].get("rgb", ()))
+
+    @property
+    def low_dim(self) -> tuple[str, ...]:
+        return tuple(self.json["observation"]["modalities"]["obs"].get("low_dim", ()))
+
+    def on_features(self, cameras: Sequence[str], low_dim: Sequence[str]) -> RobomimicConfig:
+        """The same config with these obs keys, all of them low-dim."""
+        changed = json.loads(json.dumps(self.json))
+        changed["observation"]["modalities"]["obs"] |= {"low_dim": [*low_dim, *cameras], "rgb": []}
+        return RobomimicConfig(json=changed)
+
+
+def default_config(policy: str) -> RobomimicConfig:
+    """robomimic's defaults for a short name such as ``robomimic:bc_rnn_gmm``; its obs keys are still to be set.
+
+    Windows are as long as an RNN's horizon or a transformer's context, and obs are normalised.
+
+    Raises:
+        ConfigError: no such algorithm. MissingExtraError: robomimic is not installed.
+    """
+    check_name(policy)
+    algorithm, parts = ALGORITHMS[policy.removeprefix(PREFIX)]
+    config = _defaults(algorithm)
+    for part in parts:
+        config["algo"][part]["enabled"] = True
+    if "rnn" in parts:
+        config["train"]["seq_length"] = config["algo"]["rnn"]["horizon"]
+    if "transformer" in parts:
+        config["train"]["frame_stack"] = config["algo"]["transformer"]["context_length"]
+    config["train"]["hdf5_normalize_obs"] = True
+    return RobomimicConfig(json=config)
+
+
+def read_config(path: Path) -> RobomimicConfig:
+    """A robomimic JSON: its settings over robomimic's defaults, as robomimic's own ``train.py`` reads it.
+
+    Raises:
+        ConfigError: no such file, no JSON, or settings that robomimic or this bridge does not have.
+    """
+    try:
+        given = read_json(path)
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read the robomimic config {path} ({error})") from error
+    algorithm = given.get("algo_name") if isinstance(given, dict) else None
+    known = sorted({name for name, _ in ALGORITHMS.values()})
+    if algorithm not in known:
+        raise ConfigError(f"{path} is for the algorithm {algorithm!r}; {available(known)}")
+    try:
+        config = RobomimicConfig(json=_defaults(algorithm, given))
+        _check_obs(config, path)
+    except CONFIG_ERRORS as error:
+        if isinstance(error, ConfigError | MissingExtraError):
+            raise
+        raise ConfigError(f"{path} is no config of robomimic 0.3 for {algorithm}: {_one_line(error)}") from error
+    return config
+
+
+def with_horizons(
+    config: RobomimicConfig, *, frame_stack: int | None, seq_length: int | None, batch_size: int | None
+) -> RobomimicConfig:
+    """The config with what was asked for; a transformer's context and an RNN's horizon follow."""
+    changed = json.loads(json.dumps(config.json))
+    asked = {"frame_stack": frame_stack, "seq_length": seq_length, "batch_size": batch_size}
+    changed["train"] |= {name: value for name, value in asked.items() if value is not None}
+    if frame_stack is not None and config.transformer:
+        changed["algo"]["transformer"]["context_length"] = frame_stack
+    if seq_length is not None and config.recurrent:
+        changed["algo"]["rnn"]["horizon"] = seq_length
+    return RobomimicConfig(json=changed)
+
+
+def check_name(policy: str) -> None:
+    """Raises ConfigError unless ``policy`` is ``robomimic:`` and one of ``ALGORITHMS``."""
+    short = policy.removeprefix(PREFIX)
+    if short not in ALGORITHMS:
+        raise ConfigError(f"there is no policy {policy!r}; {available([PREFIX + name for name in ALGORITHMS], policy)}")
+
+
+def require_robomimic() -> None:
+    """Imports robomimic; raises MissingExtraError if it is not there."""
+    try:
+        with quiet(), warnings.catch_warnings():
+            for package in ("robomimic", "torchvision"):
+                warnings.filterwarnings("ignore", module=rf"{package}\b")
+            for module in ("robomimic.algo", "robomimic.config", "robomimic.utils.obs_utils"):
+                importlib.import_module(module)
+    except ImportError as error:
+        raise MissingExtraError(
+            f"robomimic's algorithms need robomimic 0.3 ({error}): pip install 'cache-pipeline[robomimic]'"
+        ) from error
+    warnings.filterwarnings("ignore", message=KNOWN_WARNING)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keeps what robomimic prints off stdout, where one JSON object may be expected; it is logged as debug."""
+    said = io.StringIO()
+    with redirect_stdout(said):
+        yield
+    if said.getvalue().strip():
+        logger.debug("robomimic: %s", said.getvalue().strip())
+
+
+def _defaults(algorithm: str, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    require_robomimic()
+    from robomimic.config import config_factory
+
+    config = config_factory(algorithm)
+    if given is not None:
+        with config.values_unlocked():
+            config.update(given)
+    value: dict[str, Any] = json.loads(config.dump())
+    return value
+
+
+def _check_obs(config: RobomimicConfig, path: Path) -> None:
+    modalities = config.json["observation"]["modalities"]
+    for modality, keys in modalities["obs"].items():
+        if keys and modality not in OBS_MODALITIES:
+            raise ConfigError(f"{path} has obs of modality {modality}; {available(OBS_MODALITIES)}")
+    if any(modalities["goal"].values()) or config.json["train"]["goal_mode"] is not None:
+        raise ConfigError(f"{path} conditions on goals, which a cache does not hold; clear goal_mode and its goal keys")
+    if not config.cameras:
+        raise ConfigError(f"{path} names no cameras: put those of the cache under observation.modalities.obs.rgb")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

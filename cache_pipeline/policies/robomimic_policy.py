@@ -1,0 +1,272 @@
+"""A robomimic algorithm with its eyes: frozen encoders in front, normalisation, and actions from raw images."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.encoders.image_encoder import ImageEncoder
+from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.errors import CheckpointError, ConfigError, available
+from cache_pipeline.policies.robomimic_bridge import (
+    CONFIG_ERRORS,
+    RobomimicConfig,
+    quiet,
+    require_robomimic,
+)
+from cache_pipeline.policies.spec import PolicySpec
+
+NETS, MEAN, STD = "nets.", "obs_mean/", "obs_std/"
+CONFIG = "config"
+
+# Added to deviations by robomimic's SequenceDataset.normalize_obs.
+STD_FLOOR = 1e-3
+
+
+class RobomimicPolicy:
+    """Obs → frozen features, flattened → robomimic's networks → actions in dataset units.
+
+    A recurrent policy remembers: call ``start_episode`` at every reset, then ``act`` once per step.
+
+    Args:
+        algo: robomimic's algorithm object, on its device.
+        config: what it was made from.
+        spec: cameras, low-dim keys and their shapes.
+        encoders: camera → encoder, cut.
+        features: camera → shape of a feature at the cut.
+
+    Attributes:
+        mean, std: key → statistics of one row; empty without normalisation.
+    """
+
+    def __init__(
+        self,
+        algo: Any,
+        config: RobomimicConfig,
+        spec: PolicySpec,
+        encoders: Mapping[str, ImageEncoder],
+        features: Mapping[str, tuple[int, ...]],
+    ) -> None:
+        self.algo, self.config, self._spec = algo, config, spec
+        self._encoders, self._features = dict(encoders), dict(features)
+        self._frozen: dict[str, FrozenEncoder] = {}
+        self._last_batch = 0
+        self.mean: dict[str, Tensor] = {}
+        self.std: dict[str, Tensor] = {}
+        self.env_args: dict[str, Any] | None = None
+        self.render_flags: dict[str, Any] | None = None
+        if config.normalize_obs:
+            for key, shape in self.shapes.items():
+                self.mean[key] = torch.zeros(shape, device=self.device)
+                self.std[key] = torch.ones(shape, device=self.device)
+
+    @property
+    def cameras(self) -> dict[str, tuple[int, int]]:
+        """Camera → (H, W) of its frames."""
+        return {camera: (shape[0], shape[1]) for camera, shape in self._spec.cameras.items()}
+
+    @property
+    def low_dim(self) -> dict[str, tuple[int, ...]]:
+        """Low-dim key → shape of one row."""
+        return self._spec.low_dim
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Obs key → shape of one row as the networks see it: features are flat."""
+        return obs_shapes(self._spec, self._features)
+
+    @property
+    def obs_horizon(self) -> int:
+        """To: the context of a transformer, else 1."""
+        return self._spec.obs_horizon
+
+    @property
+    def action_horizon(self) -> int:
+        return 1
+
+    @property
+    def action_dim(self) -> int:
+        return self._spec.action_dim
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.algo.device)
+
+    def start_episode(self) -> None:
+        """Forgets what was seen."""
+        self._last_batch = 0
+        self.algo.reset()
+
+    def eval(self) -> None:
+        self.algo.set_eval()
+
+    def train(self) -> None:
+        self.algo.set_train()
+
+    @torch.no_grad()
+    def act(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """The action (B,1,A) for the last obs step.
+
+        Args:
+            obs: ``{camera: uint8 (B,To,H,W,3)}`` or features at the cut, and ``{low-dim key: (B,To,…)}``.
+            generator: of what the policy draws; torch's own by default.
+
+        Raises:
+            ConfigError: a key is missing or has another number of steps.
+        """
+        seen = self.prepare(obs, self.obs_horizon)
+        batch = len(next(iter(seen.values())))
+        if batch != self._last_batch:
+            self.start_episode()
+            self._last_batch = batch
+        with self._drawing(generator):
+            return self._ask(seen, -1).unsqueeze(1)
+
+    @torch.no_grad()
+    def predict(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+        """What it would do in windows of a demo, each seen afresh: (B,T,A) of a recurrent policy, else (B,1,A).
+
+        A recurrent policy is shown the demo's obs step by step; it is as after ``start_episode`` before and afterwards.
+        """
+        steps = next(iter(obs.values())).shape[1]
+        seen = self.prepare(obs, steps)
+        self.start_episode()
+        with self._drawing(generator):
+            asked = range(steps) if self.config.recurrent else [-1]
+            actions = [self._ask(seen, step) for step in asked]
+        self.start_episode()
+        return torch.stack(actions, dim=1)
+
+    def prepare(self, obs: Mapping[str, Tensor], steps: int) -> dict[str, Tensor]:
+        """Key → (B,T,…) as the networks take it: frames encoded, features flat, all normalised."""
+        seen = {}
+        for key, shape in self.shapes.items():
+            if key not in obs:
+                raise ConfigError(f"the policy needs the obs {key!r}; {available(obs, key)}")
+            if obs[key].shape[1] != steps:
+                raise ConfigError(f"{key} has {obs[key].shape[1]} obs steps; this policy sees {steps}")
+            values = self._encoded(key, obs[key].to(self.device))
+            values = values.float().reshape(*values.shape[:2], *shape)
+            seen[key] = (values - self.mean[key]) / self.std[key] if self.mean else values
+        return seen
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: the networks and the statistics, not the frozen encoders."""
+        return {
+            **{NETS + name: value.detach() for name, value in self._own().items()},
+            **{MEAN + key: value for key, value in self.mean.items()},
+            **{STD + key: value for key, value in self.std.items()},
+        }
+
+    def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes what ``tensors`` gave; raises CheckpointError if names or shapes do not fit."""
+        own = self.tensors()
+        if odd := sorted(own.keys() ^ tensors.keys()):
+            raise CheckpointError(f"the checkpoint does not fit the run's policy: {odd[0]} is in one of them only")
+        for name, value in own.items():
+            if tensors[name].shape != value.shape:
+                raise CheckpointError(
+                    f"the checkpoint does not fit the run's policy: {name} has the shape "
+                    f"{tuple(tensors[name].shape)}, not {tuple(value.shape)}"
+                )
+        for key in self.mean:
+            self.mean[key] = tensors[MEAN + key].to(self.device)
+            self.std[key] = tensors[STD + key].to(self.device)
+        with torch.no_grad():
+            for name, value in self._own().items():
+                value.copy_(tensors[NETS + name])
+
+    def _own(self) -> dict[str, Tensor]:
+        """The networks' tensors, those that robomimic has under several names only under the first."""
+        named: dict[int, tuple[str, Tensor]] = {}
+        for name, value in self.algo.nets.state_dict(keep_vars=True).items():
+            named.setdefault(id(value), (name, value))
+        return dict(named.values())
+
+    def _ask(self, seen: Mapping[str, Tensor], step: int) -> Tensor:
+        """(B,A) for one step, or for the whole context of a transformer."""
+        obs = dict(seen) if self.config.transformer else {key: values[:, step] for key, values in seen.items()}
+        actions: Tensor = self.algo.get_action(obs_dict=obs)
+        return actions
+
+    def _encoded(self, key: str, values: Tensor) -> Tensor:
+        if key not in self._features or values.dtype != torch.uint8:
+            return values
+        if key not in self._frozen:
+            preprocess = Preprocess.from_json(self._spec.preprocess[key])
+            self._frozen[key] = FrozenEncoder(self._encoders[key], preprocess, self.device, "fp32")
+        # What inference mode makes cannot take part in other modes; its copy can.
+        features = self._frozen[key](values.flatten(0, 1)).clone()
+        return features.view(*values.shape[:2], *features.shape[1:])
+
+    @contextmanager
+    def _drawing(self, generator: torch.Generator | None) -> Iterator[None]:
+        """robomimic draws from torch's own generator: it is seeded from ``generator`` and put back afterwards."""
+        if generator is None:
+            yield
+            return
+        seed = torch.randint(2**62, (), generator=generator, device=generator.device)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(int(seed))
+            yield
+
+
+def obs_shapes(spec: PolicySpec, features: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """Obs key → shape of one row for the networks, in the order in which robomimic concatenates them."""
+    flat = {camera: (int(torch.Size(shape).numel()),) for camera, shape in features.items()}
+    return dict(sorted({**spec.low_dim, **flat}.items()))
+
+
+def build_robomimic_policy(
+    spec: PolicySpec, encoders: Mapping[str, ImageEncoder], device: torch.device, seed: int = 0
+) -> RobomimicPolicy:
+    """Builds the algorithm of ``spec.options["config"]``; its weights depend on ``seed`` alone.
+
+    Raises:
+        ConfigError: robomimic does not take the config. MissingExtraError: robomimic is not installed.
+    """
+    require_robomimic()
+    features = {}
+    for camera, (height, width, _) in spec.cameras.items():
+        size = Preprocess.from_json(spec.preprocess[camera]).output_shape(height, width)
+        features[camera] = encoders[camera].feature_shape(*size)
+    try:
+        config = RobomimicConfig(json=spec.options[CONFIG])
+        algo = _algo(config, obs_shapes(spec, features), spec.action_dim, device, seed)
+    except CONFIG_ERRORS as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"robomimic does not take the config of {spec.name}: {' '.join(str(error).split())}"
+        ) from error
+    return RobomimicPolicy(algo, config, spec, encoders, features)
+
+
+def _algo(
+    config: RobomimicConfig, shapes: Mapping[str, tuple[int, ...]], action_dim: int, device: torch.device, seed: int
+) -> Any:
+    from robomimic.algo import algo_factory
+    from robomimic.config import config_factory
+    from robomimic.utils import obs_utils
+
+    with quiet(), torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        theirs = config_factory(config.algorithm)
+        with theirs.values_unlocked():
+            theirs.update(config.json)
+        obs_utils.initialize_obs_utils_with_config(theirs)
+        algo = algo_factory(
+            algo_name=config.algorithm,
+            config=theirs,
+            obs_key_shapes=OrderedDict((key, list(shape)) for key, shape in shapes.items()),
+            ac_dim=action_dim,
+            device=device,
+        )
+    algo.set_train()
+    return algo
