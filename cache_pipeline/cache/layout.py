@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 TARGET_SHARD_BYTES = 32 << 20
-TARGET_CHUNK_BYTES = 64 << 10
+TARGET_CHUNK_BYTES = 256 << 10
 MAX_SHARD_ROWS = 1024
 MIN_SHARD_ROWS = 64
 MIN_CHUNK_ROWS = 4
@@ -121,7 +121,7 @@ def choose_shard_rows(row_bytes: int) -> int:
 
 
 def choose_chunk_rows(row_bytes: int, shard_rows: int) -> int:
-    """Rows of a chunk inside a shard, a divisor of ``shard_rows``: about 64 kB, the least that a row costs to read.
+    """Rows of a chunk inside a shard, a divisor of ``shard_rows``: about 256 kB, the least that a row costs to read.
 
     Args:
         row_bytes: stored bytes of one row of this array.
