@@ -105,6 +105,7 @@ class ImageEncoder(nn.Module):
         self.source, self.spec = source, spec
         self.gradient_checkpointing = False
         self.train_batch_norm = False
+        self._feature_shapes: dict[tuple[str, int, int], tuple[int, ...]] = {}
 
     @property
     def is_resnet(self) -> bool:
@@ -163,12 +164,15 @@ class ImageEncoder(nn.Module):
         return self.head(self.trunk(x))
 
     def feature_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape at the cut, (D,) or (D,h',w'), for preprocessed images of this size; found by one forward pass.
+        """Shape at the cut, (D,) or (D,h',w'), for preprocessed images of this size; found once by a forward pass.
 
         Raises:
             EncoderError: the network does not take images of this size.
         """
-        return self._probe(self.trunk, height, width)
+        key = (self.cut, height, width)
+        if key not in self._feature_shapes:
+            self._feature_shapes[key] = self._probe(self.trunk, height, width)
+        return self._feature_shapes[key]
 
     def head_shape(self, height: int, width: int, *, pooled: bool) -> tuple[int, ...]:
         """Shape above the head: (D,) if ``pooled``, else that of the map that pooling takes."""
