@@ -48,7 +48,7 @@ class FlowPolicy(nn.Module):
 
     def __init__(self, cond_dim: int, action_horizon: int, action_dim: int, config: FlowConfig) -> None:
         super().__init__()
-        self._shape = (action_horizon, action_dim)
+        self._shape = self.noise_shape = (action_horizon, action_dim)
         self._steps = config.flow_steps
         chunk = action_horizon * action_dim
         self.velocity = mlp(cond_dim + chunk + config.time_features, config.hidden, chunk)
@@ -63,11 +63,13 @@ class FlowPolicy(nn.Module):
         error = self._velocity(cond, between, time) - (actions - noise)
         return masked_mean(error.square(), mask)
 
-    def act(self, cond: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A sampled action chunk (B,Ta,A) for ``cond`` (B,P)."""
-        chunk = torch.randn((len(cond), *self._shape), generator=generator, device=cond.device, dtype=cond.dtype)
+    def act(self, cond: Tensor, generator: torch.Generator | None = None, *, noise: Tensor | None = None) -> Tensor:
+        """A sampled action chunk (B,Ta,A) for ``cond`` (B,P), from ``noise`` (B,Ta,A) if it is given."""
+        chunk = noise
+        if chunk is None:
+            chunk = torch.randn((len(cond), *self._shape), generator=generator, device=cond.device, dtype=cond.dtype)
         for step in range(self._steps):
-            time = torch.full((len(cond),), step / self._steps, device=cond.device, dtype=cond.dtype)
+            time = torch.full((cond.shape[0],), step / self._steps, device=cond.device, dtype=cond.dtype)
             chunk = chunk + self._velocity(cond, chunk, time) / self._steps
         return chunk
 

@@ -43,6 +43,7 @@ class GMMPolicy(nn.Module):
         self._shape = (action_horizon, action_dim)
         self._config = config
         chunk = action_horizon * action_dim
+        self.noise_shape = (config.modes + chunk,)
         self.network = mlp(cond_dim, config.hidden, config.modes * (1 + 2 * chunk))
 
     def loss(self, cond: Tensor, actions: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -54,14 +55,24 @@ class GMMPolicy(nn.Module):
         joint = logits.log_softmax(-1) + (log_density * weight.unsqueeze(1)).sum(-1)
         return -joint.logsumexp(-1).sum() / weight.sum().clamp_min(1)
 
-    def act(self, cond: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """A sampled action chunk (B,Ta,A) for ``cond`` (B,P)."""
+    def act(self, cond: Tensor, generator: torch.Generator | None = None, *, noise: Tensor | None = None) -> Tensor:
+        """A sampled action chunk (B,Ta,A) for ``cond`` (B,P).
+
+        Args:
+            noise: (B, M + Ta·A), standard normal, in place of what is drawn: M values that choose the component, then
+                the step from its means. Zeros give the means of the most likely component.
+        """
         logits, means, scales = self._mixture(cond)
-        mode = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
-        rows = torch.arange(len(cond), device=cond.device)
+        if noise is None:
+            mode = torch.multinomial(logits.softmax(-1), 1, generator=generator).squeeze(1)
+            step = torch.randn((len(cond), *self._shape), generator=generator, device=cond.device, dtype=cond.dtype)
+        else:
+            choice = noise[:, : self._config.modes]
+            mode = (logits.log_softmax(-1) + _gumbel(choice)).argmax(-1)
+            step = noise[:, self._config.modes :].reshape(-1, *self._shape)
+        rows = torch.arange(cond.shape[0], device=cond.device)
         spread = self._config.min_std if self._config.low_noise_eval else scales[rows, mode]
-        noise = torch.randn((len(cond), *self._shape), generator=generator, device=cond.device, dtype=cond.dtype)
-        return means[rows, mode] + spread * noise
+        return means[rows, mode] + spread * step
 
     def _mixture(self, cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits (B,M), means and deviations (B,M,Ta,A)."""
@@ -69,3 +80,9 @@ class GMMPolicy(nn.Module):
         logits, means, scales = self.network(cond).split((modes, modes * chunk, modes * chunk), dim=1)
         shape = (-1, modes, *self._shape)
         return logits, means.reshape(shape), F.softplus(scales.reshape(shape)) + self._config.min_std
+
+
+def _gumbel(normal: Tensor) -> Tensor:
+    """Standard normal values to standard Gumbel ones; added to logits, the largest is a draw from their softmax."""
+    uniform = (0.5 * (1 + torch.erf(normal / math.sqrt(2)))).clamp(1e-7, 1 - 1e-7)
+    return -torch.log(-torch.log(uniform))

@@ -62,6 +62,11 @@ class VisuomotorPolicy(nn.Module):
     def device(self) -> torch.device:
         return self.actions.scale.device
 
+    @property
+    def noise_shape(self) -> tuple[int, ...] | None:
+        """Shape, without B, of the standard normal ``noise`` that ``act`` takes; ``None``: the policy draws nothing."""
+        return getattr(self.policy, "noise_shape", None)
+
     @torch.no_grad()
     def fit(
         self,
@@ -115,7 +120,9 @@ class VisuomotorPolicy(nn.Module):
         if self.training and self.feature_noise:
             noise = torch.randn((len(joined), width), generator=generator, device=joined.device)
             joined = joined + nn.functional.pad(noise * self.feature_noise, (0, joined.shape[1] - width))
-        batch, steps = one_lead(leads)
+        # Compared, not hashed: torch.export's dynamic batch size cannot be hashed.
+        first, *others = leads.values()
+        batch, steps = first if all(lead == first for lead in others) else one_lead(leads)
         return self.obs_encoder.projection(joined).view(batch, steps * self.obs_encoder.out_dim)
 
     def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
@@ -124,22 +131,29 @@ class VisuomotorPolicy(nn.Module):
         return self.policy.loss(cond, self.actions(batch.actions), batch.mask, generator)
 
     @torch.no_grad()
-    def act(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+    def act(
+        self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None, *, noise: Tensor | None = None
+    ) -> Tensor:
         """Actions (B,Ta,A) in the units of the dataset, for the steps from the last obs on.
 
         Args:
             obs: ``{camera: uint8 (B,To,H,W,3)}`` or features at the cut, and ``{low-dim key: (B,To,…)}``; other keys
                 are not looked at.
             generator: of the policy's noise; torch's own by default.
+            noise: (B, *noise_shape) in place of drawn noise; the actions are then a function of ``obs`` and it.
 
         Raises:
-            ConfigError: another number of obs steps.
+            ConfigError: another number of obs steps, or noise of another shape or for a policy that takes none.
             EncoderError: a key is missing or has another shape.
         """
         for key in (*self.cameras, *self.low_dim):
             if key in obs and obs[key].shape[1] != self.obs_horizon:
                 raise ConfigError(f"{key} has {obs[key].shape[1]} obs steps; this policy sees {self.obs_horizon}")
-        actions = self.policy.act(self.condition(obs), generator)
+        if noise is not None and tuple(noise.shape[1:]) != self.noise_shape:
+            wanted = "none" if self.noise_shape is None else f"(B, {', '.join(map(str, self.noise_shape))})"
+            raise ConfigError(f"noise has the shape {tuple(noise.shape)}; this policy takes {wanted}")
+        condition = self.condition(obs)
+        actions = self.policy.act(condition, generator) if noise is None else self.policy.act(condition, noise=noise)
         if self.clip_actions:
             actions = actions.clamp(-1, 1)
         return self.actions.invert(actions)

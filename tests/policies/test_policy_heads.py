@@ -122,3 +122,25 @@ def test_the_masked_mean_weighs_only_kept_steps() -> None:
 def test_options_out_of_range_are_refused(config: type, options: dict) -> None:
     with pytest.raises(ConfigError):
         config(**options)
+
+
+def test_the_flow_starts_from_the_noise_that_it_is_given() -> None:
+    head = heads()["flow"]
+    cond = batch(8)[0]
+    noise = torch.randn(8, *head.noise_shape, generator=generator(5))
+    assert torch.equal(head.act(cond, generator(5)), head.act(cond, noise=noise))
+    assert not torch.equal(head.act(cond, noise=noise), head.act(cond, noise=-noise))
+
+
+def test_given_standard_normal_noise_the_mixture_draws_its_components_as_often_as_it_says() -> None:
+    head = heads()["gmm"]
+    count = 20_000
+    cond = batch(1)[0].expand(count, -1)
+    with torch.no_grad():
+        logits, means, _ = head._mixture(cond[:1])
+        logits, means = logits[0].softmax(-1), means[0]
+        chunks = head.act(cond, noise=torch.randn(count, *head.noise_shape, generator=generator(6)))
+        nearest = (chunks[:, None] - means).square().sum((2, 3)).argmin(1)
+        shares = torch.bincount(nearest, minlength=len(means)) / count
+        assert (shares - logits).abs().max() < 0.02
+        assert torch.equal(head.act(cond[:1], noise=torch.zeros(1, *head.noise_shape))[0], means[logits.argmax()])
