@@ -43,9 +43,11 @@ def robomimic_config(config: TrainConfig) -> RobomimicConfig:
     """The robomimic config that a run asks for; options that were given win over the file.
 
     Raises:
-        ConfigError: no such algorithm, or a file that robomimic or the bridge does not take.
+        ConfigError: no such algorithm, a file that robomimic or the bridge does not take, or several processes.
         MissingExtraError: robomimic is not installed.
     """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise ConfigError("robomimic's algorithms train in one process: start them without torchrun")
     if config.robomimic_config is None:
         chosen = default_config(config.policy)
     else:
