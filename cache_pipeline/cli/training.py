@@ -12,6 +12,7 @@ from cache_pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from cache_pipeline.training.config import SavingConfig
+    from cache_pipeline.training.result import TrainResult
 
 Steps = Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")]
 BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per step.")]
@@ -21,6 +22,7 @@ MaxMemory = Annotated[
     str | None, typer.Option("--max-memory", help="Memory for features or frames on the device, such as 2GiB.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint of --out.")]
+Wandb = Annotated[str | None, typer.Option("--wandb", help="Log to this Weights & Biases project too.")]
 EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Steps between held-out measurements.")]
 SaveEvery = Annotated[int, typer.Option("--save-every", min=0, help="Steps between checkpoints.")]
 KeepBest = Annotated[int, typer.Option("--keep-best", min=0, help="Best checkpoints kept beside the latest.")]
@@ -62,6 +64,13 @@ def train(
     feature_noise: Annotated[
         float, typer.Option("--feature-noise", min=0, help="Noise on features, in deviations.")
     ] = 0,
+    feature_dropout: Annotated[
+        float, typer.Option("--feature-dropout", min=0, help="Share of features left out at random.")
+    ] = 0,
+    rotation_6d: Annotated[
+        str | None,
+        typer.Option("--rotation-6d", help="Axis-angle part of the action, such as 3:6, for the policy to see in 6d."),
+    ] = None,
     rgb_model_name: o.RgbModelName = "resnet18",
     pretrained: o.Pretrained = True,
     weights: o.Weights = None,
@@ -82,11 +91,13 @@ def train(
     device: o.Device = "auto",
     precision: o.Precision = "auto",
     seed: o.Seed = 0,
+    wandb: Wandb = None,
     resume: Resume = False,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
     """Train projection and policy on a cache (--from-cache), or with the encoder live (--dataset)."""
+    from cache_pipeline.policies.rotations import parse_slices
     from cache_pipeline.training.config import TrainConfig
     from cache_pipeline.training.train import train as run
 
@@ -122,19 +133,21 @@ def train(
         action_normalization=cast(Any, action_normalization),
         augment=augment,
         feature_noise=feature_noise,
+        feature_dropout=feature_dropout,
+        rotation_6d=() if rotation_6d is None else parse_slices(rotation_6d),
         source=cast(Any, source),
         max_memory=o.byte_count(max_memory),
         device=device,
         precision=cast(Any, precision),
         seed=seed,
+        wandb=wandb,
         out=out,
         resume=resume,
         overwrite=overwrite,
         saving=_saving(eval_every, save_every, keep_best),
         **live,
     )
-    result = run(config, progress=True)
-    o.emit(json, result.to_json(), result.lines())
+    _emit(run(config, progress=True), json)
 
 
 def finetune(
@@ -178,6 +191,7 @@ def finetune(
     device: o.Device = "auto",
     precision: o.Precision = "auto",
     seed: o.Seed = 0,
+    wandb: Wandb = None,
     resume: Resume = False,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
@@ -213,13 +227,13 @@ def finetune(
         device=device,
         precision=cast(Any, precision),
         seed=seed,
+        wandb=wandb,
         out=out,
         resume=resume,
         overwrite=overwrite,
         saving=_saving(eval_every, save_every, keep_best),
     )
-    result = run(config, progress=True)
-    o.emit(json, result.to_json(), result.lines())
+    _emit(run(config, progress=True), json)
 
 
 def export(
@@ -233,6 +247,14 @@ def export(
 
     result = export_policy(run, out, overwrite=overwrite)
     o.emit(json, result.to_json(), result.lines())
+
+
+def _emit(result: TrainResult, json: bool) -> None:
+    """Prints the result, under torchrun in the first process alone."""
+    from cache_pipeline.training.distributed import launched
+
+    if launched().first:
+        o.emit(json, result.to_json(), result.lines())
 
 
 def _saving(eval_every: int, save_every: int, keep_best: int) -> SavingConfig:

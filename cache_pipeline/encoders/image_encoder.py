@@ -107,6 +107,10 @@ class ImageEncoder(nn.Module):
         self.train_batch_norm = False
         self._feature_shapes: dict[tuple[str, int, int], tuple[int, ...]] = {}
 
+    def cut_at(self, cut: str) -> None:
+        """Moves the cut; raises ``EncoderError`` where there is no such one."""
+        self.cut = _cut_of(self.net, cut)
+
     @property
     def is_resnet(self) -> bool:
         """Whether the stages of a ResNet can be told apart."""

@@ -98,22 +98,29 @@ def feature_rows(features: Mapping[str, Tensor], camera: str, shape: tuple[int, 
     Raises:
         EncoderError: the camera is missing, or its features are not those of this encoder at its cut.
     """
-    values, leading = _rows(take(features, camera), shape, camera, "features")
+    values = take(features, camera)
+    leading = _leading(values, shape, camera, "features")
     return values.reshape(-1, *shape), leading
 
 
 def _rows(values: Tensor, shape: tuple[int, ...], key: str, what: str) -> tuple[Tensor, tuple[int, ...]]:
+    leading = _leading(values, shape, key, what)
+    return values.reshape(math.prod(leading), -1), leading
+
+
+def _leading(values: Tensor, shape: tuple[int, ...], key: str, what: str) -> tuple[int, ...]:
     extra = values.dim() - len(shape)
     if extra not in (1, 2) or tuple(values.shape[extra:]) != shape:
         raise EncoderError(
             f"{key}: {what} have the shape {tuple(values.shape)}; (B,…) or (B,T,…) of {shape} are needed"
         )
-    leading = tuple(values.shape[:extra])
-    return values.reshape(math.prod(leading), -1), leading
+    return tuple(values.shape[:extra])
 
 
 def one_lead(leads: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
     """The leading dimensions that all obs share; raises ``EncoderError`` where two differ."""
-    if len(set(leads.values())) != 1:
+    # Compared, not hashed: torch.export's dynamic batch size cannot be hashed.
+    first, *others = leads.values()
+    if any(lead != first for lead in others):
         raise EncoderError(f"obs differ in batch or time: {', '.join(f'{key} {lead}' for key, lead in leads.items())}")
-    return next(iter(leads.values()))
+    return first

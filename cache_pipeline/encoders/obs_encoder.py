@@ -208,24 +208,40 @@ class MultiImageObsEncoder(nn.Module):
         return features
 
     def project(self, features: Mapping[str, Tensor], low_dim: Mapping[str, Tensor]) -> Tensor:
-        """Features at the cut, live or cached, and low-dim obs to (B[,T], emb_dim).
+        """Features at the cut, live or cached, and low-dim obs to (B[,T], emb_dim). Arguments as in ``join``."""
+        rows, leading = self.join(features, low_dim)
+        return _split(self.projection(rows), leading)
+
+    def join(self, features: Mapping[str, Tensor], low_dim: Mapping[str, Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+        """What the projection takes: pooled features of all cameras, then low-dim obs, and (B,) or (B,T).
 
         Args:
             features: camera → (B[,T],D) or (B[,T],D,h,w), any float dtype.
             low_dim: key → (B[,T],…); other keys are not looked at.
         """
         dtype = self._weight.dtype
-        parts: dict[str, Tensor] = {}
+        parts: list[Tensor] = []
         leads: dict[str, tuple[int, ...]] = {}
         for camera, shape in self.feature_shapes.items():
             rows, leads[camera] = feature_rows(features, camera, shape)
-            parts[camera] = self._pooled(camera, rows.to(self.device, dtype))
+            parts.append(self._pooled(camera, rows.to(self.device, dtype)))
         for key, shape in self.shapes.low_dim.items():
             rows, leads[key] = low_dim_rows(low_dim, key, shape)
-            parts[key] = rows.to(self.device)
+            parts.append(rows.to(self.device))
         leading = one_lead(leads)
-        rows = torch.cat([part.to(dtype) for part in parts.values()], dim=-1)
-        return _split(self.projection(rows), leading)
+        return torch.cat([part.to(dtype) for part in parts], dim=-1), leading
+
+    def cut_at(self, cut: str) -> None:
+        """Moves the cut of all encoders: where features, cached or the frozen trunk's, enter.
+
+        Raises:
+            EncoderError: no ResNet, or there is no such cut.
+        """
+        for encoder in self.key_model_map.distinct():
+            encoder.cut_at(cut)
+        for camera, encoder in self.key_model_map.items():
+            size = self.preprocessing[camera].output_shape(*self.shapes.cameras[camera])
+            self.feature_shapes[camera] = encoder.feature_shape(*size)
 
     def freeze_rgb_encoder(self) -> None:
         """Trains nothing of the encoders from now on; projection and spatial softmax stay trainable."""
@@ -271,6 +287,8 @@ class MultiImageObsEncoder(nn.Module):
 
     def _pooled(self, camera: str, features: Tensor) -> Tensor:
         encoder = self.key_model_map[camera]
+        if features.dim() == 4:
+            features = features.contiguous(memory_format=torch.channels_last)
         if camera not in self.pooling:
             return encoder.head(features)
         return cast(Tensor, self.pooling[camera](encoder.head_map(features)))

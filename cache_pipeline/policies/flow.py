@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.policies.batch import masked_mean
+from cache_pipeline.policies.draws import Draws, normal, uniform
 from cache_pipeline.policies.network import check_hidden, mlp
 
 
@@ -55,10 +56,10 @@ class FlowPolicy(nn.Module):
         octaves = torch.linspace(0, math.log(1000.0), config.time_features // 2)
         self.register_buffer("frequencies", octaves.exp(), persistent=False)
 
-    def loss(self, cond: Tensor, actions: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def loss(self, cond: Tensor, actions: Tensor, mask: Tensor, generator: Draws = None) -> Tensor:
         """Mean squared error of the velocity at a random time. cond (B,P), actions (B,Ta,A), mask (B,Ta)."""
-        noise = torch.randn(actions.shape, generator=generator, device=actions.device, dtype=actions.dtype)
-        time = torch.rand(len(actions), generator=generator, device=actions.device, dtype=actions.dtype)
+        noise = normal(tuple(actions.shape), generator, actions.device, actions.dtype)
+        time = uniform((len(actions),), generator, actions.device, actions.dtype)
         between = torch.lerp(noise, actions, time[:, None, None])
         error = self._velocity(cond, between, time) - (actions - noise)
         return masked_mean(error.square(), mask)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cache_pipeline.errors import ConfigError
+from cache_pipeline.policies.draws import Draws
 from cache_pipeline.policies.network import check_hidden, mlp
 
 
@@ -46,7 +47,7 @@ class GMMPolicy(nn.Module):
         self.noise_shape = (config.modes + chunk,)
         self.network = mlp(cond_dim, config.hidden, config.modes * (1 + 2 * chunk))
 
-    def loss(self, cond: Tensor, actions: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def loss(self, cond: Tensor, actions: Tensor, mask: Tensor, generator: Draws = None) -> Tensor:
         """Negative log likelihood per action step. cond (B,P), actions (B,Ta,A), mask (B,Ta); draws nothing."""
         logits, means, scales = self._mixture(cond)
         deviation = (actions.unsqueeze(1) - means) / scales

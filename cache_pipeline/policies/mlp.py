@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from cache_pipeline.errors import ConfigError, available
 from cache_pipeline.policies.batch import masked_mean
+from cache_pipeline.policies.draws import Draws
 from cache_pipeline.policies.network import check_hidden, mlp
 
 
@@ -35,7 +36,7 @@ class MLPPolicy(nn.Module):
         self._squared = config.loss == "mse"
         self.network = mlp(cond_dim, config.hidden, action_horizon * action_dim)
 
-    def loss(self, cond: Tensor, actions: Tensor, mask: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    def loss(self, cond: Tensor, actions: Tensor, mask: Tensor, generator: Draws = None) -> Tensor:
         """Mean squared or absolute error. cond (B,P), actions (B,Ta,A), mask (B,Ta); draws nothing."""
         error = self.act(cond) - actions
         return masked_mean(error.square() if self._squared else error.abs(), mask)

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from cache_pipeline.policies.rotations import RotationSlices
+
 Normalization = Literal["minmax", "gaussian", "none"]
 
 # Spreads below this share of the values' magnitude are rounding of the store, not information.
@@ -69,3 +71,21 @@ class Normalizer(nn.Module):
         for name in ("offset", "scale", "spread"):
             own = getattr(self, name)
             own.copy_(torch.cat([getattr(part, name).flatten() for part in parts]).view_as(own))
+
+
+class ActionNormalizer(Normalizer):
+    """A normaliser of actions (…, A) that first takes axis-angle rotations to six numbers each, and back at the end."""
+
+    def __init__(self, rotations: RotationSlices) -> None:
+        super().__init__((rotations.encoded_width,))
+        self._rotations = rotations
+
+    def fit(self, rows: NDArray, mode: Normalization, rounding: float = ROUNDING["float32"]) -> Normalizer:
+        encoded = self._rotations.encode(torch.from_numpy(np.asarray(rows, np.float64)))
+        return super().fit(encoded.numpy(), mode, rounding)
+
+    def forward(self, values: Tensor) -> Tensor:
+        return super().forward(self._rotations.encode(values))
+
+    def invert(self, values: Tensor) -> Tensor:
+        return self._rotations.decode(super().invert(values))

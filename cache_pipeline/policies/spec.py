@@ -17,6 +17,7 @@ from cache_pipeline.errors import CheckpointError, ConfigError, available
 from cache_pipeline.policies.flow import FlowConfig, FlowPolicy
 from cache_pipeline.policies.gmm import GMMConfig, GMMPolicy
 from cache_pipeline.policies.mlp import MLPConfig, MLPPolicy
+from cache_pipeline.policies.rotations import RotationSlices
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 
 POLICIES: dict[str, tuple[Any, Any]] = {
@@ -50,9 +51,13 @@ class PolicySpec:
     """One encoder module for all cameras: for frozen encoders, and where asked."""
     clip_actions: bool = True
     """Whether normalised actions are clipped to [-1, 1] when acting: with min-max normalisation."""
+    rotation_6d: tuple[tuple[int, int], ...] = ()
+    """Slices of the action that are axis-angle rotations; the policy sees six numbers for each."""
 
     def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "cameras": _lists(self.cameras), "low_dim": _lists(self.low_dim)}
+        rotations = [list(pair) for pair in self.rotation_6d]
+        shapes = {"cameras": _lists(self.cameras), "low_dim": _lists(self.low_dim)}
+        return {**asdict(self), **shapes, "rotation_6d": rotations}
 
     @classmethod
     def from_json(cls, value: Any) -> PolicySpec:
@@ -64,7 +69,8 @@ class PolicySpec:
             }
             if unknown := set(value) - names:
                 raise CheckpointError(f"the run's policy has {sorted(unknown)[0]!r}, unknown to this version")
-            return cls(**{**value, **shapes})
+            rotations = tuple((start, stop) for start, stop in value.get("rotation_6d", ()))
+            return cls(**{**value, **shapes, "rotation_6d": rotations})
         except (TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"the run's policy cannot be understood: {error}") from error
 
@@ -97,9 +103,10 @@ def build_policy(spec: PolicySpec, encoders: Mapping[str, ImageEncoder], seed: i
         )
         torch.manual_seed(seed)
         _draw(obs_encoder.projection)
-        policy = policy_class(spec.obs_horizon * spec.emb_dim, spec.action_horizon, spec.action_dim, config)
+        width = RotationSlices(spec.rotation_6d, spec.action_dim).encoded_width
+        policy = policy_class(spec.obs_horizon * spec.emb_dim, spec.action_horizon, width, config)
     shape = (spec.obs_horizon, spec.action_horizon, spec.action_dim)
-    return VisuomotorPolicy(obs_encoder, policy, shape, clip_actions=spec.clip_actions)
+    return VisuomotorPolicy(obs_encoder, policy, shape, clip_actions=spec.clip_actions, rotations=spec.rotation_6d)
 
 
 def policy_config(name: str, options: Mapping[str, Any]) -> Any:

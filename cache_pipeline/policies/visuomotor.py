@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
@@ -10,11 +11,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cache_pipeline.encoders.obs import feature_rows, low_dim_rows, one_lead
+from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.encoders.obs import camera_frames
 from cache_pipeline.encoders.obs_encoder import MultiImageObsEncoder
+from cache_pipeline.encoders.preprocess import preprocess
+from cache_pipeline.encoders.views import ViewSpec
 from cache_pipeline.errors import CheckpointError, ConfigError
+from cache_pipeline.policies.augment import draw_views
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.policies.normalizer import ROUNDING, Normalization, Normalizer
+from cache_pipeline.policies.draws import Draws, normal, uniform
+from cache_pipeline.policies.normalizer import ROUNDING, ActionNormalizer, Normalization, Normalizer
+from cache_pipeline.policies.rotations import RotationSlices
 
 ENCODERS = "obs_encoder.key_model_map."
 
@@ -30,10 +37,23 @@ class VisuomotorPolicy(nn.Module):
         policy: ``loss(cond, actions, mask, generator)`` and ``act(cond, generator)`` in normalised action units.
         shape: (To, Ta, A).
         clip_actions: whether normalised actions are clipped to [-1, 1] when acting.
+        rotations: slices of the action that are axis-angle rotations, which the policy is to see as six numbers each.
+
+    Attributes:
+        augmentation: of frames in training, one draw per window; ``None`` for none.
+        feature_noise: deviation of noise on normalised features in training.
+        feature_dropout: share of normalised features set to 0 in training, the others scaled up.
+        frozen_trunks: camera → the fast path of what lies below the cut, for frames, while none of it learns.
     """
 
     def __init__(
-        self, obs_encoder: MultiImageObsEncoder, policy: nn.Module, shape: tuple[int, int, int], *, clip_actions: bool
+        self,
+        obs_encoder: MultiImageObsEncoder,
+        policy: nn.Module,
+        shape: tuple[int, int, int],
+        *,
+        clip_actions: bool,
+        rotations: tuple[tuple[int, int], ...] = (),
     ) -> None:
         super().__init__()
         self.obs_encoder = obs_encoder
@@ -41,8 +61,10 @@ class VisuomotorPolicy(nn.Module):
         self.obs_horizon, self.action_horizon, self.action_dim = shape
         self.clip_actions = clip_actions
         self.inputs = Normalizer((cast(nn.Linear, obs_encoder.projection[0]).in_features,))
-        self.actions = Normalizer((self.action_dim,))
-        self.feature_noise = 0.0
+        self.actions = ActionNormalizer(RotationSlices(rotations, self.action_dim))
+        self.feature_noise = self.feature_dropout = 0.0
+        self.augmentation: ViewSpec | None = None
+        self.frozen_trunks: Mapping[str, FrozenEncoder] = {}
         self.encoder_dtype: torch.dtype | None = None
         self.carries_encoder = False
         self.env_args: dict[str, Any] | None = None
@@ -95,37 +117,22 @@ class VisuomotorPolicy(nn.Module):
         self.inputs.join(parts)
         self.actions.fit(actions, normalization)
 
-    def condition(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+    def condition(self, obs: Mapping[str, Tensor], generator: Draws = None) -> Tensor:
         """(B, To·emb_dim) from ``obs``: images uint8 or features at the cut by camera, and low-dim obs.
 
         Args:
-            generator: of feature noise and random crops in training.
+            generator: of augmentation, feature noise and feature dropout in training.
 
         Raises:
             EncoderError: a key is missing or has another shape.
         """
         features = self._features(obs, generator)
-        parts: list[Tensor] = []
-        leads: dict[str, tuple[int, ...]] = {}
-        for camera, shape in self.obs_encoder.feature_shapes.items():
-            rows, leads[camera] = feature_rows(features, camera, shape)
-            with self._autocast():
-                pooled = self.obs_encoder.key_model_map[camera].head(rows.to(self.device))
-            parts.append(pooled.float())
-        width = sum(part.shape[1] for part in parts)
-        for key, shape in self.low_dim.items():
-            rows, leads[key] = low_dim_rows(obs, key, shape)
-            parts.append(rows.to(self.device, torch.float32))
-        joined = self.inputs(torch.cat(parts, dim=1))
-        if self.training and self.feature_noise:
-            noise = torch.randn((len(joined), width), generator=generator, device=joined.device)
-            joined = joined + nn.functional.pad(noise * self.feature_noise, (0, joined.shape[1] - width))
-        # Compared, not hashed: torch.export's dynamic batch size cannot be hashed.
-        first, *others = leads.values()
-        batch, steps = first if all(lead == first for lead in others) else one_lead(leads)
+        with self._autocast():
+            rows, (batch, steps) = self.obs_encoder.join(features, obs)
+        joined = self._disturbed(self.inputs(rows.float()), generator)
         return self.obs_encoder.projection(joined).view(batch, steps * self.obs_encoder.out_dim)
 
-    def loss(self, batch: Batch, generator: torch.Generator | None = None) -> Tensor:
+    def loss(self, batch: Batch, generator: Draws = None) -> Tensor:
         """The policy's loss on a batch, in normalised action units; a scalar."""
         cond = self.condition(batch.obs, generator)
         return self.policy.loss(cond, self.actions(batch.actions), batch.mask, generator)
@@ -187,11 +194,38 @@ class VisuomotorPolicy(nn.Module):
                 )
         self.load_state_dict(dict(tensors), strict=False)
 
-    def _features(self, obs: Mapping[str, Tensor], generator: torch.Generator | None) -> Mapping[str, Tensor]:
+    def _features(self, obs: Mapping[str, Tensor], draws: Draws) -> Mapping[str, Tensor]:
         if not any(camera in obs and obs[camera].dtype == torch.uint8 for camera in self.cameras):
             return obs
-        with self._autocast():
-            return self.obs_encoder.features(obs, generator=generator)
+        return {camera: self._encoded(camera, obs, draws) for camera in self.cameras}
+
+    def _encoded(self, camera: str, obs: Mapping[str, Tensor], draws: Draws) -> Tensor:
+        frames, leading = camera_frames(obs, camera, self.cameras[camera])
+        frames = frames.to(self.device, non_blocking=True)
+        view = None
+        if self.training and self.augmentation is not None:
+            view = draw_views(self.augmentation, leading, draws, self.device)
+        if camera in self.frozen_trunks:
+            # What inference mode makes cannot take part in a backward pass; its copy can.
+            features = self.frozen_trunks[camera](frames, view).clone()
+        else:
+            with self._autocast():
+                images = preprocess(frames, self.obs_encoder.preprocessing[camera], view)
+                features = self.obs_encoder.key_model_map[camera].trunk(images)
+        return features.reshape(*leading, *features.shape[1:])
+
+    def _disturbed(self, joined: Tensor, draws: Draws) -> Tensor:
+        """Noise on and dropout of the cameras' part of normalised rows, in training."""
+        if not (self.training and (self.feature_noise or self.feature_dropout)):
+            return joined
+        width = joined.shape[1] - sum(math.prod(shape) for shape in self.low_dim.values())
+        features = joined[:, :width]
+        if self.feature_noise:
+            features = features + self.feature_noise * normal(tuple(features.shape), draws, joined.device)
+        if self.feature_dropout:
+            kept = uniform(tuple(features.shape), draws, joined.device) >= self.feature_dropout
+            features = features * kept / (1 - self.feature_dropout)
+        return torch.cat((features, joined[:, width:]), dim=1)
 
     def _autocast(self) -> Any:
         return torch.autocast(self.device.type, self.encoder_dtype, enabled=self.encoder_dtype is not None)

@@ -20,7 +20,16 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 POLICIES = ("flow", "mlp", "gmm")
 ROBOMIMIC_PREFIX = PREFIX
 
-OWN_POLICY_OPTIONS = ("policy_options", "lr", "emb_dim", "action_normalization", "feature_noise", "optim")
+OWN_POLICY_OPTIONS = (
+    "policy_options",
+    "lr",
+    "emb_dim",
+    "action_normalization",
+    "feature_noise",
+    "feature_dropout",
+    "rotation_6d",
+    "optim",
+)
 # What the options mean for our own policies where nothing is given; a robomimic config says it for its algorithm.
 DEFAULTS = {"batch_size": 64, "obs_horizon": 2, "action_horizon": 8}
 
@@ -120,6 +129,11 @@ class TrainConfig:
     """Draw a view for each window in training. By default wherever the cache has more than the clean view."""
     feature_noise: float = 0.0
     """Standard deviation of Gaussian noise on features in training, in units of each camera's feature deviation."""
+    feature_dropout: float = 0.0
+    """Share of features set to their mean in training, the others scaled up."""
+    rotation_6d: tuple[tuple[int, int], ...] = ()
+    """Slices of the action vector that are axis-angle rotations in radians, such as ``((3, 6),)``; the policy predicts
+    six numbers for each and acts in axis-angle."""
     source: SourceName = "auto"
     """Where features come from; ``auto`` takes resident if the cache fits ``max_memory``, else streamed."""
     order: Order = "auto"
@@ -132,6 +146,8 @@ class TrainConfig:
     precision: Precision = "auto"
     """Arithmetic of the image encoder in live runs; projection and policy compute in fp32 (tf32 where allowed)."""
     seed: int = 0
+    wandb: str | None = None
+    """A Weights & Biases project that gets the figures too."""
     out: Path | None = None
     """The run folder; ``runs/<name of the data>`` by default."""
     resume: bool = False
@@ -159,6 +175,7 @@ class TrainConfig:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _at_least("feature_noise", self.feature_noise, 0)
+        _within("feature_dropout", self.feature_dropout, 0, 0.99)
 
     @property
     def robomimic(self) -> bool:
@@ -218,6 +235,8 @@ class FinetuneConfig:
     device: str = "auto"
     precision: Precision = "auto"
     seed: int = 0
+    wandb: str | None = None
+    """A Weights & Biases project that gets the figures too."""
     out: Path | None = None
     """The run folder; ``<run>_finetune`` by default."""
     resume: bool = False
@@ -334,6 +353,8 @@ def _revive(name: str, value: Any) -> Any:
         return tuple(Path(item) for item in value)
     if name in ("cameras", "low_dim_keys"):
         return tuple(value)
+    if name == "rotation_6d":
+        return tuple((start, stop) for start, stop in value)
     if name == "optim":
         return OptimConfig(**value)
     if name == "saving":

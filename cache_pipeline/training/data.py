@@ -227,6 +227,22 @@ def frozen_encode(
     device: torch.device,
     precision: str,
 ) -> Encode:
+    """The fast path of each camera's encoder as a function."""
+    by_camera = frozen_encoders(encoders, preprocess, device, precision)
+
+    def encode(camera: str, frames: Tensor) -> Tensor:
+        # What inference mode makes cannot take part in a backward pass; its copy can.
+        return by_camera[camera](frames).clone()
+
+    return encode
+
+
+def frozen_encoders(
+    encoders: Mapping[str, ImageEncoder],
+    preprocess: Mapping[str, Preprocess],
+    device: torch.device,
+    precision: str,
+) -> dict[str, FrozenEncoder]:
     """The fast path of each camera's encoder; cameras with one encoder and preprocessing share it."""
     made: dict[tuple[int, Preprocess], FrozenEncoder] = {}
     by_camera: dict[str, FrozenEncoder] = {}
@@ -235,12 +251,7 @@ def frozen_encode(
         if key not in made:
             made[key] = FrozenEncoder(encoder, preprocess[camera], device, precision)
         by_camera[camera] = made[key]
-
-    def encode(camera: str, frames: Tensor) -> Tensor:
-        # What inference mode makes cannot take part in a backward pass; its copy can.
-        return by_camera[camera](frames).clone()
-
-    return encode
+    return by_camera
 
 
 def check_cameras(cameras: Mapping[str, Any]) -> None:

@@ -14,13 +14,12 @@ import torch
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.encoders.image_encoder import ImageEncoder
+from cache_pipeline.encoders.views import ViewSpec
 from cache_pipeline.errors import CacheError, CheckpointError, ConfigError, DatasetError
-from cache_pipeline.policies.batch import Batch
 from cache_pipeline.policies.spec import PolicySpec, build_policy
 from cache_pipeline.policies.visuomotor import ENCODERS, VisuomotorPolicy
 from cache_pipeline.training.checkpoint import (
     Checkpoint,
-    CheckpointFolder,
     find_checkpoint,
     read_checkpoint,
     read_run,
@@ -32,25 +31,33 @@ from cache_pipeline.training.data import (
     SourcePlan,
     SplitNames,
     frozen_encode,
+    frozen_encoders,
     open_cache_data,
     open_cached,
     open_dataset_data,
     open_live,
     plan_source,
 )
-from cache_pipeline.training.fit import TOLERANCES, check_first_loss, check_fits, check_frontier
+from cache_pipeline.training.distributed import Ranks, current_ranks, joined_ranks
+from cache_pipeline.training.fit import TOLERANCES, check_first_loss, check_fits, check_frontier, loss_on
 from cache_pipeline.training.learner import PolicyLearner
-from cache_pipeline.training.loop import Journal, Phase, run_loop
-from cache_pipeline.training.metrics import MetricsLog
+from cache_pipeline.training.loop import Phase
+from cache_pipeline.training.metrics import check_wandb
 from cache_pipeline.training.order import Sampler
-from cache_pipeline.training.plateau import plateau_notes
 from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.run import check_resumed, check_run_folder, start_run
 from cache_pipeline.training.session import autocast_dtype
 from cache_pipeline.training.sources.source import Source
 from cache_pipeline.training.tensors import tensor_device
-from cache_pipeline.training.train import measurement
-from cache_pipeline.training.unfreezing import Unfreezing, above_cut, check_layers, parse_unfreezing, unfreeze
+from cache_pipeline.training.train import complete, measurement
+from cache_pipeline.training.unfreezing import (
+    Unfreezing,
+    above_cut,
+    check_layers,
+    frozen_cut,
+    parse_unfreezing,
+    unfreeze,
+)
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -64,21 +71,34 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> TrainResult:
         CheckpointError: a run that is damaged or does not fit the data, or whose first loss is not the cached one.
         KeyboardInterrupt: asked to stop by SIGINT or SIGTERM; the run was saved and can be resumed.
     """
+    check_wandb(config.wandb)
+    with joined_ranks(config.device) as ranks:
+        return _finetune(config, ranks, progress=progress)
+
+
+def _finetune(config: FinetuneConfig, ranks: Ranks, *, progress: bool) -> TrainResult:
+    ranks.check(config.batch_size)
+    if config.batchnorm == "update" and ranks.world > 1:
+        raise ConfigError("BatchNorm statistics of several processes would differ; leave --update-batchnorm out")
     device = tensor_device(config.device)
     base, folder = find_checkpoint(config.checkpoint)
     run = config.out if config.out is not None else base.with_name(f"{base.name}_finetune")
-    check_run_folder(run, resume=config.resume, overwrite=config.overwrite)
+    if ranks.first:
+        check_run_folder(run, resume=config.resume, overwrite=config.overwrite)
     session = FinetuneSession(config, device, base, folder, run)
     resumed = session.start()
-    sampler = session.sampler
-    with MetricsLog(run, 0 if resumed is None else resumed.step) as log:
-        measure = measurement(session.learner, session.current, session.data, session.valid, device, config.saving)
-        best = CheckpointFolder(run, config.saving.keep_best)
-        journal = Journal(session.learner, best, log, measure, config.saving, steps=config.steps, resumed=resumed)
-        result = run_loop(
-            journal, session.learner, sampler, session.phases(), steps=config.steps, run=run, progress=progress
-        )
-    return TrainResult.of(run, result, journal.metrics, plateau_notes(run))
+    measure = measurement(session.learner, session.current, session.data, session.valid, device, config.saving)
+    return complete(
+        run,
+        session.learner,
+        session.sampler,
+        session.phases(),
+        measure,
+        config,
+        resumed,
+        ranks=ranks,
+        progress=progress,
+    )
 
 
 class FinetuneSession:
@@ -134,7 +154,7 @@ class FinetuneSession:
                     self._begin(item.layers)
             self.learner.load(self._start_from.model, self._start_from.ema, self._start_from.resume)
             return self._start_from
-        self._open_source(self._needs_live(0))
+        self._source_at(0)
         self._check_first_loss()
         value = {
             "kind": "finetune",
@@ -144,7 +164,10 @@ class FinetuneSession:
             "order": {"views": 1, "blocks": None if self._plan.blocks is None else asdict(self._plan.blocks)},
             "from": str(self._folder.resolve()),
         }
-        start_run(self._run, value, {file: self._encoders[camera] for camera, file in self.spec.encoder_files.items()})
+        if current_ranks().first:
+            start_run(
+                self._run, value, {file: self._encoders[camera] for camera, file in self.spec.encoder_files.items()}
+            )
         return None
 
     def phases(self) -> list[Phase]:
@@ -197,29 +220,38 @@ class FinetuneSession:
             encoder.train_batch_norm = config.batchnorm == "update"
             if config.checkpointing:
                 encoder.enable_gradient_checkpointing()
-        if config.augment:
-            if any(p.crop_shape is None for p in policy.obs_encoder.preprocessing.values()):
-                raise ConfigError("augment crops at random, but the run has no --crop-shape; train one with it")
-            policy.obs_encoder.random_crop = True
+        policy.augmentation = ViewSpec() if config.augment else None
+        policy.obs_encoder.key_model_map.to(memory_format=torch.channels_last)
         return policy.to(self._device).train()
 
     def _begin(self, layers: tuple[str, ...]) -> None:
         if layers:
             self.learner.learn("encoder", unfreeze(self.policy, layers, self._config.freeze))
 
-    def _needs_live(self, step: int) -> bool:
-        layers = tuple(layer for item in self._unfreezing if item.step <= step for layer in item.layers)
-        return self._config.cache is None or not above_cut(self.policy, layers)
+    def _layers(self, step: int) -> tuple[str, ...]:
+        """All that learns at ``step``."""
+        return tuple(layer for item in self._unfreezing if item.step <= step for layer in item.layers)
 
     def _source_at(self, step: int) -> Source:
-        return self._open_source(self._needs_live(step))
-
-    def _open_source(self, live: bool) -> Source:
+        layers = self._layers(step)
+        live = self._config.cache is None or not above_cut(self.policy, layers, self.spec.cut)
         if self._opened is None or (self._opened.name == "live") is not live:
             memory = self._config.max_memory
             self._opened = self._make_live(memory) if live else self._make_cached(self.data, self._plan)
             logger.info("%s: %s source", self._run, self._opened.name)
+        self._fit_to(self._opened, layers)
         return self._opened
+
+    def _fit_to(self, source: Source, layers: tuple[str, ...]) -> None:
+        """Moves the policy's cut to where the source's features enter; frames take the fast path while it is frozen."""
+        encoders, cut = self.policy.obs_encoder, self.spec.cut
+        frozen = frozen_cut(self.policy, layers) if source.name == "live" else None
+        encoders.cut_at(frozen or cut)
+        self.policy.frozen_trunks = {}
+        if frozen is not None:
+            self.policy.frozen_trunks = frozen_encoders(
+                dict(encoders.key_model_map.items()), encoders.preprocessing, self._device, self._config.precision
+            )
 
     def _make_cached(self, data: RunData, plan: SourcePlan) -> Source:
         memory = self._config.max_memory
@@ -247,11 +279,8 @@ class FinetuneSession:
         source, dtype = reference
         kind = dtype if self.policy.encoder_dtype is None else "low precision"
         check_first_loss(
-            self.policy,
-            self._first_batch(self.current()),
-            self._first_batch(source),
+            (self._first_loss(self.current()), self._first_loss(source)),
             tolerance=TOLERANCES[kind],
-            seed=self._config.seed,
             what="the run's cache" if source.name != "live" else "live frames",
         )
 
@@ -275,9 +304,10 @@ class FinetuneSession:
         numbers = SourcePlan("streamed", 1, None)
         return self._make_cached(data, numbers), data.cache.manifest.dtype
 
-    def _first_batch(self, source: Source) -> Batch:
+    def _first_loss(self, source: Source) -> float:
+        self._fit_to(source, self._layers(0))
         with closing(source.batches(iter([self.sampler.plan(0)]))) as batches:
-            return next(batches)
+            return loss_on(self.policy, next(batches), self._config.seed)
 
 
 def _cut(encoders: Mapping[str, ImageEncoder], cut: str) -> None:

@@ -64,13 +64,16 @@ def check_frontier(policy: VisuomotorPolicy, data: RunData) -> None:
 
 
 @torch.no_grad()
-def check_first_loss(
-    policy: VisuomotorPolicy, batch: Batch, reference: Batch, *, tolerance: float, seed: int, what: str
-) -> None:
-    """Raises CheckpointError unless the loss on a batch equals that on the same windows from another source."""
+def loss_on(policy: VisuomotorPolicy, batch: Batch, seed: int) -> float:
+    """The loss on a batch in eval mode, a function of ``seed``."""
     policy.eval()
-    losses = [float(policy.loss(each, torch.Generator(policy.device).manual_seed(seed))) for each in (batch, reference)]
+    loss = float(policy.loss(batch, torch.Generator(policy.device).manual_seed(seed)))
     policy.train()
+    return loss
+
+
+def check_first_loss(losses: tuple[float, float], *, tolerance: float, what: str) -> None:
+    """Raises CheckpointError unless the loss on a batch equals that on the same windows from another source."""
     difference = abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-12)
     if not difference <= tolerance:
         raise CheckpointError(

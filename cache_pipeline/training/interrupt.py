@@ -15,10 +15,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopWish:
-    """Whether somebody wants the run to stop."""
+    """Whether somebody wants the run to stop: asked of this process, and heeded by all that train together."""
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested = self.heeded = False
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self.requested:

@@ -13,6 +13,8 @@ from cache_pipeline.errors import CheckpointError
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.config import OptimConfig
+from cache_pipeline.training.distributed import current_ranks
+from cache_pipeline.training.gradients import BatchGradient
 from cache_pipeline.training.optim import AveragedWeights, Optimizer, Part
 
 GENERATOR = "generator"
@@ -66,7 +68,7 @@ class PolicyLearner:
         rates: peak learning rate of each part.
         steps: length of the schedule.
         seed: of the noise in the loss.
-        accumulate: parts into which a batch is split.
+        accumulate: parts into which a batch is cut, more when memory runs out.
     """
 
     def __init__(
@@ -84,7 +86,7 @@ class PolicyLearner:
         self._optimizer = Optimizer(optim, rates, steps, device)
         self._average = None if optim.ema is None else AveragedWeights(optim.ema)
         self._generator = torch.Generator(device).manual_seed(seed)
-        self._accumulate = accumulate
+        self._gradient = BatchGradient(policy, self._generator, parts=accumulate, ranks=current_ranks())
         self.learn("policy", policy.policy_parameters())
 
     @property
@@ -106,15 +108,11 @@ class PolicyLearner:
             self._average.add(self._optimizer.parameters)
 
     def step(self, batch: Batch, number: int) -> Tensor:
-        total = torch.zeros((), device=batch.actions.device)
-        for part, share in _parts(batch, self._accumulate):
-            loss = self._policy.loss(part, self._generator) * share
-            torch.autograd.backward(loss)
-            total += loss.detach()
+        loss = self._gradient(batch, self._optimizer.parameters.values())
         self._optimizer.step(number)
         if self._average is not None:
             self._average.update(number)
-        return total
+        return loss
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -139,16 +137,3 @@ class PolicyLearner:
         if state is None or state.dtype != torch.uint8 or state.shape != self._generator.get_state().shape:
             raise CheckpointError("the checkpoint's random state is not of this device or version; start a new run")
         self._generator.set_state(state.cpu())
-
-
-def _parts(batch: Batch, count: int) -> Iterator[tuple[Batch, float]]:
-    """Equal parts of a batch, each with the share of its action steps that count."""
-    if count == 1:
-        yield batch, 1.0
-        return
-    kept = batch.mask.sum().clamp_min(1)
-    size = len(batch.actions) // count
-    for start in range(0, len(batch.actions), size):
-        rows = slice(start, start + size)
-        part = batch.select(rows)
-        yield part, part.mask.sum() / kept  # type: ignore[misc]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +17,7 @@ from cache_pipeline.errors import CheckpointError, ConfigError
 from cache_pipeline.progress import Progress
 from cache_pipeline.training.checkpoint import Checkpoint, CheckpointFolder
 from cache_pipeline.training.config import SavingConfig
+from cache_pipeline.training.distributed import current_ranks
 from cache_pipeline.training.evaluate import ActionError
 from cache_pipeline.training.interrupt import StopWish, stop_wish
 from cache_pipeline.training.learner import Learner
@@ -76,6 +77,7 @@ class Journal:
     """Logs, measures and saves after the steps at which each is due.
 
     Args:
+        folder, log: where checkpoints and figures go; None in a process that does not write.
         measure: the held-out action error with the averaged weights; None without held-out demos.
         resumed: the checkpoint from which the run goes on.
     """
@@ -83,8 +85,8 @@ class Journal:
     def __init__(
         self,
         learner: Learner,
-        folder: CheckpointFolder,
-        log: MetricsLog,
+        folder: CheckpointFolder | None,
+        log: MetricsLog | None,
         measure: Callable[[], ActionError] | None,
         saving: SavingConfig,
         *,
@@ -111,7 +113,7 @@ class Journal:
         saved = self._due(step, self._saving.save_every) or last
         if last or measured or saved or step == 1 or step % self._saving.log_every == 0:
             self._write_row(step)
-        if measured or saved:
+        if self._folder is not None and (measured or saved):
             with self._clock_stopped():
                 error = self._evaluate(step) if measured else None
                 if saved or (error is not None and self._folder.is_among_best(error)):
@@ -138,7 +140,11 @@ class Journal:
         self._carried = Carried(step, seconds, first, loss)
         values = {"training/loss": loss, "time/seconds": seconds, "time/steps_per_s": rate}
         self.metrics.update(values)
-        self._log.write(step, values)
+        self._write(step, values)
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._log is not None:
+            self._log.write(step, values)
 
     def _evaluate(self, step: int) -> float | None:
         if self._measure is None:
@@ -147,7 +153,7 @@ class Journal:
             error = self._measure()
         values = {"validation/action_mse": error.mse, "validation/mean_action_mse": error.mean_action_mse}
         self.metrics.update(values, **{"validation/action_mse_per_dim": list(error.mse_per_dim)})
-        self._log.write(step, values)
+        self._write(step, values)
         logger.info(
             "step %d: loss %.4g, held-out action error %.4g (mean action %.4g)",
             step,
@@ -174,7 +180,7 @@ def run_loop(
     run: Path,
     progress: bool,
 ) -> LoopResult:
-    """Trains from where ``journal`` stands to ``steps``.
+    """Trains from where ``journal`` stands to ``steps``, together with the other processes of the run if there are any.
 
     Raises:
         KeyboardInterrupt: somebody asked to stop; everything is saved.
@@ -182,21 +188,21 @@ def run_loop(
     """
     start = journal.carried.step
     name = ""
-    with stop_wish() as wish, Progress("train", steps, "steps", start) if progress else nullcontext() as bar:
+    shown = progress and current_ranks().first
+    with stop_wish() as wish, Progress("train", steps, "steps", start) if shown else nullcontext() as bar:
         for phase in phases:
-            if phase.stop <= start or wish.requested:
+            if phase.stop <= start or wish.heeded:
                 continue
             phase.begin()
             source = phase.open()
             name = source.name if not name else f"{name}+{source.name}"
             _run_phase(journal, learner, sampler, source, max(start, phase.start), phase.stop, wish, bar)
     carried = journal.carried
-    if wish.requested and carried.step < steps:
+    if wish.heeded and carried.step < steps:
         logger.warning("saved step %d of %d in %s; go on with the same command and --resume", carried.step, steps, run)
         raise KeyboardInterrupt
     assert carried.first_loss is not None
     assert carried.final_loss is not None
-    assert journal.checkpoint is not None
     rate = carried.step / max(carried.seconds, 1e-9)
     return LoopResult(
         carried.step,
@@ -204,7 +210,7 @@ def run_loop(
         rate,
         carried.first_loss,
         carried.final_loss,
-        journal.checkpoint,
+        journal.checkpoint if journal.checkpoint is not None else run,
         name,
     )
 
@@ -219,15 +225,16 @@ def _run_phase(
     wish: StopWish,
     bar: Progress | None,
 ) -> None:
-    shown = 0.0
-    with closing(source.batches(sampler.plans(start, stop))) as batches:
+    shown, ranks = 0.0, current_ranks()
+    with closing(source.batches(map(ranks.share, sampler.plans(start, stop)))) as batches:
         for number, batch in enumerate(batches, start):
-            loss, stopping = learner.step(batch, number), wish.requested
-            journal.record(number + 1, loss, stopping=stopping)
+            loss = learner.step(batch, number)
+            wish.heeded = ranks.any(wish.requested)
+            journal.record(number + 1, loss, stopping=wish.heeded)
             if bar is not None:
                 now = time.monotonic()
                 notes = {} if now - shown < NOTES_EVERY_S else {"loss": f"{journal.carried.final_loss:.4g}"}
                 shown = now if notes else shown
                 bar.advance(1, **notes)
-            if stopping:
+            if wish.heeded:
                 return

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cache_pipeline.errors import MissingExtraError
+from cache_pipeline.files import read_json
+
 COLUMNS = (
     "step",
     "training/loss",
@@ -26,9 +29,10 @@ class MetricsLog:
     Args:
         run: the run folder.
         start: step from which the run goes on.
+        wandb: the Weights & Biases project that gets the figures too; None for none.
     """
 
-    def __init__(self, run: Path, start: int) -> None:
+    def __init__(self, run: Path, start: int, wandb: str | None = None) -> None:
         self._path = run / CSV_NAME
         kept = [row for row in read_metrics(run) if row["step"] <= start] if start else []
         self._file = self._path.open("w", newline="", encoding="utf-8")
@@ -36,20 +40,24 @@ class MetricsLog:
         self._rows.writeheader()
         for row in kept:
             self._rows.writerow({name: value for name, value in row.items() if value is not None})
-        self._board = _Board(run / TENSORBOARD)
+        self._boards: list[Any] = [_Board(run / TENSORBOARD)]
+        if wandb is not None:
+            self._boards.append(_Wandb(wandb, run))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Adds one row; names are among ``COLUMNS``."""
         self._rows.writerow({"step": step, **{name: f"{value:.9g}" for name, value in values.items()}})
         self._file.flush()
-        self._board.write(step, values)
+        for board in self._boards:
+            board.write(step, values)
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
         self._file.close()
-        self._board.close()
+        for board in self._boards:
+            board.close()
 
 
 class _Board:
@@ -69,6 +77,33 @@ class _Board:
 
     def close(self) -> None:
         self._writer.close()
+
+
+class _Wandb:
+    """A Weights & Biases run named as the run folder."""
+
+    def __init__(self, project: str, run: Path) -> None:
+        self._run = _wandb().init(project=project, name=run.name, dir=str(run), config=read_json(run / "run.json"))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        self._run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def check_wandb(project: str | None) -> None:
+    """Raises MissingExtraError if figures are to go to Weights & Biases and its client is not installed."""
+    if project is not None:
+        _wandb()
+
+
+def _wandb() -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise MissingExtraError("--wandb needs its client: pip install 'cache-pipeline[wandb]'") from error
+    return wandb
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:

@@ -79,10 +79,14 @@ class Optimizer:
                 if value is None or (moment != "step" and value.shape != parameter.shape):
                     raise CheckpointError(f"the optimiser's state for {name} does not fit; start a new run")
             self._adam.state[parameter] = {
-                moment: value.to(self._device if moment != "step" or self._fused else "cpu", copy=True)
-                for moment, value in saved.items()
-                if value is not None
+                moment: self._placed(parameter, moment, value) for moment, value in saved.items() if value is not None
             }
+
+    def _placed(self, parameter: nn.Parameter, moment: str, value: Tensor) -> Tensor:
+        """A copy on the device; moments in the memory format of their parameter, as the fused update needs them."""
+        if moment == "step":
+            return value.to(self._device if self._fused else "cpu", copy=True)
+        return torch.empty_like(parameter, requires_grad=False).copy_(value)
 
     @property
     def _fused(self) -> bool:

@@ -70,6 +70,11 @@ class Sampler:
         self._epochs: dict[int, _Epoch] = {}
 
     @property
+    def batch_size(self) -> int:
+        """B, over all processes."""
+        return self._batch
+
+    @property
     def pools_per_epoch(self) -> int:
         return 1 if self._blocks is None else -(-self._n // self._pool_windows)
 

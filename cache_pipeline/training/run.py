@@ -22,7 +22,18 @@ from cache_pipeline.training.config import FinetuneConfig, TrainConfig
 from cache_pipeline.training.metrics import CSV_NAME, TENSORBOARD
 
 # Options that may differ when a run is resumed: they change what is kept or where it runs, not what is learned.
-FREE_TO_CHANGE = {"resume", "overwrite", "out", "saving", "device", "max_memory", "source", "cache", "datasets"}
+FREE_TO_CHANGE = {
+    "resume",
+    "overwrite",
+    "out",
+    "saving",
+    "device",
+    "max_memory",
+    "source",
+    "cache",
+    "datasets",
+    "wandb",
+}
 
 
 def check_run_folder(run: Path, *, resume: bool, overwrite: bool) -> None:

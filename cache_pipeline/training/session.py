@@ -110,7 +110,7 @@ def _open_own(
 ) -> _Opened:
     assert config.batch_size is not None
     policy = build_policy(spec, encoders, config.seed).to(device)
-    policy.feature_noise = config.feature_noise
+    policy.feature_noise, policy.feature_dropout = config.feature_noise, config.feature_dropout
     splits = data.splits(WindowSpec(spec.obs_horizon, spec.action_horizon), device)
     plan = _plan(config, data, len(splits[0]), device, before)
     source = _source(config, data, plan, splits, spec, encoders, device)
@@ -207,6 +207,7 @@ def _fresh(
         cut=next(iter(encoders.values())).cut,
         share_rgb_model=config.freeze_encoder or config.share_rgb_model,
         clip_actions=bridge is None and config.action_normalization == "minmax",
+        rotation_6d=() if bridge is not None else config.rotation_6d,
     )
     return spec, encoders
 
@@ -293,7 +294,7 @@ def _learner(config: TrainConfig, policy: VisuomotorPolicy, device: torch.device
     if not config.freeze_encoder:
         policy.carries_encoder = True
         policy.encoder_dtype = autocast_dtype(config.precision, device)
-        policy.obs_encoder.key_model_map.requires_grad_(True)
+        policy.obs_encoder.key_model_map.to(memory_format=torch.channels_last).requires_grad_(True)
         learner.learn("encoder", policy.encoder_parameters())
     policy.train()
     return learner

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,17 +12,18 @@ from typing import Any
 import torch
 
 from cache_pipeline.encoders.image_encoder import ImageEncoder
-from cache_pipeline.training.checkpoint import (
-    CheckpointFolder,
-)
-from cache_pipeline.training.config import SavingConfig, TrainConfig
+from cache_pipeline.errors import ConfigError
+from cache_pipeline.training.checkpoint import Checkpoint, CheckpointFolder
+from cache_pipeline.training.config import FinetuneConfig, SavingConfig, TrainConfig
 from cache_pipeline.training.data import (
     RunData,
 )
+from cache_pipeline.training.distributed import Ranks, joined_ranks
 from cache_pipeline.training.evaluate import ActionError, evaluate
 from cache_pipeline.training.learner import Learner
 from cache_pipeline.training.loop import Journal, Phase, run_loop
-from cache_pipeline.training.metrics import MetricsLog
+from cache_pipeline.training.metrics import MetricsLog, check_wandb
+from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.plateau import plateau_notes
 from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.run import check_run_folder, start_run
@@ -42,20 +44,49 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
         CheckpointError: the run folder exists, or a run to resume does not fit.
         KeyboardInterrupt: asked to stop by SIGINT or SIGTERM; the run was saved and can be resumed.
     """
+    check_wandb(config.wandb)
+    with joined_ranks(config.device) as ranks:
+        return _train(config, ranks, progress=progress)
+
+
+def _train(config: TrainConfig, ranks: Ranks, *, progress: bool) -> TrainResult:
+    if config.robomimic and ranks.world > 1:
+        raise ConfigError("robomimic's algorithms train in one process; leave torchrun out")
     run = config.out if config.out is not None else default_run(config)
-    check_run_folder(run, resume=config.resume, overwrite=config.overwrite)
+    if ranks.first:
+        check_run_folder(run, resume=config.resume, overwrite=config.overwrite)
     session = open_session(config, run)
-    if session.resumed is None:
+    ranks.check(session.sampler.batch_size)
+    if session.resumed is None and ranks.first:
         start_run(run, _run_json(session), _files(session))
     learner, source, resumed = session.learner, session.source, session.resumed
     logger.info("%s: %s source, %d windows, %s", run, source.name, len(session.splits[0]), session.device)
-    with MetricsLog(run, 0 if resumed is None else resumed.step) as log:
-        measure = measurement(learner, lambda: source, session.data, session.splits[1], session.device, config.saving)
-        folder = CheckpointFolder(run, config.saving.keep_best)
-        journal = Journal(learner, folder, log, measure, config.saving, steps=config.steps, resumed=resumed)
-        phases = [Phase(0, config.steps, lambda: None, lambda: source)]
-        result = run_loop(journal, learner, session.sampler, phases, steps=config.steps, run=run, progress=progress)
-    return TrainResult.of(run, result, journal.metrics, plateau_notes(run))
+    measure = measurement(learner, lambda: source, session.data, session.splits[1], session.device, config.saving)
+    phases = [Phase(0, config.steps, lambda: None, lambda: source)]
+    return complete(run, learner, session.sampler, phases, measure, config, resumed, ranks=ranks, progress=progress)
+
+
+def complete(
+    run: Path,
+    learner: Learner,
+    sampler: Sampler,
+    phases: Sequence[Phase],
+    measure: Callable[[], ActionError] | None,
+    config: TrainConfig | FinetuneConfig,
+    resumed: Checkpoint | None,
+    *,
+    ranks: Ranks,
+    progress: bool,
+) -> TrainResult:
+    """Runs the loop to the end; the first process alone logs, measures and saves."""
+    ranks.take_from_first(learner.model_tensors().values())
+    saving, start = config.saving, 0 if resumed is None else resumed.step
+    with ExitStack() as opened:
+        folder = CheckpointFolder(run, saving.keep_best) if ranks.first else None
+        log = opened.enter_context(MetricsLog(run, start, config.wandb)) if ranks.first else None
+        journal = Journal(learner, folder, log, measure, saving, steps=config.steps, resumed=resumed)
+        result = run_loop(journal, learner, sampler, phases, steps=config.steps, run=run, progress=progress)
+    return TrainResult.of(run, result, journal.metrics, plateau_notes(run) if ranks.first else ())
 
 
 def default_run(config: TrainConfig) -> Path:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from cache_pipeline.encoders.cut import head_stages
+from cache_pipeline.encoders.cut import CUTS, STAGES, head_stages
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.errors import ConfigError, available
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
@@ -59,10 +59,23 @@ def check_layers(policy: VisuomotorPolicy, unfreezing: tuple[Unfreezing, ...]) -
                     )
 
 
-def above_cut(policy: VisuomotorPolicy, layers: tuple[str, ...]) -> bool:
-    """Whether cached features stay right while ``layers`` learn: all of them lie above the cut."""
+def above_cut(policy: VisuomotorPolicy, layers: tuple[str, ...], cut: str) -> bool:
+    """Whether features cached at ``cut`` stay right while ``layers`` learn: all of them lie above it."""
     encoders = policy.obs_encoder.key_model_map.distinct()
-    return all(encoder.is_resnet and set(layers) <= set(head_stages(encoder.cut)) for encoder in encoders)
+    return all(encoder.is_resnet and set(layers) <= set(head_stages(cut)) for encoder in encoders)
+
+
+def frozen_cut(policy: VisuomotorPolicy, layers: tuple[str, ...]) -> str | None:
+    """The highest cut below which nothing learns while ``layers`` do; None if there is none."""
+    encoders = policy.obs_encoder.key_model_map.distinct()
+    if not all(encoder.is_resnet for encoder in encoders):
+        return encoders[0].cut if not layers and len({encoder.cut for encoder in encoders}) == 1 else None
+    if ALL in layers:
+        return None
+    if not layers:
+        return CUTS[0]
+    below = STAGES[: min(STAGES.index(layer) for layer in layers)]
+    return below[-1] if below and below[-1] in CUTS else None
 
 
 def unfreeze(

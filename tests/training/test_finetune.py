@@ -13,14 +13,17 @@ from fakes import make_dataset
 from safetensors.torch import load_file
 from training_runs import config, extracted, losses
 
+from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.errors import CheckpointError, ConfigError, StaleCacheError
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.training import learner as learner_module
 from cache_pipeline.training.checkpoint import load_policy
 from cache_pipeline.training.config import FinetuneConfig, SavingConfig
+from cache_pipeline.training.data import frozen_encoders
 from cache_pipeline.training.finetune import finetune
 from cache_pipeline.training.train import train
+from cache_pipeline.training.unfreezing import frozen_cut, unfreeze
 
 ENCODERS = "obs_encoder.key_model_map."
 
@@ -99,8 +102,6 @@ def test_a_schedule_moves_from_the_frontier_cache_to_live_frames_without_a_jump(
 
 
 def test_a_fine_tuned_run_carries_its_encoder_and_acts_after_loading(base: Path, dataset: Path, tmp_path: Path) -> None:
-    from cache_pipeline.demos.dataset import Dataset
-
     tuned, data = finetune(tuning(base, tmp_path / "tuned", steps=2), progress=False).run, Dataset.open(dataset)
     obs = {camera: torch.from_numpy(data.frames(0, camera, 2, 4))[None] for camera in data.cameras}
     obs |= {key: torch.from_numpy(data.rows(0)[f"low_dim/{key}"][2:4])[None] for key in data.low_dim}
@@ -116,12 +117,6 @@ def test_batch_norm_statistics_move_only_when_asked(base: Path, tmp_path: Path) 
         run = finetune(tuning(base, tmp_path / how, batchnorm=how, steps=2), progress=False).run
         tuned = load_policy(run).obs_encoder.key_model_map["agentview_image"].state_dict()[name]
         assert torch.equal(tuned, first) is not moves
-
-
-def test_parts_of_a_batch_weigh_by_the_action_steps_that_count() -> None:
-    mask = torch.tensor([[1, 1], [1, 0], [1, 0], [0, 0]], dtype=torch.bool)
-    shares = [float(share) for _, share in learner_module._parts(Batch({}, torch.zeros(4, 2, 1), mask), 2)]
-    assert shares == [0.75, 0.25]
 
 
 def test_fine_tuning_resumed_within_a_schedule_equals_a_straight_run_bit_for_bit(
@@ -180,3 +175,47 @@ def test_a_frontier_cache_of_other_weights_is_stale(base: Path, dataset: Path, t
     other = extracted(dataset, tmp_path / "other.zarr", encoders=EncoderSpec(weights="random", seed=1, cut="layer3"))
     with pytest.raises(StaleCacheError, match=r"encoder\.weights"):
         finetune(tuning(base, tmp_path / "run", cache=other, unfreeze="layer4"), progress=False)
+
+
+def test_augmented_fine_tuning_needs_no_crop_and_changes_what_is_learned(base: Path, tmp_path: Path) -> None:
+    clean = finetune(tuning(base, tmp_path / "clean", unfreeze="layer4", steps=2), progress=False)
+    jittered = finetune(tuning(base, tmp_path / "jittered", unfreeze="layer4", steps=2, augment=True), progress=False)
+    assert losses(clean.run) != losses(jittered.run)
+
+
+@pytest.mark.parametrize(
+    ("layers", "cut"),
+    [
+        ((), "avgpool"),
+        (("layer4",), "layer3"),
+        (("layer4", "layer2"), "layer1"),
+        (("layer1",), None),
+        (("layer4", "conv1"), None),
+        (("all",), None),
+    ],
+)
+def test_what_lies_below_all_that_learns_is_frozen(base: Path, layers: tuple[str, ...], cut: str | None) -> None:
+    policy = load_policy(base)
+    assert frozen_cut(policy, layers) == cut
+
+
+def test_a_frozen_trunk_gives_the_loss_and_the_gradient_of_the_whole_encoder(base: Path, dataset: Path) -> None:
+    data = Dataset.open(dataset)
+    frames = {camera: torch.from_numpy(data.frames(0, camera, 0, 4)).view(2, 2, 24, 24, 3) for camera in data.cameras}
+    rows = data.rows(0)
+    low_dim = {key: torch.from_numpy(rows[f"low_dim/{key}"][:4]).view(2, 2, -1) for key in data.low_dim}
+    batch = Batch({**frames, **low_dim}, torch.rand(2, 8, 7), torch.ones(2, 8, dtype=torch.bool))
+    found = []
+    for fast in (False, True):
+        policy = load_policy(base)
+        encoders = policy.obs_encoder
+        if fast:
+            encoders.cut_at("layer3")
+            policy.frozen_trunks = frozen_encoders(
+                dict(encoders.key_model_map.items()), encoders.preprocessing, torch.device("cpu"), "fp32"
+            )
+        parameters = dict(unfreeze(policy, ("layer4",), None))
+        loss = policy.loss(batch, torch.Generator().manual_seed(0))
+        torch.autograd.backward(loss)
+        found.append((loss.detach(), [parameter.grad for parameter in parameters.values()]))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)

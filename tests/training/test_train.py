@@ -221,3 +221,25 @@ def test_the_config_survives_json(cache: Path, tmp_path: Path) -> None:
     again = TrainConfig.from_json(json.loads(json.dumps(first.to_json())))
     assert again.to_json() == first.to_json()
     assert replace(again, preprocess=first.preprocess) == first
+
+
+def test_a_policy_trained_on_rotations_in_six_numbers_acts_in_axis_angle(
+    run: Path, cache: Path, tmp_path: Path
+) -> None:
+    result = train(config(tmp_path / "run", cache, rotation_6d=((3, 6),)), progress=False)
+    policy = load_policy(result.run)
+    assert (policy.action_dim, policy.noise_shape) == (7, (8, 10))
+    before, now = inspect_run(run), inspect_run(result.run)
+    assert now.mean_action_mse == pytest.approx(before.mean_action_mse)
+
+
+def test_feature_dropout_changes_training_and_not_the_first_measurement(run: Path, cache: Path, tmp_path: Path) -> None:
+    result = train(config(tmp_path / "run", cache, feature_dropout=0.5, steps=3), progress=False)
+    assert losses(result.run) != losses(run)[:3]
+    policy = load_policy(result.run)
+    policy.feature_dropout = 0.5
+    rows = torch.ones(4, policy.inputs.offset.shape[0])
+    assert torch.equal(policy._disturbed(rows, None), rows)
+    dropped = policy.train()._disturbed(rows, torch.Generator().manual_seed(0))
+    assert set(dropped[:, :1024].unique().tolist()) == {0.0, 2.0}
+    assert torch.equal(dropped[:, 1024:], rows[:, 1024:])

@@ -1,0 +1,107 @@
+"""Rotations as six numbers: the first two columns of the rotation matrix, which change continuously with the rotation.
+
+Zhou et al., On the Continuity of Rotation Representations in Neural Networks, 2019 (arXiv:1812.07035).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cache_pipeline.errors import ConfigError
+
+AXIS_ANGLE, SIX = 3, 6
+
+
+def axis_angle_to_6d(axis_angle: Tensor) -> Tensor:
+    """(…,3), the axis times the angle in radians, to (…,6)."""
+    x, y, z = axis_angle.unbind(-1)
+    zero = torch.zeros_like(x)
+    cross = torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), -1).reshape(*x.shape, 3, 3)
+    columns = torch.linalg.matrix_exp(cross.double())[..., :2]
+    return columns.transpose(-1, -2).flatten(-2).to(axis_angle.dtype)
+
+
+def axis_angle_from_6d(six: Tensor) -> Tensor:
+    """The nearest rotation by Gram-Schmidt, as axis times angle, the angle from 0 to π: (…,6) to (…,3)."""
+    first, second = six[..., :3], six[..., 3:]
+    one = F.normalize(first, dim=-1)
+    two = F.normalize(second - (one * second).sum(-1, keepdim=True) * one, dim=-1)
+    matrix = torch.stack((one, two, torch.linalg.cross(one, two, dim=-1)), dim=-1)
+    return _axis(_quaternion(matrix))
+
+
+def _quaternion(matrix: Tensor) -> Tensor:
+    """Unit quaternions (…,4), w first and not negative, from (…,3,3); the largest component is computed first."""
+    m = matrix.flatten(-2).unbind(-1)
+    xx, yy, zz = m[0], m[4], m[8]
+    rows = (
+        (1 + xx + yy + zz, m[7] - m[5], m[2] - m[6], m[3] - m[1]),
+        (m[7] - m[5], 1 + xx - yy - zz, m[3] + m[1], m[2] + m[6]),
+        (m[2] - m[6], m[3] + m[1], 1 - xx + yy - zz, m[7] + m[5]),
+        (m[3] - m[1], m[2] + m[6], m[7] + m[5], 1 - xx - yy + zz),
+    )
+    candidates = torch.stack([torch.stack(row, -1) for row in rows], -2)
+    largest = candidates.diagonal(dim1=-2, dim2=-1).argmax(-1)
+    index = largest[..., None, None].expand(*largest.shape, 1, 4)
+    chosen = F.normalize(candidates.gather(-2, index).squeeze(-2), dim=-1)
+    return torch.where(chosen[..., :1] < 0, -chosen, chosen)
+
+
+def _axis(quaternion: Tensor) -> Tensor:
+    w, vector = quaternion[..., :1], quaternion[..., 1:]
+    sine = vector.norm(dim=-1, keepdim=True)
+    angle = 2 * torch.atan2(sine, w)
+    return vector * torch.where(sine > 1e-6, angle / sine.clamp_min(1e-6), 2 * torch.ones_like(sine))
+
+
+class RotationSlices:
+    """Where axis-angle rotations lie in a vector of ``width`` numbers, and the way to six numbers each and back.
+
+    Raises:
+        ConfigError: a slice that is not of three numbers of the vector, or two that overlap.
+    """
+
+    def __init__(self, slices: tuple[tuple[int, int], ...], width: int) -> None:
+        self._starts = sorted(start for start, _ in slices)
+        self.width = width
+        ends = [0, *(start + AXIS_ANGLE for start in self._starts)]
+        for start, stop in slices:
+            if stop - start != AXIS_ANGLE or not 0 <= start < stop <= width:
+                raise ConfigError(
+                    f"rotation_6d {start}:{stop} is no axis-angle rotation: name three of the {width} action "
+                    f"dimensions, such as 3:6"
+                )
+        if any(start < end for start, end in zip(self._starts, ends, strict=False)):
+            raise ConfigError(f"rotation_6d: the slices {', '.join(f'{a}:{b}' for a, b in slices)} overlap")
+
+    @property
+    def encoded_width(self) -> int:
+        return self.width + (SIX - AXIS_ANGLE) * len(self._starts)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """(…,width) to (…,encoded_width), each rotation in its place."""
+        return self._mapped(values, AXIS_ANGLE, axis_angle_to_6d)
+
+    def decode(self, values: Tensor) -> Tensor:
+        """The inverse of ``encode``; anything is taken to its nearest rotation."""
+        return self._mapped(values, SIX, axis_angle_from_6d)
+
+    def _mapped(self, values: Tensor, size: int, function: Callable[[Tensor], Tensor]) -> Tensor:
+        parts, at = [], 0
+        for number, start in enumerate(self._starts):
+            begin = start + number * (size - AXIS_ANGLE)
+            parts += [values[..., at:begin], function(values[..., begin : begin + size])]
+            at = begin + size
+        return torch.cat([*parts, values[..., at:]], dim=-1) if parts else values
+
+
+def parse_slices(text: str) -> tuple[tuple[int, int], ...]:
+    """``3:6`` or ``3:6,10:13``; raises ConfigError for anything else."""
+    pairs = [item.split(":") for item in text.split(",")]
+    if any(len(pair) != 2 or not all(part.strip().isdecimal() for part in pair) for pair in pairs):
+        raise ConfigError(f"rotation_6d {text!r} is not START:STOP; write 3:6, or 3:6,10:13 for two rotations")
+    return tuple((int(start), int(stop)) for start, stop in pairs)

@@ -1,0 +1,110 @@
+"""The gradient of one batch, whatever it is cut into: parts that fit the memory, and shares of several processes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from cache_pipeline.errors import ConfigError
+from cache_pipeline.policies.batch import Batch
+from cache_pipeline.policies.draws import Share
+from cache_pipeline.policies.visuomotor import VisuomotorPolicy
+from cache_pipeline.training.distributed import Ranks
+
+logger = logging.getLogger("cache_pipeline")
+
+
+class Part(NamedTuple):
+    """Windows ``start`` to ``stop`` of a batch."""
+
+    batch: Batch
+    start: int
+    stop: int
+
+
+class BatchGradient:
+    """Leaves the gradient of a policy's loss in its parameters.
+
+    The loss is a mean over the action steps that count, so parts weigh by how many of those they hold. Random numbers
+    are drawn for the whole batch whatever part of it is at hand.
+
+    Args:
+        generator: of the loss's random numbers, in the same state in all processes.
+        parts: into which a batch is cut; doubled for good whenever memory runs out.
+        ranks: the processes that share each batch.
+    """
+
+    def __init__(self, policy: VisuomotorPolicy, generator: torch.Generator, *, parts: int, ranks: Ranks) -> None:
+        self._policy, self._generator, self._ranks = policy, generator, ranks
+        self.parts = parts
+
+    def __call__(self, batch: Batch, parameters: Collection[nn.Parameter]) -> Tensor:
+        """The loss of the whole batch, detached.
+
+        Args:
+            batch: this process's share.
+            parameters: those that learn.
+
+        Raises:
+            ConfigError: a single window does not fit the device.
+        """
+        state = self._generator.get_state()
+        kept = batch.mask.sum(dtype=torch.float32)
+        self._ranks.sum([kept])
+        while (loss := self._tried(batch, kept.clamp_min_(1), state)) is None:
+            self._shrink(len(batch.actions), parameters)
+        if self._ranks.world > 1:
+            self._ranks.sum([loss, *(p.grad for p in parameters if p.grad is not None)])
+        return loss
+
+    def _tried(self, batch: Batch, kept: Tensor, state: Tensor) -> Tensor | None:
+        """This process's part of the loss, its gradient added up; None if memory ran out."""
+        total = torch.zeros((), device=batch.actions.device)
+        try:
+            for part in cut(batch, self.parts):
+                self._generator.set_state(state)
+                loss = self._policy.loss(part.batch, self._share(part, len(batch.actions)))
+                loss = loss * (part.batch.mask.sum() / kept)
+                torch.autograd.backward(loss)
+                total += loss.detach()
+        except torch.OutOfMemoryError:
+            return None
+        return total
+
+    def _share(self, part: Part, size: int) -> Share:
+        before = self._ranks.rank * size
+        return Share(self._generator, before + part.start, before + part.stop, self._ranks.world * size)
+
+    def _shrink(self, size: int, parameters: Collection[nn.Parameter]) -> None:
+        if self.parts >= size:
+            raise ConfigError(
+                "one window alone does not fit the device's memory: unfreeze fewer layers, add "
+                "--gradient-checkpointing, or take smaller frames (--resize-shape)"
+            )
+        self.parts = min(size, 2 * self.parts)
+        for parameter in parameters:
+            parameter.grad = None
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        logger.warning(
+            "out of memory: from now on each batch is computed in %d parts, with the same result; --accumulate %d does "
+            "so from the start",
+            self.parts,
+            self.parts,
+        )
+
+
+def cut(batch: Batch, count: int) -> Iterator[Part]:
+    """``count`` parts of a batch, as equal as can be; fewer if it has fewer windows."""
+    size = len(batch.actions)
+    if count == 1:
+        yield Part(batch, 0, size)
+        return
+    length = -(-size // count)
+    for start in range(0, size, length):
+        stop = min(size, start + length)
+        yield Part(batch.select(slice(start, stop)), start, stop)
