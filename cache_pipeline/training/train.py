@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from cache_pipeline.encoders.image_encoder import ImageEncoder
-from cache_pipeline.errors import ConfigError
 from cache_pipeline.training.checkpoint import Checkpoint, CheckpointFolder
 from cache_pipeline.training.config import FinetuneConfig, SavingConfig, TrainConfig
 from cache_pipeline.training.data import (
@@ -50,8 +49,6 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
 
 def _train(config: TrainConfig, ranks: Ranks, *, progress: bool) -> TrainResult:
-    if config.robomimic and ranks.world > 1:
-        raise ConfigError("robomimic's algorithms train in one process; leave torchrun out")
     run = config.out if config.out is not None else default_run(config)
     if ranks.first:
         check_run_folder(run, resume=config.resume, overwrite=config.overwrite)
