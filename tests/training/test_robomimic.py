@@ -371,3 +371,13 @@ def test_weights_that_do_not_fit_are_refused_by_name(cache: Path, tmp_path: Path
     (result.run / "run.json").write_text(json.dumps(value))
     with pytest.raises(CheckpointError, match=r"nets\.policy.*shape"):
         load_policy(result.run)
+
+
+def test_a_robomimic_run_is_not_fine_tuned(cache: Path, dataset: Path, tmp_path: Path) -> None:
+    from cache_pipeline.training.config import FinetuneConfig
+    from cache_pipeline.training.finetune import finetune
+
+    result = train(config(tmp_path / "run", cache, small(tmp_path / "mine.json", "bc")), progress=False)
+    with pytest.raises(ConfigError, match="cannot be exported or fine-tuned"):
+        finetune(FinetuneConfig(checkpoint=result.run, datasets=(dataset,), out=tmp_path / "tuned", device="cpu"))
+    assert not (tmp_path / "tuned").exists()
