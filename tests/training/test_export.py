@@ -9,8 +9,9 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from training_runs import ENCODER, SMALL, config
+from training_runs import ENCODER, PREPROCESS, SMALL, config
 
+from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import CheckFailedError, ConfigError, MissingExtraError
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
@@ -177,3 +178,33 @@ def test_noise_of_another_shape_is_refused(flow: Path) -> None:
     policy = load_policy(flow)
     with pytest.raises(ConfigError, match=r"takes \(B, 8, 7\)"):
         policy.act(tensors(frames_and_rows(policy, 1)), noise=torch.zeros(1, 7, 8))
+
+
+COUNTING = """
+import torch
+
+class Counting(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(3, 5)
+
+    def forward(self, x):
+        return self.linear(x.mean((2, 3))) * torch.ones(len(x), 1)
+
+def make():
+    torch.manual_seed(3)
+    return Counting()
+"""
+
+
+def test_an_encoder_that_counts_its_images_fixes_the_batch_size_at_one_and_the_result_says_so(
+    dataset: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "counting.py").write_text(COUNTING)
+    encoder = EncoderSpec(factory=f"{tmp_path / 'counting.py'}:make")
+    options = {"datasets": (dataset,), "encoder": encoder, "preprocess": PREPROCESS, "low_dim_keys": ()}
+    run = train(config(tmp_path / "run", steps=1, **options), progress=False).run
+    result = export_policy(run, tmp_path / "policy.onnx")
+    assert result.batch == 1
+    assert result.inputs["agentview_image"] == "uint8 (1, 2, 24, 24, 3)"
+    assert any("batch size 1 only" in line for line in result.lines())
