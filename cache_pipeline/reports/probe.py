@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.split import split_demos
-from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.encoders.frozen import FrozenEncoder, resolve_device
 from cache_pipeline.encoders.image_encoder import build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import load_encoder
@@ -279,7 +279,9 @@ def _encode_random(cache: FeatureCache, dataset: Dataset, rows: NDArray[np.int64
         spec = saved.spec.__class__(
             rgb_model_name=saved.spec.rgb_model_name, weights="random", seed=seed, cut=saved.cut
         )
-        frozen = FrozenEncoder(build_encoder(spec), Preprocess.from_json(entry.identity["preprocess"]), device, "auto")
+        preprocess = Preprocess.from_json(entry.identity["preprocess"])
+        precision = entry.identity["precision"]["compute"]
+        frozen = FrozenEncoder(build_encoder(spec), preprocess, resolve_device(device), precision)
         parts = []
         with Progress(f"random weights {camera}", len(rows), "images") as progress:
             for i, frames in _frames_of(cache, rows):

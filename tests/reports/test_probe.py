@@ -1,6 +1,12 @@
+import json
+
+import matplotlib.image
 import numpy as np
 import pytest
+from fakes import make_dataset
+from typer.testing import CliRunner
 
+from cache_pipeline.cli import app
 from cache_pipeline.reports.probe import (
     BOTH,
     FEATURES,
@@ -65,3 +71,25 @@ def test_the_verdict_says_when_features_will_do():
 
 def test_the_verdict_says_when_features_add_nothing():
     assert "add nothing" in verdict(scores(0.1, 0.3, 0.1))
+
+
+def run(*args):
+    result = CliRunner().invoke(app, ["--quiet", *map(str, args)])
+    assert result.exit_code == 0, result.output
+    return result
+
+
+def test_probe_tells_what_can_be_read_from_features_and_draws_it(tmp_path):
+    dataset = make_dataset(tmp_path / "data.hdf5", lengths=(12, 11, 13, 12))
+    cache, picture = tmp_path / "data.zarr", tmp_path / "probe.png"
+    run(
+        "extract-features", dataset, "--out", cache, "--no-pretrained-encoder", "--device", "cpu", "--precision", "fp32"
+    )
+    value = json.loads(run("probe", cache, "--out", picture, "--json").stdout)
+    asked = {(score["target"], score["inputs"]) for score in value["scores"]}
+    inputs = {FEATURES, PROPRIOCEPTION, BOTH, RANDOM}
+    assert asked == {(target, name) for target in ("actions", "object") for name in inputs}
+    best = {(s["target"], s["inputs"]): max(s["ridge_r2"], s["knn_r2"]) for s in value["scores"]}
+    assert best["object", FEATURES] == pytest.approx(best["object", RANDOM], rel=0.02)
+    assert "heuristic" in run("probe", cache).stdout
+    assert matplotlib.image.imread(picture).std() > 0.05
