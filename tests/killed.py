@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,7 +18,8 @@ CONTEXT.set_forkserver_preload(["killed"])
 
 
 def extract_slowly(out: Path, dataset: Path, seconds: float) -> None:
-    """Extracts two views, ``seconds`` longer for each batch."""
+    """Extracts two views, ``seconds`` longer for each batch; Ctrl-C works wherever the tests were started."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     real = FrozenEncoder.__call__
 

@@ -31,7 +31,7 @@ from cache_pipeline.reports import plots
 
 MAX_ROWS = 6000
 MAX_RANDOM_FRAMES = 1500
-RIDGES = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
+RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 NEIGHBOURS = 5
 CLEAR_GAIN = 0.05
 PROPRIOCEPTION, FEATURES, RANDOM = "proprioception", "features", "random weights"
@@ -153,13 +153,16 @@ def nearest(x: Array, y: Array, x_valid: Array, neighbours: int = NEIGHBOURS) ->
 
 
 def r_squared(predicted: Array, truth: Array) -> float:
-    """Share of the variance that is explained, averaged over the dimensions that vary."""
+    """Share of the variance that is explained, averaged over the dimensions that vary.
+
+    A dimension that is predicted worse than by its mean counts as 0: it cannot be read, and that is all.
+    """
     total = ((truth - truth.mean(0)) ** 2).sum(0)
     varies = total > 1e-10 * max(1, len(truth))
     if not varies.any():
         return 0.0
     residual = ((predicted - truth) ** 2).sum(0)
-    return float(np.mean(1 - residual[varies] / total[varies]))
+    return float(np.mean(np.maximum(1 - residual[varies] / total[varies], 0)))
 
 
 def _fit(x: Array, y: Array, penalty: float) -> Any:

@@ -56,6 +56,7 @@ def test_r_squared_leaves_out_constant_dimensions():
     truth = np.stack([np.arange(10.0), np.zeros(10)], axis=1)
     assert r_squared(truth, truth) == 1.0
     assert r_squared(np.broadcast_to(truth.mean(0), truth.shape), truth) == 0.0
+    assert r_squared(-9 * truth, truth) == 0.0
 
 
 def scores(features, proprioception, random):
