@@ -22,7 +22,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_digests_of_one_that_was_no
     out, whole = tmp_path / "killed.zarr", tmp_path / "whole.zarr"
     extract(whole, dataset, views=2)
     rng, before = random.Random(0), 0
-    for _ in range(5):
+    for _ in range(10):
         process = start(out, dataset)
         wait_for(process, out, "pending.json")
         time.sleep(rng.uniform(0, 0.4))
