@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.models.resnet import Bottleneck
 
 from cache_pipeline.encoders.cut import trunk_stages
@@ -17,15 +18,17 @@ from cache_pipeline.encoders.resnet import ResNet
 # an ImageNet-trained ResNet-50 err by 3.5e-2, and by 8e-3 with these few percent of the work kept in float32.
 EXACT_BLOCKS = 1
 
+INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
+
 
 class FoldedConv:
-    """One convolution with its BatchNorm folded in: ``relu(conv(x) + residual)``, both optional."""
+    """One convolution with its BatchNorm, if it has one, folded in: ``relu(conv(x) + residual)``, both optional."""
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, device: torch.device, dtype: torch.dtype) -> None:
-        folded = fuse_conv_bn_eval(conv, norm)
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, device: torch.device, dtype: torch.dtype) -> None:
+        weight, bias = (conv.weight, cast(Tensor, conv.bias)) if norm is None else _fold(conv, norm)
         self.dtype = dtype
-        self.weight = folded.weight.detach().to(device, dtype, memory_format=torch.channels_last)
-        self.bias = cast(Tensor, folded.bias).detach().to(device, dtype)
+        self.weight = weight.detach().to(device, dtype, memory_format=torch.channels_last)
+        self.bias = bias.detach().to(device, dtype)
         self.geometry: tuple[Any, ...] = (conv.padding, conv.stride, conv.dilation, conv.groups)
         self.fused = device.type == "cpu" and onednn_fuses(dtype)
         if self.fused:
@@ -40,6 +43,31 @@ class FoldedConv:
         if residual is not None:
             y += residual
         return y.relu_() if relu else y
+
+
+class PairedStem:
+    """The stem on pairs of columns: a 7×7 convolution of stride 2 on 3 channels as one of 7×4 and stride (2, 1) on 6.
+
+    bfloat16 products go in pairs of channels, so three channels cost as much as four. An image padded to an even width
+    is its own pairs of columns; only the weights are arranged anew.
+    """
+
+    def __init__(self, stem: nn.Conv2d, norm: nn.BatchNorm2d, device: torch.device, dtype: torch.dtype) -> None:
+        weight, bias = _fold(stem, norm)
+        paired = nn.Conv2d(6, stem.out_channels, (7, 4), stride=(2, 1), padding=(3, 0))
+        with torch.no_grad():
+            columns = nn.functional.pad(weight, (0, 1)).reshape(*weight.shape[:3], 4, 2)
+            paired.weight.copy_(columns.permute(0, 4, 1, 2, 3).flatten(1, 2))
+            cast(Tensor, paired.bias).copy_(bias)
+        self.dtype = dtype
+        self.conv = FoldedConv(paired, None, device, dtype)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(B,3,H,W), channels-last, to (B,64,ceil(H/2),ceil(W/2)), after the ReLU."""
+        batch, _, height, width = images.shape
+        padded = torch.zeros(batch, height, (width + 7) // 2 * 2, 3, dtype=self.dtype, device=images.device)
+        padded[:, :, 3 : width + 3] = images.permute(0, 2, 3, 1)
+        return self.conv(padded.view(batch, height, -1, 6).permute(0, 3, 1, 2), True)
 
 
 class FoldedBlock:
@@ -80,19 +108,69 @@ class FoldedTrunk:
         blocks = [block for layer in layers for block in layer]
         exact = EXACT_BLOCKS if dtype == torch.bfloat16 and isinstance(blocks[0], Bottleneck) else 0
         self.cut = cut
-        self.stem = FoldedConv(net.conv1, cast(nn.BatchNorm2d, net.bn1), device, torch.float32 if exact else dtype)
+        self.stem = _stem(net, device, torch.float32 if exact else dtype)
         self.blocks = [
             FoldedBlock(block, device, torch.float32 if index < exact else dtype) for index, block in enumerate(blocks)
         ]
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B,3,H,W) to (B,D) or (B,D,h,w)."""
-        x = images.to(self.stem.dtype, memory_format=torch.channels_last)
-        x = torch.max_pool2d(self.stem(x, True), kernel_size=3, stride=2, padding=1)
+        x = max_pool(self.stem(images))
         for block in self.blocks:
             x = block(x)
         x = x.float()
         return x.mean((2, 3)) if self.cut == "avgpool" else x
+
+
+def max_pool(x: Tensor) -> Tensor:
+    """A ResNet's max-pooling (3×3, stride 2, padding 1) of what comes out of a ReLU.
+
+    On a CPU it is done along rows, then along columns, on the values' bits as integers, whose order is the same for
+    values that are not negative: several times as fast as torch's own for channels-last bfloat16.
+
+    Args:
+        x: (B,C,h,w), channels-last, nowhere negative.
+
+    Returns:
+        (B,C,ceil(h/2),ceil(w/2)), the same bits as torch's.
+    """
+    integer = INTEGERS.get(x.dtype)
+    if x.device.type != "cpu" or integer is None:
+        return torch.max_pool2d(x, kernel_size=3, stride=2, padding=1)
+    rows = x.permute(0, 2, 3, 1).view(integer)
+    pooled = _max_of_three(_max_of_three(rows, 1), 2)
+    return pooled.view(x.dtype).permute(0, 3, 1, 2)
+
+
+def _max_of_three(x: Tensor, dim: int) -> Tensor:
+    """Greatest of the places 2i-1, 2i and 2i+1 along ``dim``, for each i; places outside do not count."""
+    even, odd = x[_every_second(dim, 0)], x[_every_second(dim, 1)]
+    pairs = even.shape[dim] == odd.shape[dim]
+    found = torch.maximum(even, odd) if pairs else even.clone()
+    if not pairs:
+        inner = found.narrow(dim, 0, odd.shape[dim])
+        torch.maximum(inner, odd, out=inner)
+    after = found.narrow(dim, 1, found.shape[dim] - 1)
+    torch.maximum(after, odd.narrow(dim, 0, after.shape[dim]), out=after)
+    return found
+
+
+def _every_second(dim: int, start: int) -> tuple[slice, ...]:
+    return (slice(None),) * dim + (slice(start, None, 2),)
+
+
+def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
+    mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
+    return fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias)
+
+
+def _stem(net: ResNet, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+    """Images (B,3,H,W), float32, to what comes out of the stem's ReLU, in ``dtype``."""
+    norm = cast(nn.BatchNorm2d, net.bn1)
+    if dtype == torch.bfloat16 and device.type == "cpu":
+        return PairedStem(net.conv1, norm, device, dtype)
+    conv = FoldedConv(net.conv1, norm, device, dtype)
+    return lambda images: conv(images.to(dtype, memory_format=torch.channels_last), True)
 
 
 def can_fold(net: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -76,13 +77,22 @@ class FrozenEncoder:
             images = torch.as_tensor(frames).to(self.device, non_blocking=True)
             return self._trunk(preprocess(images, self.preprocess, view))
 
+    @property
+    def can_run_in_lanes(self) -> bool:
+        """Whether several threads may call at once to good use: a ResNet on a CPU."""
+        return self.device.type == "cpu" and can_fold(self.encoder.net)
+
     def feature_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Shape of a feature at the cut for frames of ``image_shape``, (H, W, 3)."""
         return self.encoder.feature_shape(*self.preprocess.output_shape(image_shape[0], image_shape[1]))
 
     def identity(self, image_shape: tuple[int, ...]) -> dict[str, Any]:
         """Everything that decides the feature values, as JSON; see ``encoder_identity``."""
-        return encoder_identity(self.encoder, self.preprocess, self.precision, image_shape)
+        return encoder_identity(self.encoder, self.preprocess, self.precision, image_shape, self._digest)
+
+    @functools.cached_property
+    def _digest(self) -> str:
+        return self.encoder.trunk_digest()
 
 
 def _fast_trunk(encoder: ImageEncoder, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:

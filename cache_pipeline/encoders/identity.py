@@ -14,7 +14,11 @@ COLLAPSED_SPREAD = 1e-3
 
 
 def encoder_identity(
-    encoder: ImageEncoder, preprocess: Preprocess, compute: str, image_shape: tuple[int, ...]
+    encoder: ImageEncoder,
+    preprocess: Preprocess,
+    compute: str,
+    image_shape: tuple[int, ...],
+    digest: str | None = None,
 ) -> dict[str, Any]:
     """Everything that decides the features at the cut. Two encoders that give different features never share one.
 
@@ -26,6 +30,7 @@ def encoder_identity(
         preprocess: what comes before it.
         compute: the precision that it computes in: ``fp32``, ``tf32``, ``bf16`` or ``fp16``.
         image_shape: (H, W, 3) of the frames.
+        digest: ``encoder.trunk_digest()``, where it is known.
     """
     shape = preprocess.output_shape(image_shape[0], image_shape[1])
     structure = encoder.structure()
@@ -34,7 +39,7 @@ def encoder_identity(
         **({} if structure is None else {"structure": structure}),
         "cut": encoder.cut,
         "feature_shape": list(encoder.feature_shape(*shape)),
-        "weights": {"source": encoder.source, "digest": encoder.trunk_digest()},
+        "weights": {"source": encoder.source, "digest": digest or encoder.trunk_digest()},
         "preprocess": preprocess.to_json(),
         "precision": {"compute": compute},
     }

@@ -27,7 +27,7 @@ from cache_pipeline.files import digest
 
 logger = logging.getLogger("cache_pipeline")
 
-SAMPLE = 64
+SAMPLE = 32
 
 
 class CameraEncoder(NamedTuple):
@@ -57,6 +57,7 @@ def build_camera_encoders(config: ExtractConfig, dataset: Dataset, cached: Manif
     built: dict[EncoderSpec, ImageEncoder] = {}
     files: dict[EncoderSpec, str] = {}
     frozen: dict[tuple[EncoderSpec, Preprocess, str], FrozenEncoder] = {}
+    exact: dict[tuple[EncoderSpec, Preprocess], FrozenEncoder] = {}
     found = {}
     for camera, image_shape in dataset.cameras.items():
         entry = cached.cameras.get(camera) if cached else None
@@ -67,15 +68,21 @@ def build_camera_encoders(config: ExtractConfig, dataset: Dataset, cached: Manif
         key = (spec, preprocess, precision)
         if spec not in built:
             built[spec] = build_encoder(spec)
-            files[spec] = f"encoder/{built[spec].weights_digest()}.safetensors"
         if key not in frozen:
             frozen[key] = FrozenEncoder(built[spec], preprocess, device, precision)
         measured = entry.measured if entry is not None else None
         if measured is None:
-            frozen[key], measured = _measure(frozen[key], _sample(dataset, camera), camera, precision == "auto")
+            if key[:2] not in exact:
+                exact[key[:2]] = _exact(frozen[key])
+            choice = (frozen[key], exact[key[:2]])
+            frozen[key], measured = _measure(*choice, _sample(dataset, camera), camera, precision == "auto")
         views = max(config.views, entry.views if entry else 1)
         shape, identity = frozen[key].feature_shape(image_shape), _as_json(frozen[key].identity(image_shape))
         made = CameraEntry(shape, image_shape, identity, views, _view_spec(config, entry, views), measured)
+        if spec not in files:
+            above = next(built[spec].head_parameters(), None)
+            whole = identity["weights"]["digest"] if above is None else built[spec].weights_digest()
+            files[spec] = f"encoder/{whole}.safetensors"
         found[camera] = CameraEncoder(built[spec], frozen[key], made, files[spec])
     return found
 
@@ -100,19 +107,24 @@ def _sample(dataset: Dataset, camera: str) -> NDArray[np.uint8]:
     return dataset.gather(camera, parts[:SAMPLE])
 
 
+def _exact(frozen: FrozenEncoder) -> FrozenEncoder:
+    if frozen.precision == "fp32":
+        return frozen
+    return FrozenEncoder(frozen.encoder, frozen.preprocess, frozen.device, "fp32")
+
+
 def _measure(
-    frozen: FrozenEncoder, frames: NDArray[np.uint8], camera: str, free: bool
+    frozen: FrozenEncoder, exact: FrozenEncoder, frames: NDArray[np.uint8], camera: str, free: bool
 ) -> tuple[FrozenEncoder, dict[str, float]]:
     """The encoder to use, and its error against fp32 and the spread of its features on real frames.
 
     Args:
         free: whether the precision may be changed to fp32 where the error is too large.
     """
-    encode = BatchEncoder(SAMPLE, "float32")
+    encode = BatchEncoder(SAMPLE // 2, "float32")
     features = torch.from_numpy(encode(frozen, frames))
     error = 0.0
-    if frozen.precision != "fp32":
-        exact = FrozenEncoder(frozen.encoder, frozen.preprocess, frozen.device, "fp32")
+    if frozen is not exact:
         error = relative_error(features, torch.from_numpy(encode(exact, frames)))
         if not error <= TOLERATED_ERROR:
             if free:

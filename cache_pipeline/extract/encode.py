@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.views import ViewParameters
+from cache_pipeline.extract.lanes import cpu_lanes
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -26,14 +30,10 @@ class BatchEncoder:
 
     def __init__(self, batch_size: int, dtype: str) -> None:
         self.batch_size = batch_size
-        self._dtype = DTYPES[dtype]
+        self.dtype = DTYPES[dtype]
 
     def __call__(
-        self,
-        encoder: FrozenEncoder,
-        frames: NDArray[np.uint8],
-        views: Sequence[ViewParameters] | None = None,
-        advance: Callable[[int], None] = lambda count: None,
+        self, encoder: FrozenEncoder, frames: NDArray[np.uint8], views: Sequence[ViewParameters] | None = None
     ) -> NDArray:
         """Features (n, D) or (n, D, h, w) in the stored dtype.
 
@@ -41,53 +41,92 @@ class BatchEncoder:
             encoder: frozen.
             frames: (n, H, W, 3).
             views: one augmentation per frame; None for the clean view.
-            advance: told the frames done, batch by batch.
         """
-        done = 0
+        return self.start(encoder, frames, views).result()
 
-        def count(batch: int) -> None:
-            nonlocal done
-            done += batch
-            advance(batch)
-
-        while True:
-            try:
-                return self._encode(encoder, frames, views, count)
-            except RuntimeError as error:
-                if not is_out_of_memory(error) or self.batch_size == 1:
-                    raise
-                logger.warning("out of memory: batches of %d frames from now on", self.batch_size // 2)
-            advance(-done)
-            done = 0
-            self.batch_size //= 2
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
-
-    def _encode(
+    def start(
         self,
+        encoder: FrozenEncoder,
+        frames: NDArray[np.uint8],
+        views: Sequence[ViewParameters] | None = None,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> Encoding:
+        """Begins to encode, in lanes on a CPU; arguments as above.
+
+        Args:
+            advance: told the frames done, batch by batch, while the result is waited for.
+        """
+        return Encoding(self, encoder, frames, views, advance)
+
+    def halve(self, too_large: int) -> None:
+        """Takes batches of half a size that was too large, unless a smaller one is taken already."""
+        if self.batch_size >= too_large:
+            self.batch_size = too_large // 2
+            logger.warning("out of memory: batches of %d frames from now on", self.batch_size)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+class Encoding:
+    """A unit's features on their way; made by ``BatchEncoder.start``."""
+
+    def __init__(
+        self,
+        batches: BatchEncoder,
         encoder: FrozenEncoder,
         frames: NDArray[np.uint8],
         views: Sequence[ViewParameters] | None,
         advance: Callable[[int], None],
-    ) -> NDArray:
-        size, total = self.batch_size, len(frames)
-        images = torch.from_numpy(frames).to(encoder.device)
-        features: torch.Tensor | None = None
-        for start in range(0, total, size):
-            stop = min(start + size, total)
-            rows = torch.arange(start, start + size).clamp_(max=total - 1)
-            batch = images[start:stop] if stop - start == size else images[rows.to(images.device)]
-            batch_views = None if views is None else [views[row] for row in rows.tolist()]
-            encoded = encoder(batch, batch_views)
-            if features is None:
-                features = torch.empty((total, *encoded.shape[1:]), dtype=self._dtype, device=encoded.device)
-            features[start:stop] = encoded[: stop - start]
-            advance(stop - start)
-        assert features is not None
-        return features.cpu().numpy()
+    ) -> None:
+        self._batches, self._encoder, self._advance = batches, encoder, advance
+        self._images = torch.from_numpy(frames).to(encoder.device)
+        self._views = views
+        self._futures: list[Future[Tensor]] = []
+        self._waits = self._begin()
+
+    def result(self) -> NDArray:
+        """Features (n, D) or (n, D, h, w) in the stored dtype; waits for them."""
+        while True:
+            size, done = self._size, []
+            try:
+                for wait in self._waits:
+                    done.append(wait())
+                    self._advance(len(done[-1]))
+                return torch.cat(done).cpu().numpy()
+            except BaseException as error:
+                self.cancel()
+                if not is_out_of_memory(error) or size == 1:
+                    raise
+            self._advance(-sum(map(len, done)))
+            del done
+            self._batches.halve(size)
+            self._waits = self._begin()
+
+    def cancel(self) -> None:
+        """Drops batches that were not begun, and waits for the others."""
+        for future in self._futures:
+            if not future.cancel():
+                future.exception()
+
+    def _begin(self) -> list[Callable[[], Tensor]]:
+        self._size = self._batches.batch_size
+        encode = [partial(self._encode, start, self._size) for start in range(0, len(self._images), self._size)]
+        if not self._encoder.can_run_in_lanes:
+            return list(encode)
+        lanes = cpu_lanes()
+        self._futures = [lanes.submit(batch) for batch in encode]
+        return [future.result for future in self._futures]
+
+    def _encode(self, start: int, size: int) -> Tensor:
+        total = len(self._images)
+        count = min(size, total - start)
+        rows = torch.arange(start, start + size).clamp_(max=total - 1)
+        batch = self._images[start : start + size] if count == size else self._images[rows.to(self._images.device)]
+        views = None if self._views is None else [self._views[row] for row in rows.tolist()]
+        return self._encoder(batch, views)[:count].to(self._batches.dtype)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch ran out of memory, on a CUDA device or on the CPU."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "defaultcpuallocator" in text

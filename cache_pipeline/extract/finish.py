@@ -11,7 +11,7 @@ from cache_pipeline.cache.arrays import StoredArray, array_names
 from cache_pipeline.cache.manifest import DemoRows, Manifest
 from cache_pipeline.errors import DatasetError
 from cache_pipeline.extract.matching import array_digest
-from cache_pipeline.extract.prepare import Prepared, metadata_digests
+from cache_pipeline.extract.prepare import Prepared
 from cache_pipeline.extract.units import UnitCheck
 from cache_pipeline.files import digest
 
@@ -25,8 +25,8 @@ def is_up_to_date(prepared: Prepared) -> bool:
     return all(file.is_file() and digest(file.read_bytes()) == old.metadata[name] for name, file in files.items())
 
 
-def finish(prepared: Prepared) -> Manifest:
-    """The manifest of the finished cache.
+def finish(prepared: Prepared, metadata: dict[str, str]) -> Manifest:
+    """The manifest of the finished cache, with the digests of its metadata and weights.
 
     Raises:
         DatasetError: a source file changed while it was being read.
@@ -34,7 +34,7 @@ def finish(prepared: Prepared) -> Manifest:
     _check_sources(prepared)
     units = _recorded_units(prepared)
     demos = _with_digests(prepared)
-    return replace(prepared.manifest, demos=demos, units=units, metadata=metadata_digests(prepared))
+    return replace(prepared.manifest, demos=demos, units=units, metadata=metadata)
 
 
 def _check_sources(prepared: Prepared) -> None:

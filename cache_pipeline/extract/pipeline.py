@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +24,7 @@ from cache_pipeline.encoders.views import ViewParameters, ViewSpec, view_paramet
 from cache_pipeline.errors import DatasetError, EncoderError
 from cache_pipeline.extract.camera_encoders import save_weights
 from cache_pipeline.extract.config import ExtractConfig
-from cache_pipeline.extract.encode import BatchEncoder, not_finite_row
+from cache_pipeline.extract.encode import BatchEncoder, Encoding, not_finite_row
 from cache_pipeline.extract.finish import finish, is_up_to_date
 from cache_pipeline.extract.matching import array_digest, frame_digests
 from cache_pipeline.extract.prepare import Prepared, metadata_digests, planned_bytes, prepare
@@ -115,10 +117,11 @@ def extract_features(config: ExtractConfig, *, progress: bool = True) -> Extract
         with told_when_full(prepared.path, planned_bytes(prepared)):
             run = _Run(prepared, progress)
             if not is_up_to_date(prepared):
-                _begin(prepared)
-                run.run()
-                prepared = run.prepared
-                finished = finish(prepared)
+                with ThreadPoolExecutor(1) as background:
+                    begun = _begin(prepared, background)
+                    run.run()
+                    prepared = run.prepared
+                    finished = finish(prepared, begun.result())
                 write_manifest(prepared.path, finished)
                 remove_other_files(prepared.path / "encoder", {Path(file).name for file in finished.encoders.values()})
             else:
@@ -152,13 +155,24 @@ def _tell_changes(prepared: Prepared) -> None:
             logger.info("%s: %d demos %s: %s", prepared.out, len(names), what, shown)
 
 
-def _begin(prepared: Prepared) -> None:
+def _begin(prepared: Prepared, background: Executor) -> Future[dict[str, str]]:
+    """Makes the folder ready; the weights go into it in the background.
+
+    Returns:
+        Digests of its metadata and weights.
+    """
     prepared.path.mkdir(parents=True, exist_ok=True)
     remove_partial_files(prepared.path)
     write_pending(prepared.path, prepared.manifest)
     arrays.write_metadata(prepared.path, arrays.metadata_files(prepared.manifest))
+    return background.submit(_save_weights, prepared)
+
+
+def _save_weights(prepared: Prepared) -> dict[str, str]:
     save_weights(prepared.path, prepared.encoders, prepared.old.metadata if prepared.old else {})
-    write_pending(prepared.path, replace(prepared.manifest, metadata=metadata_digests(prepared)))
+    metadata = metadata_digests(prepared)
+    write_pending(prepared.path, replace(prepared.manifest, metadata=metadata))
+    return metadata
 
 
 class _Run:
@@ -181,8 +195,7 @@ class _Run:
         try:
             with Progress("encode", total, "images", done=work.images_reused) as bar, writer, reader as results:
                 advance = bar.advance if self._progress else lambda count: None
-                for read in results:
-                    self._encode(read, writer, advance)
+                self._encode(results, writer, advance)
         finally:
             self.read_s, self.write_s = reader.seconds, writer.seconds
         if self._batches.batch_size != self._manifest.batch_size:
@@ -219,20 +232,40 @@ class _Run:
                     "time have not; run the same command again with --deep"
                 )
 
-    def _encode(self, read: _Read, writer: WriteBehind[_Write], advance: Callable[[int], None]) -> None:
-        job = read.job
-        for unit in job.units:
-            started = time.perf_counter()
-            if unit.kind == "rows":
-                values = read.rows
-            elif unit.kind == "frames":
-                values = {f"frame_digests/{unit.camera}": read.digests}
-            else:
-                encoder = self.prepared.encoders[unit.camera].frozen
-                features = self._batches(encoder, read.frames, self._views(read, unit), advance)
-                values = {f"features/{unit.camera}": features}
-                self.encode_s += time.perf_counter() - started
-            writer.put(_Write(unit, job.segments, read.segments, values, time.perf_counter() - started))
+    def _encode(self, results: Iterator[_Read], writer: WriteBehind[_Write], advance: Callable[[int], None]) -> None:
+        """Encodes units one after another; the next one is begun before the last one is waited for."""
+        started: deque[tuple[_Read, Unit, Encoding | None]] = deque()
+        try:
+            for read in results:
+                for unit in read.job.units:
+                    started.append((read, unit, self._start(read, unit, advance)))
+                    if len(started) > 1:
+                        self._hand_over(*started.popleft(), writer)
+            while started:
+                self._hand_over(*started.popleft(), writer)
+        finally:
+            for _, _, encoding in started:
+                if encoding is not None:
+                    encoding.cancel()
+
+    def _start(self, read: _Read, unit: Unit, advance: Callable[[int], None]) -> Encoding | None:
+        if unit.kind in ("rows", "frames"):
+            return None
+        began = time.perf_counter()
+        encoder = self.prepared.encoders[unit.camera].frozen
+        encoding = self._batches.start(encoder, read.frames, self._views(read, unit), advance)
+        self.encode_s += time.perf_counter() - began
+        return encoding
+
+    def _hand_over(self, read: _Read, unit: Unit, encoding: Encoding | None, writer: WriteBehind[_Write]) -> None:
+        began = time.perf_counter()
+        if encoding is not None:
+            values = {f"features/{unit.camera}": encoding.result()}
+        else:
+            values = read.rows if unit.kind == "rows" else {f"frame_digests/{unit.camera}": read.digests}
+        seconds = time.perf_counter() - began
+        self.encode_s += seconds if encoding is not None else 0.0
+        writer.put(_Write(unit, read.job.segments, read.segments, values, seconds))
 
     def _views(self, read: _Read, unit: Unit) -> list[ViewParameters] | None:
         if unit.view == 0:

@@ -19,6 +19,7 @@ from cache_pipeline.encoders.frozen import FrozenEncoder, precision_error, prefe
 from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
 from cache_pipeline.encoders.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from cache_pipeline.extract.config import ExtractConfig
+from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.pipeline import extract_features
 from cache_pipeline.reports.bench import BenchRow
 from cache_pipeline.reports.measure import side_by_side
@@ -26,7 +27,7 @@ from cache_pipeline.reports.measure import side_by_side
 if TYPE_CHECKING:
     from cache_pipeline.reports.bench import BenchSetup
 
-FRAMES = 512
+FRAMES = 1024
 EAGER_BATCH = 64
 LARGE_CACHE_BYTES = 500_000_000
 EAGER_NAME = f"torchvision, eager, fp32, no_grad, batches of {EAGER_BATCH}"
@@ -110,13 +111,10 @@ def _frozen(setup: BenchSetup, precision: str) -> FrozenEncoder:
 
 
 def _batches(frozen: FrozenEncoder, frames: NDArray[np.uint8]) -> Callable[[], int]:
-    resident = torch.from_numpy(frames).to(frozen.device)
+    batches = BatchEncoder(preferred_batch_size(frozen.device), "float16")
 
     def run() -> int:
-        for batch in torch.split(resident, preferred_batch_size(frozen.device)):
-            features = frozen(batch)
-        features.cpu()
-        return len(resident)
+        return len(batches(frozen, frames))
 
     return run
 

@@ -3,7 +3,7 @@ import torch
 from torch import nn
 
 from cache_pipeline.encoders.cut import CUTS
-from cache_pipeline.encoders.folded import FoldedConv, can_fold, onednn_fuses
+from cache_pipeline.encoders.folded import FoldedConv, PairedStem, can_fold, max_pool, onednn_fuses
 from cache_pipeline.encoders.frozen import (
     FrozenEncoder,
     precision_error,
@@ -68,6 +68,26 @@ def test_the_plain_convolution_equals_the_fused_one():
                         (conv.weight * (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None, None, None]),
                     )
                 torch.testing.assert_close(plain(x, relu, residual), wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pooling_gives_the_same_bits_as_torch(dtype):
+    generator = torch.Generator().manual_seed(0)
+    for height in range(1, 9):
+        for width in (1, 2, 5, 8):
+            x = torch.randn(2, 8, height, width, generator=generator).relu().to(dtype)
+            x = x.contiguous(memory_format=torch.channels_last)
+            assert torch.equal(max_pool(x), torch.max_pool2d(x, 3, 2, 1)), (height, width)
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (31, 33), (30, 47), (7, 8)])
+def test_the_stem_on_pairs_of_columns_is_the_stem(height, width):
+    net = trained("resnet18").net
+    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
+    images = images.contiguous(memory_format=torch.channels_last)
+    with torch.inference_mode():
+        found = PairedStem(net.conv1, net.bn1, CPU, torch.float32)(images)
+        torch.testing.assert_close(found, net.relu(net.bn1(net.conv1(images))), rtol=1e-4, atol=1e-5)
 
 
 def test_trying_the_fused_convolution_gives_an_answer():
