@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 import time
 from multiprocessing.process import BaseProcess
@@ -12,6 +13,9 @@ import torch
 from cache_fakes import extract
 
 from cache_pipeline.encoders.frozen import FrozenEncoder
+
+# Before Python 3.13 a fork server has not its parent's sys.path, and passes over what it cannot import.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
 
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["killed"])
