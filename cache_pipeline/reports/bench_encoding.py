@@ -155,18 +155,16 @@ def _extraction_bytes(setup: BenchSetup, out: Path) -> int:
 def _load_cache(path: Path) -> Callable[[], int]:
     def run() -> Any:
         cache = FeatureCache(path)
-        loaded = [cache.features(name, view=k) for name, entry in cache.cameras.items() for k in range(entry.views)]
-        return sum(array.nbytes for array in loaded) / 1e6
+        return sum(cache.views(camera).nbytes for camera in cache.cameras) / 1e6
 
     return run
 
 
 def _load_numpy(path: Path) -> Callable[[], int]:
-    cache, files = FeatureCache(path), []
-    for name, entry in cache.cameras.items():
-        for view in range(entry.views):
-            files.append(path.parent / f"{path.stem}_{name}_{view}.npy")
-            np.save(files[-1], cache.features(name, view=view))
+    cache = FeatureCache(path)
+    files = [path.parent / f"{path.stem}_{camera}.npy" for camera in cache.cameras]
+    for camera, file in zip(cache.cameras, files, strict=True):
+        np.save(file, cache.views(camera))
 
     def run() -> Any:
         return sum(np.load(file).nbytes for file in files) / 1e6

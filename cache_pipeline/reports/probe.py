@@ -9,12 +9,11 @@ linear classifier probes, 2016, arXiv:1610.01644).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from cache_pipeline.cache.reader import FeatureCache
@@ -25,14 +24,16 @@ from cache_pipeline.encoders.image_encoder import build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import load_encoder
 from cache_pipeline.errors import CacheError, CachePipelineError
+from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.files import atomic_path
 from cache_pipeline.progress import Progress, logger
 from cache_pipeline.reports import plots
 
-MAX_ROWS = 6000
-MAX_RANDOM_FRAMES = 1500
+MAX_ROWS = {"train": 3000, "valid": 1000}
 RIDGES = (1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 NEIGHBOURS = 5
+PROBE_BATCH = 32
+PIECE_BATCHES = 8
 CLEAR_GAIN = 0.05
 PROPRIOCEPTION, FEATURES, RANDOM = "proprioception", "features", "random weights"
 BOTH = f"{FEATURES} + {PROPRIOCEPTION}"
@@ -106,7 +107,9 @@ def probe_cache(path: Path, *, picture: Path | None = None, seed: int = 0, devic
         targets |= _privileged(cache, dataset, train, valid)
     scores = [_score(name, x, target, y) for target, y in targets.items() for name, x in inputs.items()]
     if dataset is not None:
-        scores += _random_scores(cache, dataset, train, valid, targets, seed=seed, device=device)
+        rows = {"train": train, "valid": valid}
+        encoded = {part: _encode_random(cache, dataset, r, seed, device) for part, r in rows.items()}
+        scores += [_score(RANDOM, encoded, target, y) for target, y in targets.items()]
     scores.sort(key=lambda score: list(targets).index(score.target))
     if picture is not None:
         _draw(scores, picture)
@@ -123,8 +126,7 @@ def verdict(scores: list[ProbeScore]) -> str:
     both, alone = best.get(("actions", BOTH)), best.get(("actions", PROPRIOCEPTION))
     words = [f"from features {what} can be read with R² {sighted:.2f}, from proprioception with {blind:.2f}"]
     if random is not None:
-        gain = sighted - random
-        words.append(f"from random weights with {random:.2f}" + (": pretraining shows" if gain > CLEAR_GAIN else ""))
+        words.append(f"from random weights with {random:.2f}: {_against_random(sighted - random)}")
     if sighted > blind + CLEAR_GAIN:
         words.append("the features see what the joints cannot: they should do")
     else:
@@ -134,6 +136,14 @@ def verdict(scores: list[ProbeScore]) -> str:
     if both is not None and alone is not None and both < alone + CLEAR_GAIN:
         words.append("one frame's actions are predicted about as well without any image")
     return "; ".join(words)
+
+
+def _against_random(gain: float) -> str:
+    if abs(gain) <= CLEAR_GAIN:
+        return "these weights tell no more than random ones"
+    if gain > 0:
+        return "pretraining shows"
+    return "random weights, which blur no place away, tell more; try an earlier --cut"
 
 
 def ridge(x: Array, y: Array, x_valid: Array) -> Array:
@@ -193,11 +203,11 @@ def _split_rows(cache: FeatureCache, seed: int) -> tuple[NDArray[np.int64], NDAr
         raise CacheError(f"{cache.path} holds a single demo, so none can be held out to probe on; extract more demos")
     rng = np.random.default_rng(seed)
     parts = []
-    for demos in (split.train, split.valid):
+    for demos, most in ((split.train, MAX_ROWS["train"]), (split.valid, MAX_ROWS["valid"])):
         rows = np.concatenate(
             [np.arange(cache.demos[i].row, cache.demos[i].row + cache.demos[i].length) for i in demos]
         )
-        parts.append(rows if len(rows) <= MAX_ROWS else np.sort(rng.choice(rows, MAX_ROWS, replace=False)))
+        parts.append(rows if len(rows) <= most else np.sort(rng.choice(rows, most, replace=False)))
     return parts[0], parts[1]
 
 
@@ -253,27 +263,7 @@ def _privileged(
     return {"object": (read(train), read(valid))}
 
 
-def _random_scores(
-    cache: FeatureCache,
-    dataset: Dataset,
-    train: NDArray[np.int64],
-    valid: NDArray[np.int64],
-    targets: Mapping[str, tuple[Array, Array]],
-    *,
-    seed: int,
-    device: str,
-) -> list[ProbeScore]:
-    rng = np.random.default_rng(seed)
-    picks = [np.sort(rng.permutation(len(rows))[:MAX_RANDOM_FRAMES]) for rows in (train, valid)]
-    rows = [train[picks[0]], valid[picks[1]]]
-    encoded = {
-        part: _encode_random(cache, dataset, r, seed, device) for part, r in zip(("train", "valid"), rows, strict=True)
-    }
-    return [_score(RANDOM, encoded, target, (y[0][picks[0]], y[1][picks[1]])) for target, y in targets.items()]
-
-
 def _encode_random(cache: FeatureCache, dataset: Dataset, rows: NDArray[np.int64], seed: int, device: str) -> Array:
-    numbers = _numbers(dataset)
     per_camera = []
     for camera, entry in cache.cameras.items():
         saved = load_encoder(None, cache.encoder_file(camera))
@@ -285,15 +275,28 @@ def _encode_random(cache: FeatureCache, dataset: Dataset, rows: NDArray[np.int64
         preprocess = Preprocess.from_json(entry.identity["preprocess"])
         precision = entry.identity["precision"]["compute"]
         frozen = FrozenEncoder(build_encoder(spec), preprocess, resolve_device(device), precision)
-        parts = []
+        parts, batches = [], BatchEncoder(PROBE_BATCH, "float32")
         with Progress(f"random weights {camera}", len(rows), "images") as progress:
-            for i, frames in _frames_of(cache, rows):
-                demo = cache.demos[i]
-                images = dataset.frames(numbers[demo.file, demo.name], camera)[frames]
-                parts.append(_pooled(frozen(torch.from_numpy(images)).cpu().numpy().astype(np.float64)))
+            for images in _picked_frames(cache, dataset, camera, rows):
+                parts.append(_pooled(batches(frozen, images).astype(np.float64)))
                 progress.advance(len(images))
         per_camera.append(np.concatenate(parts))
     return np.hstack(per_camera)
+
+
+def _picked_frames(
+    cache: FeatureCache, dataset: Dataset, camera: str, rows: NDArray[np.int64]
+) -> Iterator[NDArray[np.uint8]]:
+    """The rows' frames in their order, in pieces of some batches."""
+    numbers, waiting = _numbers(dataset), []
+    for i, frames in _frames_of(cache, rows):
+        demo = cache.demos[i]
+        waiting.append(dataset.frames(numbers[demo.file, demo.name], camera)[frames])
+        if sum(map(len, waiting)) >= PIECE_BATCHES * PROBE_BATCH:
+            yield np.concatenate(waiting)
+            waiting = []
+    if waiting:
+        yield np.concatenate(waiting)
 
 
 def _draw(scores: list[ProbeScore], picture: Path) -> None:
