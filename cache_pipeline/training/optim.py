@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
@@ -53,7 +53,7 @@ class Optimizer:
         for group in self._adam.param_groups:
             group["lr"] = self._rates[group["part"]] * share
         if self._config.grad_clip is not None:
-            nn.utils.clip_grad_norm_(list(self._names), self._config.grad_clip)
+            clip_gradients(self._names, self._config.grad_clip)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
 
@@ -99,6 +99,17 @@ class Optimizer:
             self._adam = torch.optim.AdamW([group], lr=self._rates[part], **kind)  # type: ignore[arg-type]
         else:
             self._adam.add_param_group(group)
+
+
+def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
+    """Scales the gradients so that their norm together is at most ``max_norm``; same result as torch's function.
+
+    On a CPU the norm can be looked at for nothing, and gradients that are small enough are not written again.
+    """
+    found = [parameter for parameter in parameters if parameter.grad is not None]
+    norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in found])
+    if norm.device.type != "cpu" or not norm <= max_norm:
+        nn.utils.clip_grads_with_norm_(found, max_norm, norm)
 
 
 def schedule(step: int, steps: int, warmup: int, floor: float) -> float:
