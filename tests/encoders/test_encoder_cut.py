@@ -1,9 +1,10 @@
 import pytest
 import torch
+from torch import nn
 
 from cache_pipeline.encoders.cut import CUTS
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder
-from cache_pipeline.encoders.resnet import get_resnet
+from cache_pipeline.encoders.resnet import ResNet, get_resnet
 from cache_pipeline.errors import EncoderError
 
 CHANNELS = {"layer1": 64, "layer2": 128, "layer3": 256, "layer4": 512, "avgpool": 512}
@@ -55,3 +56,33 @@ def test_checkpointing_is_refused_where_it_would_count_batches_twice():
     encoder.train_batch_norm = True
     with pytest.raises(EncoderError, match="twice a step"):
         encoder.enable_gradient_checkpointing()
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("use_group_norm", [False, True])
+def test_training_with_frozen_statistics_has_the_gradients_of_the_plain_network(name, use_group_norm):
+    spec = EncoderSpec(rgb_model_name=name, weights="random", use_group_norm=use_group_norm)
+    encoder = build_encoder(spec).double().requires_grad_(True).eval()
+    generator = torch.Generator().manual_seed(0)
+    for module in encoder.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.1, generator=generator)
+            module.running_var.uniform_(0.7, 1.4, generator=generator)
+    images = torch.randn(2, 3, 40, 40, generator=generator, dtype=torch.float64)
+    weights = torch.randn(2, encoder.out_dim, generator=generator, dtype=torch.float64)
+    parameters = list(encoder.parameters())
+    found = torch.autograd.grad((encoder(images) * weights).sum(), parameters)
+    wanted = torch.autograd.grad((ResNet.forward(encoder.net, images) * weights).sum(), parameters)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
+
+
+def test_statistics_that_are_updated_are_those_of_the_batch():
+    encoder = build_encoder(EncoderSpec(weights="random")).requires_grad_(True)
+    encoder.train_batch_norm = True
+    encoder.train()
+    images = torch.randn(4, 3, 40, 40, generator=torch.Generator().manual_seed(0))
+    before = encoder.net.bn1.running_mean.clone()
+    found = encoder(images)
+    assert not torch.equal(encoder.net.bn1.running_mean, before)
+    torch.testing.assert_close(found, ResNet.forward(encoder.net, images), rtol=1e-4, atol=1e-5)
