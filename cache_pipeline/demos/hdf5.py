@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import re
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
+from isal import igzip_lib
 
 from cache_pipeline.errors import DatasetError
 
@@ -134,12 +134,12 @@ def _why_not_opened(path: Path, told: str) -> str:
 
 @contextmanager
 def damage_told(path: Path, what: str = "its structure") -> Iterator[None]:
-    """Turns what h5py and zlib raise for damaged bytes into a ``DatasetError``."""
+    """Turns what h5py and ISA-L raise for damaged bytes into a ``DatasetError``."""
     try:
         yield
     except DatasetError:
         raise
-    except (*READ_ERRORS, zlib.error) as error:
+    except (*READ_ERRORS, igzip_lib.IsalError) as error:  # type: ignore[misc]
         told = " ".join(str(error).split())
         raise DatasetError(f"{path} is damaged: {what} cannot be read ({told}); copy or download it again") from error
 

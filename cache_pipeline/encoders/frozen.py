@@ -63,6 +63,13 @@ class FrozenEncoder:
         self.encoder = copy.deepcopy(encoder).cpu().requires_grad_(False).eval()
         self._trunk = _fast_trunk(self.encoder, self.device, DTYPES[self.precision])
 
+    def in_precision(self, precision: str) -> FrozenEncoder:
+        """The same encoder computing in another precision; raises as the constructor does."""
+        other = copy.copy(self)
+        other.precision = resolve_precision(precision, self.device)
+        other._trunk = _fast_trunk(self.encoder, self.device, DTYPES[other.precision])
+        return other
+
     def __call__(self, frames: NDArray[np.uint8] | Tensor, view: View | None = None) -> Tensor:
         """Encodes a batch.
 
@@ -160,8 +167,7 @@ def precision_error(frozen: FrozenEncoder, frames: NDArray[np.uint8] | Tensor) -
     """
     if frozen.precision == "fp32":
         return 0.0
-    exact = FrozenEncoder(frozen.encoder, frozen.preprocess, frozen.device, "fp32")
-    error = relative_error(frozen(frames), exact(frames))
+    error = relative_error(frozen(frames), frozen.in_precision("fp32")(frames))
     if not error <= TOLERATED_ERROR:
         logger.warning(
             "%s in %s errs by %.1e of the features' size against fp32; --precision fp32 is exact",

@@ -27,7 +27,7 @@ from cache_pipeline.files import digest
 
 logger = logging.getLogger("cache_pipeline")
 
-SAMPLE = 32
+SAMPLE = 16
 
 
 class CameraEncoder(NamedTuple):
@@ -108,9 +108,7 @@ def _sample(dataset: Dataset, camera: str) -> NDArray[np.uint8]:
 
 
 def _exact(frozen: FrozenEncoder) -> FrozenEncoder:
-    if frozen.precision == "fp32":
-        return frozen
-    return FrozenEncoder(frozen.encoder, frozen.preprocess, frozen.device, "fp32")
+    return frozen if frozen.precision == "fp32" else frozen.in_precision("fp32")
 
 
 def _measure(

@@ -114,7 +114,7 @@ def bars(groups: Mapping[str, Mapping[str, float]], title: str, ylabel: str) -> 
     axis.set_xticks(np.arange(len(groups)), list(groups))
     axis.set(title=title, ylabel=ylabel)
     axis.grid(visible=False, axis="x")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, -0.08))
     return _png(figure)
 
 

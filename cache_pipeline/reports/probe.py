@@ -143,7 +143,7 @@ def _against_random(gain: float) -> str:
         return "these weights tell no more than random ones"
     if gain > 0:
         return "pretraining shows"
-    return "random weights, which blur no place away, tell more; try an earlier --cut"
+    return "random weights tell more, so try an earlier --cut or other weights"
 
 
 def ridge(x: Array, y: Array, x_valid: Array) -> Array:
