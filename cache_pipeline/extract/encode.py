@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.views import ViewParameters
-from cache_pipeline.extract.lanes import cpu_lanes
+from cache_pipeline.extract.lanes import MAX_LANES, cpu_lanes
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -101,6 +101,11 @@ class Encoding:
             del done
             self._batches.halve(size)
             self._waits = self._begin()
+
+    @property
+    def batches(self) -> int:
+        """How many batches can run beside those of other units; without lanes as many as there could be."""
+        return len(self._futures) if self._encoder.can_run_in_lanes else MAX_LANES
 
     def cancel(self) -> None:
         """Drops batches that were not begun, and waits for the others."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +26,7 @@ from cache_pipeline.extract.camera_encoders import save_weights
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.encode import BatchEncoder, Encoding, not_finite_row
 from cache_pipeline.extract.finish import finish, is_up_to_date
+from cache_pipeline.extract.lanes import MAX_LANES
 from cache_pipeline.extract.matching import array_digest, frame_digests
 from cache_pipeline.extract.prepare import Prepared, metadata_digests, planned_bytes, prepare
 from cache_pipeline.extract.stages import ReadAhead, WriteBehind
@@ -175,6 +176,14 @@ def _save_weights(prepared: Prepared) -> dict[str, str]:
     return metadata
 
 
+def _may_wait(started: Sequence[tuple[_Read, Unit, Encoding | None]]) -> bool:
+    """Whether the first unit can be waited for: enough batches of later ones are under way to keep all lanes busy."""
+    if started[0][2] is None:
+        return True
+    later = [encoding.batches for _, _, encoding in list(started)[1:] if encoding is not None]
+    return sum(later) >= MAX_LANES
+
+
 class _Run:
     """The three stages over the jobs of one extraction."""
 
@@ -233,13 +242,13 @@ class _Run:
                 )
 
     def _encode(self, results: Iterator[_Read], writer: WriteBehind[_Write], advance: Callable[[int], None]) -> None:
-        """Encodes units one after another; the next one is begun before the last one is waited for."""
+        """Encodes units one after another; the next ones are begun before the last one is waited for."""
         started: deque[tuple[_Read, Unit, Encoding | None]] = deque()
         try:
             for read in results:
                 for unit in read.job.units:
                     started.append((read, unit, self._start(read, unit, advance)))
-                    if len(started) > 1:
+                    while started and _may_wait(started):
                         self._hand_over(*started.popleft(), writer)
             while started:
                 self._hand_over(*started.popleft(), writer)
