@@ -158,6 +158,7 @@ def _choose(cases: tuple[str, ...]) -> dict[str, Callable[[BenchSetup], list[Ben
         "load": bench_encoding.load,
         "train": bench_training.train,
         "finetune": bench_training.finetune,
+        "frontier": bench_training.frontier,
     }
     for case in cases:
         if case not in known:

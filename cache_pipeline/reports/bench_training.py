@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -20,9 +21,12 @@ from cache_pipeline.progress import logger
 from cache_pipeline.reports.bench import BenchRow
 from cache_pipeline.reports.measure import side_by_side
 from cache_pipeline.reports.peers import PEER_NAME, RobomimicImages
-from cache_pipeline.training.config import OptimConfig, TrainConfig
+from cache_pipeline.training.checkpoint import find_checkpoint
+from cache_pipeline.training.config import FinetuneConfig, OptimConfig, TrainConfig
+from cache_pipeline.training.finetune import FinetuneSession
 from cache_pipeline.training.learner import PolicyLearner
 from cache_pipeline.training.session import TrainSession, open_session
+from cache_pipeline.training.train import train as train_run
 
 if TYPE_CHECKING:
     from cache_pipeline.reports.bench import BenchSetup
@@ -30,6 +34,7 @@ if TYPE_CHECKING:
 CACHED_STEPS, LIVE_STEPS = 50, 2
 OBS_HORIZON, ACTION_HORIZON = 2, 8
 UNLIMITED = 10**9
+FRONTIER_NAME = "the same run with frames in memory: the frozen part on the fast path, layer4 learning"
 LIVE_NAME = "the same loop with the frozen encoder live, frames in memory, {precision}"
 
 
@@ -91,17 +96,57 @@ def finetune(setup: BenchSetup) -> list[BenchRow]:
     ]
 
 
-def _open(setup: BenchSetup, **options: object) -> TrainSession:
-    config = TrainConfig(
+def frontier(setup: BenchSetup) -> list[BenchRow]:
+    """Fine-tuning layer4 from a cache cut at layer3, beside the same run with everything live."""
+    spec = EncoderSpec(rgb_model_name=setup.rgb_model_name, weights="random")
+    caches = {cut: setup.folder / f"{cut}.zarr" for cut in ("avgpool", "layer3")}
+    for cut, cache in caches.items():
+        encoders = replace(spec, cut=cut)
+        extract = ExtractConfig(datasets=(setup.dataset,), out=cache, encoders=encoders, device=setup.device)
+        extract_features(extract, progress=False)
+    base = setup.folder / "base"
+    train_run(_config(setup, cache=caches["avgpool"], steps=1, out=base), progress=False)
+    rows = []
+    for precision in ("fp32", "auto"):
+        work = {
+            "ours": _finetuned(setup, base, precision, caches["layer3"]),
+            "peer": _finetuned(setup, base, precision, None),
+        }
+        rates = side_by_side(work, setup.seconds)
+        what = f"finetune {setup.rgb_model_name} layer4 from a layer3 cache"
+        case = f"{what}, batch {setup.batch_size}, {precision}, steps/s"
+        rows.append(BenchRow(case=case, ours=rates["ours"], peer=rates["peer"], peer_name=FRONTIER_NAME))
+    return rows
+
+
+def _finetuned(setup: BenchSetup, base: Path, precision: str, cache: Path | None) -> Callable[[], int]:
+    config = FinetuneConfig(
+        checkpoint=base,
+        datasets=(setup.dataset,),
+        cache=cache,
+        unfreeze="layer4",
         steps=UNLIMITED,
         batch_size=setup.batch_size,
-        obs_horizon=OBS_HORIZON,
-        action_horizon=ACTION_HORIZON,
         device=setup.device,
+        precision=precision,  # type: ignore[arg-type]
         optim=OptimConfig(warmup_steps=0),
-        **options,  # type: ignore[arg-type]
     )
-    return open_session(config, Path(setup.folder / "run"))
+    run, checkpoint = find_checkpoint(base)
+    out = setup.folder / f"finetune_{precision}_{'live' if cache is None else 'frontier'}"
+    session = FinetuneSession(config, torch.device(setup.device), run, checkpoint, out)
+    session.start()
+    phase = session.phases()[0]
+    phase.begin()
+    return _steps(session.learner, phase.open().batches(session.sampler.plans(0, UNLIMITED)), LIVE_STEPS)
+
+
+def _config(setup: BenchSetup, **options: Any) -> TrainConfig:
+    shape = {"obs_horizon": OBS_HORIZON, "action_horizon": ACTION_HORIZON, "optim": OptimConfig(warmup_steps=0)}
+    return TrainConfig(**{"batch_size": setup.batch_size, "device": setup.device, **shape, **options})
+
+
+def _open(setup: BenchSetup, **options: Any) -> TrainSession:
+    return open_session(_config(setup, steps=UNLIMITED, **options), setup.folder / "run")
 
 
 def _batches(session: TrainSession) -> Iterator[Batch]:
