@@ -11,6 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "cache_pipeline"
 FLOORS = {
     "errors": 0,
     "files": 0,
+    "memory": 0,
     "progress": 0,
     "demos": 1,
     "encoders": 1,

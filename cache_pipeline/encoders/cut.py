@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import Bottleneck
 
+from cache_pipeline.encoders.convolution import convolve
 from cache_pipeline.encoders.resnet import ResNet
 from cache_pipeline.errors import EncoderError, available
 
@@ -55,7 +56,9 @@ def run_stages(net: ResNet, x: Tensor, stages: Iterable[str], gradient_checkpoin
             for block in stage:
                 run = partial(run_block, block)
                 x = checkpoint(run, x, use_reentrant=False) if gradient_checkpointing else run(x)
-        elif name != "bn1":
+        elif name == "maxpool":  # before the ReLU, which then has a quarter of the values: the two commute
+            x = net.relu(net.maxpool(x))
+        elif name not in ("bn1", "relu"):
             x = stage(x)
     return x
 
@@ -83,4 +86,4 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     scale = norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
     shift = norm.bias - cast(Tensor, norm.running_mean) * scale
     weight = conv.weight * scale[:, None, None, None]
-    return functional.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return convolve(x, weight, shift, conv)

@@ -8,6 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
+from cache_pipeline.memory import retained_memory
+
 MAX_LANES = 8
 
 
@@ -26,8 +28,9 @@ def _lanes(threads: int) -> ThreadPoolExecutor:
     count = min(threads, MAX_LANES)
     everyone = threading.Barrier(count)
     lanes = ThreadPoolExecutor(count, "encode", initializer=_use_threads, initargs=(threads // count,))
-    for started in [lanes.submit(everyone.wait) for _ in range(count)]:
-        started.result()
+    with retained_memory():  # so that all lanes share one heap
+        for started in [lanes.submit(everyone.wait) for _ in range(count)]:
+            started.result()
     torch.set_num_threads(threads)
     return lanes
 

@@ -32,6 +32,7 @@ from cache_pipeline.extract.prepare import Prepared, metadata_digests, planned_b
 from cache_pipeline.extract.stages import ReadAhead, WriteBehind
 from cache_pipeline.extract.units import Job, read_rows, rows_digest
 from cache_pipeline.files import digest
+from cache_pipeline.memory import retained_memory
 from cache_pipeline.progress import Progress
 
 logger = logging.getLogger("cache_pipeline")
@@ -112,7 +113,7 @@ def extract_features(config: ExtractConfig, *, progress: bool = True) -> Extract
     """
     started = time.perf_counter()
     Path(config.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-    with writer_lock(config.out):
+    with writer_lock(config.out), retained_memory():
         prepared = prepare(config)
         _tell_changes(prepared)
         with told_when_full(prepared.path, planned_bytes(prepared)):

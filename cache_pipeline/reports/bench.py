@@ -57,6 +57,12 @@ class BenchSetup:
     batch_size: int = 64
     seconds: float = 10.0
     device: str = "cpu"
+    frames: int = 1024
+    """Frames that the encoder alone is timed on."""
+    cached_steps: int = 50
+    """Training steps in one turn of a contender that encodes nothing."""
+    live_steps: int = 2
+    """Training steps in one turn of one that encodes frames."""
 
 
 class BenchResult(NamedTuple):

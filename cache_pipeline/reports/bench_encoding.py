@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,13 +21,13 @@ from cache_pipeline.encoders.preprocess import IMAGENET_MEAN, IMAGENET_STD, Prep
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.pipeline import extract_features
+from cache_pipeline.memory import retained_memory
 from cache_pipeline.reports.bench import BenchRow
-from cache_pipeline.reports.measure import side_by_side
+from cache_pipeline.reports.measure import Prepare, Work, side_by_side
 
 if TYPE_CHECKING:
     from cache_pipeline.reports.bench import BenchSetup
 
-FRAMES = 1024
 EAGER_BATCH = 64
 LARGE_CACHE_BYTES = 500_000_000
 EAGER_NAME = f"torchvision, eager, fp32, no_grad, batches of {EAGER_BATCH}"
@@ -36,34 +36,24 @@ NUMPY_NAME = "numpy.load of the same float16 features, from the page cache"
 
 def encode(setup: BenchSetup) -> list[BenchRow]:
     """The encoder alone on frames in memory: default precision and fp32 beside an eager torchvision loop."""
-    frames = _frames(setup)
-    ours = {f"{setup.rgb_model_name} {name}": _frozen(setup, name) for name in ("auto", "fp32")}
-    work: dict[str, Callable[[], int]] = {"peer": _eager_loop(setup, frames)}
-    for name, frozen in ours.items():
-        work[name] = _batches(frozen, frames)
-    rates = side_by_side(work, setup.seconds)
-    error = precision_error(ours[f"{setup.rgb_model_name} auto"], frames[:EAGER_BATCH])
-    return [
-        BenchRow(
-            case=f"encode {name} ({frozen.precision}, error {0.0 if name.endswith('fp32') else error:.1e}) images/s",
-            ours=rates[name],
-            peer=rates["peer"],
-            peer_name=EAGER_NAME,
-        )
-        for name, frozen in ours.items()
-    ]
+    precisions = ("auto", "fp32")
+    alone: dict[str, Prepare] = {name: partial(_encoder_alone, setup, name) for name in precisions}
+    rates = side_by_side({"peer": partial(_eager_loop, setup), **alone}, setup.seconds)
+    rows = []
+    for name in precisions:
+        frozen = _frozen(setup, name)
+        error = precision_error(frozen, _frames(setup)[:EAGER_BATCH])
+        case = f"encode {setup.rgb_model_name} {name} ({frozen.precision}, error {error:.1e}) images/s"
+        rows.append(BenchRow(case=case, ours=rates[name], peer=rates["peer"], peer_name=EAGER_NAME))
+    return rows
 
 
 def extract(setup: BenchSetup) -> list[BenchRow]:
     """A whole extraction from HDF5 to a finished cache, beside an eager loop and the encoder alone."""
-    frames = _frames(setup)
-    number = count()
-    work: dict[str, Callable[[], int]] = {"peer": _eager_loop(setup, frames)}
+    work: dict[str, Prepare] = {"peer": partial(_eager_loop, setup)}
     for precision in ("auto", "fp32"):
-        work[f"limit {precision}"] = _batches(_frozen(setup, precision), frames)
-        work[precision] = lambda precision=precision: _extraction(  # type: ignore[misc]
-            setup, setup.folder / f"extract_{next(number)}.zarr", precision=precision
-        )
+        work[f"limit {precision}"] = partial(_encoder_alone, setup, precision)
+        work[precision] = partial(_extractions, setup, precision)
     rates = side_by_side(work, setup.seconds)
     return [
         BenchRow(
@@ -86,7 +76,8 @@ def load(setup: BenchSetup) -> list[BenchRow]:
     rows = []
     for name, path in (("avgpool", small), ("layer3, several views", large)):
         megabytes = FeatureCache(path).nbytes() / 1e6
-        rates = side_by_side({"ours": _load_cache(path), "peer": _load_numpy(path)}, setup.seconds)
+        work = {"ours": partial(_load_cache, path), "peer": partial(_load_numpy, path)}
+        rates = side_by_side(work, setup.seconds)
         case = f"load {name}, {megabytes:.0f} MB in {megabytes / rates['ours']:.3f} s, MB/s"
         rows.append(BenchRow(case=case, ours=rates["ours"], peer=rates["peer"], peer_name=NUMPY_NAME))
     return rows
@@ -99,10 +90,10 @@ def _frames(setup: BenchSetup) -> NDArray[np.uint8]:
     for demo in range(len(dataset.demos)):
         parts.append(dataset.frames(demo, camera))
         total += len(parts[-1])
-        if total >= FRAMES:
+        if total >= setup.frames:
             break
     frames = np.concatenate(parts)
-    return np.ascontiguousarray(np.resize(frames, (FRAMES, *frames.shape[1:])))
+    return np.ascontiguousarray(np.resize(frames, (setup.frames, *frames.shape[1:])))
 
 
 def _frozen(setup: BenchSetup, precision: str) -> FrozenEncoder:
@@ -110,16 +101,15 @@ def _frozen(setup: BenchSetup, precision: str) -> FrozenEncoder:
     return FrozenEncoder(encoder, Preprocess(), torch.device(setup.device), precision)
 
 
-def _batches(frozen: FrozenEncoder, frames: NDArray[np.uint8]) -> Callable[[], int]:
+def _encoder_alone(setup: BenchSetup, precision: str) -> Work:
+    frames, frozen = _frames(setup), _frozen(setup, precision)
     batches = BatchEncoder(preferred_batch_size(frozen.device), "float16")
-
-    def run() -> int:
-        return len(batches(frozen, frames))
-
-    return run
+    with retained_memory():
+        while True:
+            yield len(batches(frozen, frames))
 
 
-def _eager_loop(setup: BenchSetup, frames: NDArray[np.uint8]) -> Callable[[], int]:
+def _eager_loop(setup: BenchSetup) -> Work:
     import torchvision
 
     model = getattr(torchvision.models, setup.rgb_model_name)(weights=None)
@@ -127,16 +117,18 @@ def _eager_loop(setup: BenchSetup, frames: NDArray[np.uint8]) -> Callable[[], in
     model = model.eval().to(setup.device)
     mean = torch.tensor(IMAGENET_MEAN, device=setup.device).view(1, 3, 1, 1)
     std = torch.tensor(IMAGENET_STD, device=setup.device).view(1, 3, 1, 1)
-    resident = torch.from_numpy(frames).to(setup.device)
+    resident = torch.from_numpy(_frames(setup)).to(setup.device)
+    while True:
+        with torch.no_grad():
+            for batch in torch.split(resident, EAGER_BATCH):
+                features = model((batch.permute(0, 3, 1, 2).float() / 255 - mean) / std)
+            features.cpu()
+        yield len(resident)
 
-    @torch.no_grad()
-    def run() -> int:
-        for batch in torch.split(resident, EAGER_BATCH):
-            features = model((batch.permute(0, 3, 1, 2).float() / 255 - mean) / std)
-        features.cpu()
-        return len(resident)
 
-    return run
+def _extractions(setup: BenchSetup, precision: str) -> Work:
+    for number in count():
+        yield _extraction(setup, setup.folder / f"extract_{precision}_{number}.zarr", precision=precision)
 
 
 def _extraction(setup: BenchSetup, out: Path, **options: Any) -> int:
@@ -152,21 +144,16 @@ def _extraction_bytes(setup: BenchSetup, out: Path) -> int:
     return FeatureCache(out).nbytes()
 
 
-def _load_cache(path: Path) -> Callable[[], int]:
-    def run() -> Any:
+def _load_cache(path: Path) -> Work:
+    while True:
         cache = FeatureCache(path)
-        return sum(cache.views(camera).nbytes for camera in cache.cameras) / 1e6
-
-    return run
+        yield sum(cache.views(camera).nbytes for camera in cache.cameras) / 1e6
 
 
-def _load_numpy(path: Path) -> Callable[[], int]:
+def _load_numpy(path: Path) -> Work:
     cache = FeatureCache(path)
     files = [path.parent / f"{path.stem}_{camera}.npy" for camera in cache.cameras]
     for camera, file in zip(cache.cameras, files, strict=True):
         np.save(file, cache.views(camera))
-
-    def run() -> Any:
-        return sum(np.load(file).nbytes for file in files) / 1e6
-
-    return run
+    while True:
+        yield sum(np.load(file).nbytes for file in files) / 1e6

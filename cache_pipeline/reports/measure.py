@@ -1,36 +1,124 @@
-"""Timing that can be compared on a shared machine: contenders take turns, and medians are quoted."""
+"""Timing that can be compared on a shared machine: contenders take turns, and medians are quoted.
+
+Each contender runs in a process of its own: threads, memory and settings of one are not those of another, and each
+meets the machine as it would alone.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import signal
 import time
-from collections.abc import Callable, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from multiprocessing.connection import Connection
 from statistics import median
+from typing import NamedTuple
+
+from cache_pipeline.errors import CachePipelineError
 
 MIN_ROUNDS = 3
+ENDING_S = 10.0
+
+Work = Iterator[float]
+"""Does some work whenever it is asked for the next number, which is how many items it did."""
+
+Prepare = Callable[[], Work]
+"""Makes a contender ready, in the process that it will run in."""
 
 
-def side_by_side(contenders: Mapping[str, Callable[[], int]], seconds: float) -> dict[str, float]:
+class Round(NamedTuple):
+    """What a contender did in one turn."""
+
+    items: float
+    seconds: float
+
+
+def side_by_side(contenders: Mapping[str, Prepare], seconds: float) -> dict[str, float]:
     """Items per second of each contender, measured in turns so that a drift of the machine meets all alike.
 
     Args:
-        contenders: name → a function that does some work and returns how many items it did. Each is called once first,
-            uncounted, to warm up.
+        contenders: name → a picklable function that prepares the contender's work, in its own process. Some work is
+            done once first, uncounted, to warm up.
         seconds: least time that each contender runs in all; at least three rounds are made.
 
     Returns:
         Name → median over rounds.
+
+    Raises:
+        CachePipelineError: a contender raised it.
+        RuntimeError: a contender failed otherwise; with its traceback.
     """
-    rates: dict[str, list[float]] = {name: [] for name in contenders}
-    spent = dict.fromkeys(contenders, 0.0)
-    for work in contenders.values():
-        work()
-    while min(spent.values()) < seconds or len(next(iter(rates.values()))) < MIN_ROUNDS:
-        for name, work in contenders.items():
-            if spent[name] >= 4 * seconds and len(rates[name]) >= MIN_ROUNDS:
-                continue
+    rounds: dict[str, list[Round]] = {name: [] for name in contenders}
+    with ExitStack() as stack:
+        runners = {name: stack.enter_context(_Runner(name, prepare)) for name, prepare in contenders.items()}
+        while any(_lacks(done, seconds) for done in rounds.values()):
+            for name, runner in runners.items():
+                if _lacks(rounds[name], 4 * seconds):
+                    rounds[name].append(runner.run())
+    return {name: median(one.items / one.seconds for one in done) for name, done in rounds.items()}
+
+
+def _lacks(rounds: list[Round], seconds: float) -> bool:
+    return len(rounds) < MIN_ROUNDS or sum(one.seconds for one in rounds) < seconds
+
+
+class _Runner:
+    """A contender in its process."""
+
+    def __init__(self, name: str, prepare: Prepare) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._name = name
+        self._pipe, there = context.Pipe()
+        self._process = context.Process(target=_serve, args=(there, prepare), name=f"bench {name}")
+        self._there = there
+
+    def __enter__(self) -> _Runner:
+        self._process.start()
+        self._there.close()
+        self._answer()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._pipe.close()
+        self._process.join(ENDING_S)
+        self._process.kill()
+        self._process.join()
+
+    def run(self) -> Round:
+        """One round; raises what the work raised."""
+        self._pipe.send(None)
+        answer = self._answer()
+        assert isinstance(answer, Round)
+        return answer
+
+    def _answer(self) -> Round | None:
+        try:
+            answer = self._pipe.recv()
+        except EOFError:
+            self._process.join(ENDING_S)
+            raise RuntimeError(f"bench: {self._name} ended with exit code {self._process.exitcode}") from None
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _serve(pipe: Connection, prepare: Prepare) -> None:
+    """Prepares the work, does some, and then some for each message; ends when the pipe does."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        work = prepare()
+        next(work)
+        pipe.send(None)
+        while True:
+            pipe.recv()
             started = time.perf_counter()
-            items = work()
-            elapsed = time.perf_counter() - started
-            spent[name] += elapsed
-            rates[name].append(items / elapsed)
-    return {name: median(values) for name, values in rates.items()}
+            items = next(work)
+            pipe.send(Round(items, time.perf_counter() - started))
+    except (EOFError, BrokenPipeError):
+        return
+    except CachePipelineError as error:
+        pipe.send(CachePipelineError(str(error)))
+    except Exception:
+        pipe.send(RuntimeError(traceback.format_exc()))

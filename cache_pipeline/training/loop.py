@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cache_pipeline.errors import CheckpointError, ConfigError
+from cache_pipeline.memory import retained_memory
 from cache_pipeline.progress import Progress
 from cache_pipeline.training.checkpoint import Checkpoint, CheckpointFolder
 from cache_pipeline.training.config import SavingConfig
@@ -189,7 +190,8 @@ def run_loop(
     start = journal.carried.step
     name = ""
     shown = progress and current_ranks().first
-    with stop_wish() as wish, Progress("train", steps, "steps", start) if shown else nullcontext() as bar:
+    bar_or_none = Progress("train", steps, "steps", start) if shown else nullcontext()
+    with retained_memory(), stop_wish() as wish, bar_or_none as bar:
         for phase in phases:
             if phase.stop <= start or wish.heeded:
                 continue

@@ -1,55 +1,48 @@
+import os
 import time
+from functools import partial
 
-from cache_pipeline.reports.bench import BenchResult, BenchRow
-from cache_pipeline.reports.measure import side_by_side
+import pytest
 
-
-def test_rates_are_items_per_second_of_each_contender():
-    def slow():
-        time.sleep(0.02)
-        return 10
-
-    def fast():
-        time.sleep(0.005)
-        return 10
-
-    rates = side_by_side({"slow": slow, "fast": fast}, seconds=0.05)
-    assert 250 < rates["slow"] <= 500
-    assert rates["fast"] > 2 * rates["slow"]
+from cache_pipeline.errors import CachePipelineError, DatasetError
+from cache_pipeline.reports.measure import MIN_ROUNDS, side_by_side
 
 
-def test_contenders_take_turns_and_the_first_call_is_not_counted():
-    calls = []
-
-    def contender(name):
-        def work():
-            calls.append(name)
-            if calls.count(name) == 1:
-                time.sleep(0.05)
-            time.sleep(0.001)
-            return 1
-
-        return work
-
-    rates = side_by_side({"a": contender("a"), "b": contender("b")}, seconds=0.0)
-    assert calls == ["a", "b"] * 4
-    assert min(rates.values()) > 100
+def rests(folder, seconds):
+    (folder / str(os.getpid())).touch()
+    while True:
+        time.sleep(seconds)
+        yield 10
 
 
-def test_a_row_states_its_ratio_to_the_peer_and_its_share_of_the_limit():
-    row = BenchRow("train, steps/s", ours=90.0, peer=3.0, peer_name="theirs", limit=100.0)
-    assert row.to_json() == {
-        "case": "train, steps/s",
-        "ours": 90.0,
-        "peer": 3.0,
-        "peer_name": "theirs",
-        "ratio": 30.0,
-        "limit": 100.0,
-        "of_limit": 0.9,
-    }
+def fails(error, after):
+    for _ in range(after):
+        yield 1
+    raise error
 
 
-def test_a_row_without_a_peer_has_no_ratio():
-    result = BenchResult("a machine", (BenchRow("load", ours=5.0),))
-    assert result.to_json()["rows"][0]["ratio"] is None
-    assert any(line.startswith("load") for line in result.lines())
+def dies():
+    yield 1
+    os._exit(7)
+
+
+def test_contenders_run_in_processes_of_their_own_and_rates_are_items_per_second(tmp_path):
+    rates = side_by_side({"slow": partial(rests, tmp_path, 0.1), "fast": partial(rests, tmp_path, 0.02)}, 0.0)
+    processes = {int(path.name) for path in tmp_path.iterdir()}
+    assert len(processes) == 2
+    assert os.getpid() not in processes
+    assert 50 < rates["slow"] < 100.5
+    assert 200 < rates["fast"] < 500.5
+
+
+@pytest.mark.parametrize("after", [0, 1, MIN_ROUNDS])
+def test_what_a_contender_raises_comes_out(after):
+    with pytest.raises(CachePipelineError, match="no demos there"):
+        side_by_side({"one": partial(fails, DatasetError("no demos there"), after)}, 0.0)
+    with pytest.raises(RuntimeError, match=r"(?s)Traceback.*KeyError: 'key'"):
+        side_by_side({"one": partial(fails, KeyError("key"), after)}, 0.0)
+
+
+def test_a_contender_that_dies_is_told_of():
+    with pytest.raises(RuntimeError, match=r"bench: one ended with exit code 7"):
+        side_by_side({"one": dies}, 0.0)
