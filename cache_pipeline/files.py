@@ -22,7 +22,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield partial
         _sync(partial, os.O_RDWR)
         os.replace(partial, path)
-        _sync(path.parent, os.O_RDONLY)
+        sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -50,6 +50,11 @@ def digest(*parts: bytes | bytearray | memoryview) -> str:
 def json_digest(value: Any) -> str:
     """The digest of a JSON value, independent of key order."""
     return digest(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+
+
+def sync_folder(path: Path) -> None:
+    """Brings to the disk which names the folder holds."""
+    _sync(path, os.O_RDONLY)
 
 
 def _sync(path: Path, flags: int) -> None:

@@ -22,14 +22,20 @@ INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
 class FoldedConv:
-    """One convolution with its BatchNorm, if it has one, folded in: ``relu(conv(x) + residual)``, both optional."""
+    """One convolution with what follows it: ``relu(conv(x) + residual)``, both optional.
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, device: torch.device, dtype: torch.dtype) -> None:
-        weight, bias = (conv.weight, cast(Tensor, conv.bias)) if norm is None else _fold(conv, norm)
+    Args:
+        weight: (C',C,kh,kw). bias: (C').
+        geometry: padding, stride, dilation, groups.
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: Tensor, geometry: tuple[Any, ...], device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.dtype = dtype
         self.weight = weight.detach().to(device, dtype, memory_format=torch.channels_last)
         self.bias = bias.detach().to(device, dtype)
-        self.geometry: tuple[Any, ...] = (conv.padding, conv.stride, conv.dilation, conv.groups)
+        self.geometry = geometry
         self.fused = device.type == "cpu" and onednn_fuses(dtype)
         if self.fused:
             self.weight = _pack(self.weight, self.geometry)
@@ -45,6 +51,12 @@ class FoldedConv:
         return y.relu_() if relu else y
 
 
+def folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d, device: torch.device, dtype: torch.dtype) -> FoldedConv:
+    """A convolution with its BatchNorm folded in."""
+    geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
+    return FoldedConv(*_fold(conv, norm), geometry, device, dtype)
+
+
 class PairedStem:
     """The stem on pairs of columns: a 7×7 convolution of stride 2 on 3 channels as one of 7×4 and stride (2, 1) on 6.
 
@@ -54,13 +66,10 @@ class PairedStem:
 
     def __init__(self, stem: nn.Conv2d, norm: nn.BatchNorm2d, device: torch.device, dtype: torch.dtype) -> None:
         weight, bias = _fold(stem, norm)
-        paired = nn.Conv2d(6, stem.out_channels, (7, 4), stride=(2, 1), padding=(3, 0))
-        with torch.no_grad():
-            columns = nn.functional.pad(weight, (0, 1)).reshape(*weight.shape[:3], 4, 2)
-            paired.weight.copy_(columns.permute(0, 4, 1, 2, 3).flatten(1, 2))
-            cast(Tensor, paired.bias).copy_(bias)
+        columns = nn.functional.pad(weight, (0, 1)).reshape(*weight.shape[:3], 4, 2)
+        paired = columns.permute(0, 4, 1, 2, 3).flatten(1, 2)
         self.dtype = dtype
-        self.conv = FoldedConv(paired, None, device, dtype)
+        self.conv = FoldedConv(paired, bias, ((3, 0), (2, 1), (1, 1), 1), device, dtype)
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B,3,H,W), channels-last, to (B,64,ceil(H/2),ceil(W/2)), after the ReLU."""
@@ -77,12 +86,12 @@ class FoldedBlock:
         self.dtype = dtype
         count = 3 if isinstance(block, Bottleneck) else 2
         pairs = [(getattr(block, f"conv{i}"), getattr(block, f"bn{i}")) for i in range(1, count + 1)]
-        *self.body, self.last = [FoldedConv(conv, norm, device, dtype) for conv, norm in pairs]
+        *self.body, self.last = [folded_conv(conv, norm, device, dtype) for conv, norm in pairs]
         shortcut = cast("nn.Sequential | None", block.downsample)
         self.shortcut = None
         if shortcut is not None:
             conv, norm = cast(nn.Conv2d, shortcut[0]), cast(nn.BatchNorm2d, shortcut[1])
-            self.shortcut = FoldedConv(conv, norm, device, dtype)
+            self.shortcut = folded_conv(conv, norm, device, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
         """(B,C,h,w) to (B,C',h',w') in the block's dtype."""
@@ -169,7 +178,7 @@ def _stem(net: ResNet, device: torch.device, dtype: torch.dtype) -> Callable[[Te
     norm = cast(nn.BatchNorm2d, net.bn1)
     if dtype == torch.bfloat16 and device.type == "cpu":
         return PairedStem(net.conv1, norm, device, dtype)
-    conv = FoldedConv(net.conv1, norm, device, dtype)
+    conv = folded_conv(net.conv1, norm, device, dtype)
     return lambda images: conv(images.to(dtype, memory_format=torch.channels_last), True)
 
 

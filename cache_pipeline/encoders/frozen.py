@@ -21,7 +21,6 @@ from cache_pipeline.encoders.precision import DTYPES, resolve_precision
 from cache_pipeline.encoders.preprocess import Preprocess, preprocess
 from cache_pipeline.encoders.resnet import ResNet
 from cache_pipeline.encoders.views import View
-from cache_pipeline.errors import EncoderError
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -129,25 +128,6 @@ def _tf32(device: torch.device, allowed: bool) -> Iterator[None]:
 def preferred_batch_size(device: torch.device | str) -> int:
     """Frames in a batch at which 84×84 frames are encoded fast without much memory."""
     return CUDA_BATCH if torch.device(device).type == "cuda" else CPU_BATCH
-
-
-def resolve_device(device: str) -> torch.device:
-    """``auto`` is CUDA where there is some, else the CPU.
-
-    Raises:
-        EncoderError: no such device.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-    except RuntimeError as error:
-        raise EncoderError(f"--device {device!r} is no device; write auto, cpu, cuda or cuda:0") from error
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
-        raise EncoderError(
-            f"--device {device}: torch sees {torch.cuda.device_count()} CUDA devices; write --device cpu"
-        )
-    return found
 
 
 def relative_error(features: Tensor, exact: Tensor) -> float:

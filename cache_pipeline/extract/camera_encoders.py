@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from cache_pipeline.cache.manifest import CameraEntry, Manifest
 from cache_pipeline.demos.dataset import Dataset
-from cache_pipeline.encoders.frozen import TOLERATED_ERROR, FrozenEncoder, relative_error, resolve_device
+from cache_pipeline.encoders.device import resolve_device
+from cache_pipeline.encoders.frozen import TOLERATED_ERROR, FrozenEncoder, relative_error
 from cache_pipeline.encoders.identity import collapse_warning, feature_statistics
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess

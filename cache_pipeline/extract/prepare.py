@@ -14,7 +14,8 @@ from cache_pipeline.cache.folder import beside, check_target, finish_swap, remov
 from cache_pipeline.cache.layout import Unit, choose_shard_rows, place_demos
 from cache_pipeline.cache.manifest import MANIFEST, DemoRows, Manifest, is_cache, read_manifest, read_pending
 from cache_pipeline.demos.dataset import Dataset
-from cache_pipeline.encoders.frozen import preferred_batch_size, resolve_device
+from cache_pipeline.encoders.device import resolve_device
+from cache_pipeline.encoders.frozen import preferred_batch_size
 from cache_pipeline.errors import CorruptCacheError, StaleCacheError
 from cache_pipeline.extract.camera_encoders import CameraEncoder, build_camera_encoders
 from cache_pipeline.extract.config import ExtractConfig

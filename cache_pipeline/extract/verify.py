@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
-from cache_pipeline.encoders.frozen import resolve_device
+from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.views import ViewSpec, view_parameters
 from cache_pipeline.errors import DatasetError
 from cache_pipeline.extract.camera_encoders import restore_encoder

@@ -104,7 +104,7 @@ def run_bench(
     device: str,
 ) -> BenchResult:
     """Runs the named cases (all when empty) and returns their rows; keeps them as JSON in ``out`` where given."""
-    from cache_pipeline.encoders.frozen import resolve_device
+    from cache_pipeline.encoders.device import resolve_device
 
     chosen = _choose(cases)
     resolved = str(resolve_device(device))

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.split import split_demos
-from cache_pipeline.encoders.frozen import FrozenEncoder, resolve_device
+from cache_pipeline.encoders.device import resolve_device
+from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.image_encoder import build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import load_encoder

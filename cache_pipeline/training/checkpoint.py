@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.saving import load_encoder
 from cache_pipeline.errors import CachePipelineError, CheckpointError, ConfigError
@@ -26,7 +27,7 @@ from cache_pipeline.files import read_json, write_json
 from cache_pipeline.policies.robomimic_bridge import PREFIX
 from cache_pipeline.policies.robomimic_policy import build_robomimic_policy
 from cache_pipeline.policies.spec import PolicySpec, build_policy
-from cache_pipeline.training.tensors import place_folder, read_tensors, tensor_device, write_tensors
+from cache_pipeline.training.tensors import place_folder, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from cache_pipeline.training.learner import Learner
@@ -218,11 +219,11 @@ def load_policy(path: str | Path, device: str = "cpu") -> Any:
     policy: Any
     if spec.name.startswith(PREFIX):
         try:
-            policy = build_robomimic_policy(spec, encoders, tensor_device(device))
+            policy = build_robomimic_policy(spec, encoders, resolve_device(device))
         except ConfigError as error:
             raise CheckpointError(f"{run / RUN_JSON} is damaged: {error}") from error
     else:
-        policy = build_policy(spec, encoders).to(tensor_device(device)).requires_grad_(False)
+        policy = build_policy(spec, encoders).to(resolve_device(device)).requires_grad_(False)
     policy.load_tensors({**checkpoint.model, **checkpoint.ema})
     policy.env_args, policy.render_flags = value["data"].get("env_args"), value["data"].get("render_flags")
     policy.eval()

@@ -13,6 +13,7 @@ import torch
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.windows import WindowSpec
+from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.views import ViewSpec
 from cache_pipeline.errors import CacheError, CheckpointError, ConfigError, DatasetError
@@ -48,7 +49,6 @@ from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.run import check_resumed, check_run_folder, start_run
 from cache_pipeline.training.session import autocast_dtype
 from cache_pipeline.training.sources.source import Source
-from cache_pipeline.training.tensors import tensor_device
 from cache_pipeline.training.train import complete, measurement
 from cache_pipeline.training.unfreezing import (
     Unfreezing,
@@ -80,7 +80,7 @@ def _finetune(config: FinetuneConfig, ranks: Ranks, *, progress: bool) -> TrainR
     ranks.check(config.batch_size)
     if config.batchnorm == "update" and ranks.world > 1:
         raise ConfigError("BatchNorm statistics of several processes would differ; leave --update-batchnorm out")
-    device = tensor_device(config.device)
+    device = resolve_device(config.device)
     base, folder = find_checkpoint(config.checkpoint)
     run = config.out if config.out is not None else base.with_name(f"{base.name}_finetune")
     if ranks.first:

@@ -12,6 +12,7 @@ import torch
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.windows import WindowSpec
+from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder, make_preprocess
 from cache_pipeline.encoders.precision import DTYPES, resolve_precision
 from cache_pipeline.encoders.preprocess import Preprocess
@@ -40,7 +41,6 @@ from cache_pipeline.training.order import BlockOrder, Sampler
 from cache_pipeline.training.robomimic import RobomimicLearner, fit_robomimic, robomimic_config, robomimic_splits
 from cache_pipeline.training.run import check_resumed
 from cache_pipeline.training.sources.source import Source, SplitRows
-from cache_pipeline.training.tensors import tensor_device
 
 STATISTICS_ROWS = 1024
 
@@ -76,7 +76,7 @@ def open_session(config: TrainConfig, run: Path) -> TrainSession:
     Raises:
         ConfigError, DatasetError, CacheError, EncoderError, CheckpointError: what does not fit.
     """
-    device = tensor_device(config.device)
+    device = resolve_device(config.device)
     bridge = robomimic_config(config) if config.robomimic else None
     data = _open(config if bridge is None else _with_keys(config, bridge), run)
     check_cameras(data.cameras)

@@ -7,13 +7,12 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cache_pipeline.errors import CheckpointError
-from cache_pipeline.files import digest
+from cache_pipeline.files import digest, sync_folder
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
@@ -42,7 +41,7 @@ def read_tensors(path: Path, expected: str | None) -> dict[str, Tensor]:
 
 def place_folder(partial: Path, final: Path) -> None:
     """Moves a finished folder to its name, in place of one that is there."""
-    _sync_folder(partial)
+    sync_folder(partial)
     if final.exists():
         old = final.with_name(f".{final.name}.old")
         shutil.rmtree(old, ignore_errors=True)
@@ -51,27 +50,4 @@ def place_folder(partial: Path, final: Path) -> None:
         shutil.rmtree(old)
     else:
         os.rename(partial, final)
-    _sync_folder(final.parent)
-
-
-def _sync_folder(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def tensor_device(name: str) -> torch.device:
-    """The device that ``name`` means; ``auto`` is a CUDA device if there is one."""
-    from cache_pipeline.errors import ConfigError
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ConfigError(f"there is no device {name!r}; available: auto, cpu, cuda, cuda:0") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device {name}: there are {torch.cuda.device_count()} CUDA devices; take --device cpu")
-    return device
+    sync_folder(final.parent)

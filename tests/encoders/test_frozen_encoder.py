@@ -3,19 +3,19 @@ import torch
 from torch import nn
 
 from cache_pipeline.encoders.cut import CUTS
-from cache_pipeline.encoders.folded import FoldedConv, PairedStem, can_fold, max_pool, onednn_fuses
+from cache_pipeline.encoders.device import resolve_device
+from cache_pipeline.encoders.folded import PairedStem, can_fold, folded_conv, max_pool, onednn_fuses
 from cache_pipeline.encoders.frozen import (
     FrozenEncoder,
     precision_error,
     preferred_batch_size,
     relative_error,
-    resolve_device,
 )
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder
 from cache_pipeline.encoders.precision import resolve_precision
 from cache_pipeline.encoders.preprocess import Preprocess, preprocess
 from cache_pipeline.encoders.views import ViewParameters
-from cache_pipeline.errors import EncoderError
+from cache_pipeline.errors import ConfigError, EncoderError
 
 CPU = torch.device("cpu")
 
@@ -54,14 +54,14 @@ def test_the_plain_convolution_equals_the_fused_one():
     torch.manual_seed(0)
     conv, norm = nn.Conv2d(8, 8, 3, padding=1, bias=False).eval(), nn.BatchNorm2d(8).eval()
     norm.running_mean.normal_()
-    folded = FoldedConv(conv, norm, CPU, torch.float32)
+    folded = folded_conv(conv, norm, CPU, torch.float32)
     x = torch.randn(2, 8, 6, 6).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
         for relu, residual in ((True, x), (False, x), (True, None), (False, None)):
             wanted = norm(conv(x)) + (0 if residual is None else residual)
             wanted = wanted.relu() if relu else wanted
             for fused in {folded.fused, False}:
-                plain = FoldedConv(conv, norm, CPU, torch.float32)
+                plain = folded_conv(conv, norm, CPU, torch.float32)
                 if not fused:
                     plain.fused, plain.weight = (
                         False,
@@ -172,7 +172,7 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert resolve_device("auto") == CPU
     for name in ("gpu", "cuda:3"):
-        with pytest.raises(EncoderError, match="--device"):
+        with pytest.raises(ConfigError, match="--device"):
             resolve_device(name)
     assert preferred_batch_size(CPU) < preferred_batch_size("cuda")
 
