@@ -12,13 +12,14 @@ from torch.nn.grad import conv2d_input
 MANY_WEIGHTS = 2**17
 
 
-def convolve(x: Tensor, weight: Tensor, bias: Tensor, conv: nn.Conv2d) -> Tensor:
-    """``conv(x)`` with another weight and bias: (B,C,h,w) to (B,C',h',w')."""
+def convolve(x: Tensor, weight: Tensor, bias: Tensor | None, conv: nn.Conv2d) -> Tensor:
+    """``conv(x)`` with the given weight and bias: (B,C,h,w) to (B,C',h',w')."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     if device == "cpu" and dtype == torch.bfloat16 and _products_are_faster(conv):
+        moved = None if bias is None else bias.to(dtype)
         geometry = Geometry(cast("tuple[int, int]", conv.stride), cast("tuple[int, int]", conv.padding))
-        return cast(Tensor, _Convolution.apply(x.to(dtype), weight.to(dtype), bias.to(dtype), geometry))
+        return cast(Tensor, _Convolution.apply(x.to(dtype), weight.to(dtype), moved, geometry))
     return functional.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
 
 
@@ -43,7 +44,7 @@ class _Convolution(torch.autograd.Function):
     """A convolution whose weights get their gradient from ``weight_gradient``."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, geometry: Geometry) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.geometry = geometry
         return functional.conv2d(x, weight, bias, *geometry)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial
 from typing import cast
@@ -79,10 +80,14 @@ def run_block(block: nn.Module, x: Tensor) -> Tensor:
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``. While BatchNorm's statistics are frozen it is folded into the convolution's weights, which
-    learn through it as they would without: two passes over every map, forward and backward, are saved.
+    learn through it as they would without: two passes over every map, forward and backward, are saved. Where there are
+    more weights than values in the maps it is the other way round, and nothing is folded.
     """
     if not isinstance(norm, nn.BatchNorm2d) or norm.training:
         return cast(Tensor, norm(conv(x)))
+    places = len(x) * x[0, 0].numel() // math.prod(conv.stride)
+    if places < conv.weight[0].numel():
+        return cast(Tensor, norm(convolve(x, conv.weight, conv.bias, conv)))
     scale = norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
     shift = norm.bias - cast(Tensor, norm.running_mean) * scale
     weight = conv.weight * scale[:, None, None, None]

@@ -41,21 +41,27 @@ class CameraEncoder(NamedTuple):
     """Where its weights lie inside a cache, those above the cut too."""
 
 
-def build_camera_encoders(config: ExtractConfig, dataset: Dataset, cached: Manifest | None) -> dict[str, CameraEncoder]:
-    """Builds what encodes each camera.
+def build_encoders(config: ExtractConfig) -> dict[EncoderSpec, ImageEncoder]:
+    """Every encoder that is asked for, once."""
+    specs = config.encoders.values() if isinstance(config.encoders, Mapping) else (config.encoders,)
+    return {spec: build_encoder(spec) for spec in dict.fromkeys(specs)}
+
+
+def for_cameras(
+    built: Mapping[EncoderSpec, ImageEncoder], config: ExtractConfig, dataset: Dataset, cached: Manifest | None
+) -> dict[str, CameraEncoder]:
+    """What encodes each camera.
 
     ``precision="auto"`` takes that of the cache where it has the camera, so that a cache begun on one machine can be
     extended on another; else the fastest that errs by no more than ``TOLERATED_ERROR`` on the dataset's own frames.
 
     Args:
+        built: by ``build_encoders``.
         config: what is asked for.
         dataset: whose cameras are encoded.
         cached: the manifest so far.
     """
-    _check_names(config.encoders, dataset)
-    _check_names(config.preprocess, dataset)
     device = resolve_device(config.device)
-    built: dict[EncoderSpec, ImageEncoder] = {}
     files: dict[EncoderSpec, str] = {}
     frozen: dict[tuple[EncoderSpec, Preprocess, str], FrozenEncoder] = {}
     exact: dict[tuple[EncoderSpec, Preprocess], FrozenEncoder] = {}
@@ -67,8 +73,6 @@ def build_camera_encoders(config: ExtractConfig, dataset: Dataset, cached: Manif
         if precision == "auto" and entry is not None:
             precision = entry.identity["precision"]["compute"]
         key = (spec, preprocess, precision)
-        if spec not in built:
-            built[spec] = build_encoder(spec)
         if key not in frozen:
             frozen[key] = FrozenEncoder(built[spec], preprocess, device, precision)
         measured = entry.measured if entry is not None else None
@@ -88,12 +92,12 @@ def build_camera_encoders(config: ExtractConfig, dataset: Dataset, cached: Manif
     return found
 
 
-def _check_names(chosen: object, dataset: Dataset) -> None:
-    if not isinstance(chosen, Mapping):
-        return
-    for camera in chosen:
-        if camera != OTHERS and camera not in dataset.cameras:
-            raise ConfigError(f"an encoder is given for {camera!r}; {available(dataset.cameras, camera)}")
+def check_names(config: ExtractConfig, dataset: Dataset) -> None:
+    """Raises ConfigError if something is given for a camera that the dataset does not have."""
+    for chosen in (config.encoders, config.preprocess):
+        for camera in chosen if isinstance(chosen, Mapping) else ():
+            if camera != OTHERS and camera not in dataset.cameras:
+                raise ConfigError(f"an encoder is given for {camera!r}; {available(dataset.cameras, camera)}")
 
 
 def _sample(dataset: Dataset, camera: str) -> NDArray[np.uint8]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +18,7 @@ from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.frozen import preferred_batch_size
 from cache_pipeline.errors import CorruptCacheError, StaleCacheError
-from cache_pipeline.extract.camera_encoders import CameraEncoder, build_camera_encoders
+from cache_pipeline.extract.camera_encoders import CameraEncoder, build_encoders, check_names, for_cameras
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.matching import Matching, match_demos, source_records
 from cache_pipeline.extract.staleness import MEND, check_camera, check_store
@@ -68,8 +69,11 @@ def prepare(config: ExtractConfig, *, change: bool = True) -> Prepared:
     path = beside(out, "new") if anew else out
     old = None if anew else _manifest_so_far(path, mend_with_ledger=True)
     pending = read_pending(path) if old is None else None
-    dataset = _open_dataset(config, old)
-    encoders = build_camera_encoders(config, dataset, old or pending)
+    with ThreadPoolExecutor(1, thread_name_prefix="build") as background:
+        building = background.submit(build_encoders, config)
+        dataset = _open_dataset(config, old)
+    check_names(config, dataset)
+    encoders = for_cameras(building.result(), config, dataset, old or pending)
     pending = _check_stale(config, path, old, pending, encoders, change=change)
     matching = match_demos(old, dataset, deep=config.deep)
     manifest = _target(config, dataset, encoders, old, pending, matching)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from cache_pipeline.encoders import cut
 from cache_pipeline.encoders.convolution import Geometry, convolve, weight_gradient
 from cache_pipeline.encoders.cut import STAGES, run_stages
 from cache_pipeline.encoders.resnet import get_resnet
@@ -29,7 +30,7 @@ def plain(made, x):
 
 
 def gradients(made, run):
-    images = torch.randn(3, 3, 37, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    images = torch.randn(12, 3, 37, 33, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     maps = run(made, images.contiguous(memory_format=torch.channels_last))
     (maps * torch.linspace(-1, 1, maps.numel(), dtype=maps.dtype).view_as(maps)).sum().backward()
     return maps.detach(), {name: value.grad for name, value in made.named_parameters() if value.grad is not None}
@@ -89,3 +90,12 @@ def test_bfloat16_learns_as_torchs_convolution_does(channels, kernel, stride):
     for ours, theirs in zip(found, wanted, strict=True):
         assert ours.dtype == theirs.dtype
         assert (ours - theirs).norm() <= 5e-3 * theirs.norm()
+
+
+def test_both_ways_of_normalising_are_tried_here(monkeypatch):
+    ways = []
+    monkeypatch.setattr(
+        cut, "convolve", lambda x, weight, *rest: ways.append(type(weight)) or convolve(x, weight, *rest)
+    )
+    gradients(net("resnet18").eval(), lambda *args: run_stages(*args, STAGES))
+    assert {nn.Parameter, torch.Tensor} == set(ways)
