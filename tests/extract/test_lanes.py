@@ -1,4 +1,5 @@
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.lanes import MAX_LANES, cpu_lanes
+from cache_pipeline.extract.pipeline import _may_wait
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +95,34 @@ def test_two_encodings_that_run_out_of_memory_halve_the_batch_once(encoder, fram
         assert np.array_equal(encoding.result(), wanted)
     assert batches.batch_size == 4
     assert sum(told) == 2 * len(frames)
+
+
+def test_frames_done_before_memory_ran_out_are_not_counted_twice(encoder, frames, monkeypatch):
+    real, many = FrozenEncoder.__call__, np.concatenate([frames, 255 - frames])
+
+    def limited(self, batch, views=None):
+        if len(batch) > 4 and not np.array_equal(np.asarray(batch[0]), many[0]):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, batch, views)
+
+    monkeypatch.setattr(FrozenEncoder, "__call__", limited)
+    batches, told = BatchEncoder(8, "float32"), []
+    batches.start(encoder, many, None, told.append).result()
+    assert batches.batch_size == 4
+    assert min(told) == -8
+    assert sum(told) == len(many)
+
+
+def test_a_unit_is_waited_for_when_later_ones_keep_the_lanes_busy():
+    none, short, long = (None if n is None else SimpleNamespace(batches=n) for n in (None, 1, MAX_LANES))
+    waits = [
+        ([none], True),
+        ([short], False),
+        ([short, none], False),
+        ([short, *[short] * (MAX_LANES - 1)], False),
+        ([short, *[short] * MAX_LANES], True),
+        ([long, short], False),
+        ([short, long], True),
+    ]
+    for started, expected in waits:
+        assert _may_wait([(None, None, encoding) for encoding in started]) is expected
