@@ -21,6 +21,7 @@ Source = Annotated[str, typer.Option("--source", help="auto, resident, streamed 
 MaxMemory = Annotated[
     str | None, typer.Option("--max-memory", help="Memory for features or frames on the device, such as 2GiB.")
 ]
+Order = Annotated[str, typer.Option("--order", help="Order of samples: full, block, or auto; block reads far less.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint of --out.")]
 Wandb = Annotated[str | None, typer.Option("--wandb", help="Log to this Weights & Biases project too.")]
 EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Steps between held-out measurements.")]
@@ -84,6 +85,7 @@ def train(
     resize_shape: o.ResizeShape = None,
     crop_shape: o.CropShape = None,
     source: Source = "auto",
+    order: Order = "auto",
     max_memory: MaxMemory = None,
     eval_every: EvalEvery = 500,
     save_every: SaveEvery = 1000,
@@ -136,6 +138,7 @@ def train(
         feature_dropout=feature_dropout,
         rotation_6d=() if rotation_6d is None else parse_slices(rotation_6d),
         source=cast(Any, source),
+        order=cast(Any, order),
         max_memory=o.byte_count(max_memory),
         device=device,
         precision=cast(Any, precision),
@@ -184,6 +187,7 @@ def finetune(
         bool, typer.Option("--gradient-checkpointing", help="Less memory for more arithmetic.")
     ] = False,
     source: Source = "auto",
+    order: Order = "auto",
     max_memory: MaxMemory = None,
     eval_every: EvalEvery = 500,
     save_every: SaveEvery = 1000,
@@ -223,6 +227,7 @@ def finetune(
         accumulate=accumulate,
         checkpointing=gradient_checkpointing,
         source=cast(Any, source),
+        order=cast(Any, order),
         max_memory=o.byte_count(max_memory),
         device=device,
         precision=cast(Any, precision),

@@ -137,9 +137,9 @@ class TrainConfig:
     source: SourceName = "auto"
     """Where features come from; ``auto`` takes resident if the cache fits ``max_memory``, else streamed."""
     order: Order = "auto"
-    """Order of samples: a ``full`` shuffle, or the ``block`` shuffle that streaming needs, whose pools follow from
-    ``max_memory``. Live and resident runs of one seed see the same samples in ``full`` order, resident and streamed
-    ones of one seed and ``max_memory`` in ``block`` order; live runs have no block order."""
+    """Order of samples. In a ``full`` shuffle all sources see the same samples of one seed. The ``block`` shuffle,
+    whose pools follow from ``max_memory``, reads each part of a cache once per epoch; ``auto`` takes it for streamed
+    caches many times larger than ``max_memory``. Live runs have no block order."""
     max_memory: int | None = None
     """Bytes that features (or frames) may take on the device; by default half of what is free."""
     device: str = "auto"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,6 +41,7 @@ from cache_pipeline.training.sources.streamed import StreamedSource, block_order
 logger = logging.getLogger("cache_pipeline")
 
 DEFAULT_POOL_BYTES = 1 << 30
+FULL_ORDER_POOLS = 64  # at most so many times is a chunk read in an epoch
 
 
 class SplitNames(NamedTuple):
@@ -146,6 +148,16 @@ class SourcePlan(NamedTuple):
     views: int
     blocks: BlockOrder | None
 
+    @property
+    def order(self) -> dict[str, Any]:
+        """What run.json says of the order of samples."""
+        return {"views": self.views, "blocks": None if self.blocks is None else asdict(self.blocks)}
+
+    def in_order_of(self, run: Mapping[str, Any]) -> SourcePlan:
+        """The same source in the order of a run to go on with, however much memory is free now."""
+        blocks = run["order"]["blocks"]
+        return SourcePlan(self.source, run["order"]["views"], None if blocks is None else BlockOrder(**blocks))
+
 
 def plan_source(
     data: RunData,
@@ -157,16 +169,25 @@ def plan_source(
     max_memory: int | None,
     device: torch.device,
 ) -> SourcePlan:
-    """Chooses the source by size, and the order that it needs."""
+    """Chooses the source by size, and the order that suits it.
+
+    Streaming shuffles fully too while an epoch takes few pools: its samples are then those of the other sources. With
+    many pools it would read most of the cache once for each of them, and a pool of blocks mixes enough demos by then.
+    """
     if data.cache is None or source == "live":
         return SourcePlan("live", views, None)
     row_bytes = _feature_bytes(data.cache, tuple(data.cameras))
     fits = len(data.rows.actions) * row_bytes * views <= memory_budget(device, max_memory)
     chosen: SourceName = source if source != "auto" else ("resident" if fits else "streamed")
-    if order == "full" or (order == "auto" and chosen != "streamed"):
+    rows = pool_rows(_pool_budget(device, max_memory), row_bytes)
+    full = chosen != "streamed" or windows <= FULL_ORDER_POOLS * rows
+    if order == "full" or (order == "auto" and full):
         return SourcePlan(chosen, views, None)
-    budget = max_memory if max_memory is not None else min(DEFAULT_POOL_BYTES, memory_budget(device, None))
-    return SourcePlan(chosen, views, block_order(pool_rows(budget, row_bytes), windows))
+    return SourcePlan(chosen, views, block_order(rows, windows))
+
+
+def _pool_budget(device: torch.device, max_memory: int | None) -> int:
+    return max_memory if max_memory is not None else min(DEFAULT_POOL_BYTES, memory_budget(device, None))
 
 
 def _feature_bytes(cache: FeatureCache, cameras: Sequence[str]) -> int:
@@ -188,9 +209,9 @@ def open_cached(
     cameras, (train, valid) = tuple(data.cameras), splits
     if plan.source == "resident":
         return ResidentSource(data.cache, cameras, numbers, views=plan.views, train=train, valid=valid, device=device)
-    budget = max_memory if max_memory is not None else min(DEFAULT_POOL_BYTES, memory_budget(device, None))
-    rows = pool_rows(budget, _feature_bytes(data.cache, cameras))
-    logger.info("streaming: pools of at most %d rows", rows)
+    rows = pool_rows(_pool_budget(device, max_memory), _feature_bytes(data.cache, cameras))
+    order = "all windows" if plan.blocks is None else f"blocks of {plan.blocks.block} windows"
+    logger.info("streaming: %s shuffled, read ahead in pools of at most %d rows", order, rows)
     return StreamedSource(
         data.cache, cameras, numbers, views=plan.views, train=train, valid=valid, pool_rows=rows, device=device
     )

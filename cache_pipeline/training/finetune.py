@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -131,6 +131,8 @@ class FinetuneSession:
             max_memory=config.max_memory,
             device=device,
         )
+        if config.resume:
+            self._plan = self._plan.in_order_of(self._origin)
         self.sampler = Sampler(len(self._splits[0]), config.batch_size, config.seed, blocks=self._plan.blocks)
         self.learner = PolicyLearner(
             self.policy,
@@ -161,7 +163,7 @@ class FinetuneSession:
             "config": config.to_json(),
             "policy": self.spec.to_json(),
             "data": self.data.identity,
-            "order": {"views": 1, "blocks": None if self._plan.blocks is None else asdict(self._plan.blocks)},
+            "order": self._plan.order,
             "from": str(self._folder.resolve()),
         }
         if current_ranks().first:

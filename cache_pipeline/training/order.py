@@ -1,6 +1,6 @@
 """Which windows, and which view of each, every step sees: a pure function of (seed, step).
 
-Two orders. ``full`` shuffles all windows of an epoch. ``block`` is for data that are read in pieces: blocks of
+Two orders. ``full`` shuffles all windows of an epoch. ``block`` is for caches much larger than memory: blocks of
 consecutive windows are shuffled, drawn blocks are gathered into pools, and windows are shuffled within their pool, so
 that one pool at a time need be in memory. Epochs follow each other without a gap: every batch is whole.
 """

@@ -37,7 +37,7 @@ from cache_pipeline.training.data import (
     plan_source,
 )
 from cache_pipeline.training.learner import Learner, PolicyLearner
-from cache_pipeline.training.order import BlockOrder, Sampler
+from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.robomimic import RobomimicLearner, fit_robomimic, robomimic_config, robomimic_splits
 from cache_pipeline.training.run import check_resumed
 from cache_pipeline.training.sources.source import Source, SplitRows
@@ -243,10 +243,7 @@ def _plan(
         max_memory=config.max_memory,
         device=device,
     )
-    if before is None:
-        return plan
-    blocks = before["order"]["blocks"]
-    return SourcePlan(plan.source, before["order"]["views"], None if blocks is None else BlockOrder(**blocks))
+    return plan if before is None else plan.in_order_of(before)
 
 
 def _views(config: TrainConfig, data: RunData) -> int:

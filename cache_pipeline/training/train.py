@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,7 @@ import torch
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.training.checkpoint import Checkpoint, CheckpointFolder
 from cache_pipeline.training.config import FinetuneConfig, SavingConfig, TrainConfig
-from cache_pipeline.training.data import (
-    RunData,
-)
+from cache_pipeline.training.data import RunData
 from cache_pipeline.training.distributed import Ranks, joined_ranks
 from cache_pipeline.training.evaluate import ActionError, evaluate
 from cache_pipeline.training.learner import Learner
@@ -121,13 +118,12 @@ def measurement(
 
 
 def _run_json(session: TrainSession) -> dict[str, Any]:
-    plan = session.plan
     return {
         "kind": "train",
         "config": session.config.to_json(),
         "policy": session.spec.to_json(),
         "data": session.data.identity,
-        "order": {"views": plan.views, "blocks": None if plan.blocks is None else asdict(plan.blocks)},
+        "order": session.plan.order,
     }
 
 

@@ -13,6 +13,7 @@ from fakes import make_dataset
 from safetensors.torch import load_file
 from training_runs import config, extracted, losses
 
+from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.errors import CheckpointError, ConfigError, StaleCacheError
@@ -140,6 +141,28 @@ def test_fine_tuning_resumed_within_a_schedule_equals_a_straight_run_bit_for_bit
         one, other = load_file(straight.checkpoint / name), load_file(resumed.checkpoint / name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[key], other[key]) for key in one), name
+
+
+def test_fine_tuning_is_resumed_in_the_order_that_it_began_with_whatever_the_memory(
+    base: Path, frontier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"unfreeze": "layer4", "cache": frontier, "source": "streamed"}
+    small, large = FeatureCache(frontier).nbytes() // 2, 1 << 30
+    block = finetune(tuning(base, tmp_path / "block", **options, order="block", max_memory=small), progress=False)
+    assert losses(block.run) != losses(finetune(tuning(base, tmp_path / "full", **options), progress=False).run)
+    real = learner_module.PolicyLearner.step
+
+    def stop_in_second(self: Any, batch: Any, number: int) -> torch.Tensor:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return real(self, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner_module.PolicyLearner, "step", stop_in_second)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(tuning(base, tmp_path / "stopped", **options, order="block", max_memory=small), progress=False)
+    again = tuning(base, tmp_path / "stopped", **options, order="block", max_memory=large, resume=True)
+    assert losses(finetune(again, progress=False).run) == losses(block.run)
 
 
 def test_a_layer_that_the_encoder_does_not_have_is_refused_with_the_right_names(base: Path, tmp_path: Path) -> None:

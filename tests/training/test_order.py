@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cache_pipeline.training.config import Order
+from cache_pipeline.training.data import SplitNames, open_cache_data, plan_source
 from cache_pipeline.training.order import BlockOrder, Sampler
 
 orders = st.sampled_from([None, BlockOrder(block=3, pool=7), BlockOrder(block=4, pool=4), BlockOrder(block=5, pool=99)])
@@ -72,3 +77,23 @@ def test_in_block_order_a_block_has_one_view() -> None:
     plan = Sampler(40, 40, 0, views=5, blocks=BlockOrder(block=4, pool=8)).plan(0)
     for block in range(10):
         assert len(set(plan.views[plan.windows // 4 == block])) == 1
+
+
+@pytest.mark.parametrize(("pools", "order", "blocks"), [(8, "auto", False), (800, "auto", True), (8, "block", True)])
+def test_a_streamed_cache_many_times_larger_than_memory_is_shuffled_in_blocks(
+    pools: int, order: Order, blocks: bool, cache: Path
+) -> None:
+    data = open_cache_data(cache, None, None, SplitNames())
+    windows, row_bytes = 800, 2 * 512 * 4
+    plan = plan_source(
+        data,
+        windows,
+        source="streamed",
+        order=order,
+        views=1,
+        max_memory=3 * row_bytes * (windows // pools),
+        device=torch.device("cpu"),
+    )
+    assert plan.source == "streamed"
+    assert (plan.blocks is not None) is blocks
+    assert plan.in_order_of({"order": plan.order}) == plan

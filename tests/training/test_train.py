@@ -14,6 +14,7 @@ from fakes import make_dataset
 from safetensors.torch import load_file
 from training_runs import config, live, losses
 
+from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
@@ -79,9 +80,9 @@ def test_live_training_beside_a_cache_uses_the_encoder_of_the_cache(
     np.testing.assert_allclose(losses(result.run), losses(run), rtol=1e-5)
 
 
-def test_resident_and_streamed_training_see_the_same_samples_in_block_order(cache: Path, tmp_path: Path) -> None:
-    memory = 3 * 20 * 2 * 512 * 4  # pools of 20 rows, of 32
-    shared = {"order": "block", "max_memory": memory}
+@pytest.mark.parametrize("order", ["auto", "block"])
+def test_resident_and_streamed_training_see_the_same_samples(order: str, cache: Path, tmp_path: Path) -> None:
+    shared = {"order": order, "max_memory": FeatureCache(cache).nbytes() // 2}  # pools of a sixth of the rows
     runs = [
         train(config(tmp_path / "resident", cache, source="resident", **shared), progress=False).run,
         train(config(tmp_path / "streamed", cache, source="streamed", **shared), progress=False).run,
@@ -89,8 +90,9 @@ def test_resident_and_streamed_training_see_the_same_samples_in_block_order(cach
     assert losses(runs[0]) == losses(runs[1])
 
 
-def test_views_are_drawn_alike_by_resident_and_streamed_training(cache: Path, tmp_path: Path) -> None:
-    shared: dict[str, Any] = {"order": "block", "max_memory": 3 * 20 * 2 * 512 * 4, "augment": True}
+@pytest.mark.parametrize("order", ["auto", "block"])
+def test_views_are_drawn_alike_by_resident_and_streamed_training(order: str, cache: Path, tmp_path: Path) -> None:
+    shared: dict[str, Any] = {"order": order, "max_memory": FeatureCache(cache).nbytes() // 2, "augment": True}
     resident = train(config(tmp_path / "a", cache, source="resident", **shared), progress=False).run
     streamed = train(config(tmp_path / "b", cache, source="streamed", **shared), progress=False).run
     clean = train(config(tmp_path / "c", cache, source="resident", **{**shared, "augment": False}), progress=False).run

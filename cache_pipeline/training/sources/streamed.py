@@ -1,7 +1,8 @@
 """A cache larger than memory: pools of rows, read ahead in a thread while the pool before is trained on.
 
-At any time two pools are in memory. In block order a pool is a random draw of blocks from the whole cache, so its
-batches are nearly as mixed as those of a full shuffle. A full order works too, only slowly: it reads rows one by one.
+At any time two pools are in memory. In a full order a pool's rows lie all over the cache: every chunk with one of them
+is read, up to once per pool. In block order a pool is a random draw of blocks, and every chunk is read about once per
+epoch.
 """
 
 from __future__ import annotations
