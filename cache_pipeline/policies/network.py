@@ -5,18 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from torch import nn
+from torch import Tensor, nn
 
 from cache_pipeline.errors import ConfigError
 
 
-def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> nn.Sequential:
+class FloatOutput(nn.Sequential):
+    """Layers whose result is float32 also where autocast computes in less."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
+        return result.float()
+
+
+def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> FloatOutput:
     """Linear layers of widths ``hidden`` with GELU between them."""
     widths = [inputs, *hidden]
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), nn.GELU()]
-    return nn.Sequential(*layers, nn.Linear(widths[-1], outputs))
+    return FloatOutput(*layers, nn.Linear(widths[-1], outputs))
 
 
 def check_hidden(hidden: Sequence[int]) -> None:

@@ -43,6 +43,8 @@ class VisuomotorPolicy(nn.Module):
         augmentation: of frames in training, one draw per window; ``None`` for none.
         feature_noise: deviation of noise on normalised features in training.
         feature_dropout: share of normalised features set to 0 in training, the others scaled up.
+        encoder_dtype: to which encoders that learn are autocast; ``None`` for float32.
+        compute_dtype: to which projection and action head are autocast in :meth:`loss`; ``None`` for float32.
         frozen_trunks: camera → the fast path of what lies below the cut, for frames, while none of it learns.
     """
 
@@ -66,6 +68,7 @@ class VisuomotorPolicy(nn.Module):
         self.augmentation: ViewSpec | None = None
         self.frozen_trunks: Mapping[str, FrozenEncoder] = {}
         self.encoder_dtype: torch.dtype | None = None
+        self.compute_dtype: torch.dtype | None = None
         self.carries_encoder = False
         self.env_args: dict[str, Any] | None = None
         self.render_flags: dict[str, Any] | None = None
@@ -126,16 +129,15 @@ class VisuomotorPolicy(nn.Module):
         Raises:
             EncoderError: a key is missing or has another shape.
         """
-        features = self._features(obs, generator)
-        with self._autocast():
-            rows, (batch, steps) = self.obs_encoder.join(features, obs)
-        joined = self._disturbed(self.inputs(rows.float()), generator)
-        return self.obs_encoder.projection(joined).view(batch, steps * self.obs_encoder.out_dim)
+        rows, (batch, steps) = self._rows(obs, generator)
+        return self.obs_encoder.projection(rows).view(batch, steps * self.obs_encoder.out_dim)
 
     def loss(self, batch: Batch, generator: Draws = None) -> Tensor:
         """The policy's loss on a batch, in normalised action units; a scalar."""
-        cond = self.condition(batch.obs, generator)
-        return self.policy.loss(cond, self.actions(batch.actions), batch.mask, generator)
+        rows, (size, steps) = self._rows(batch.obs, generator)
+        with self._autocast(self.compute_dtype):
+            cond = self.obs_encoder.projection(rows).view(size, steps * self.obs_encoder.out_dim)
+            return self.policy.loss(cond, self.actions(batch.actions), batch.mask, generator)
 
     @torch.no_grad()
     def act(
@@ -194,6 +196,13 @@ class VisuomotorPolicy(nn.Module):
                 )
         self.load_state_dict(dict(tensors), strict=False)
 
+    def _rows(self, obs: Mapping[str, Tensor], draws: Draws) -> tuple[Tensor, tuple[int, ...]]:
+        """Normalised features and low-dim obs (B·To, n), and (B, To)."""
+        features = self._features(obs, draws)
+        with self._autocast(self.encoder_dtype):
+            rows, leading = self.obs_encoder.join(features, obs)
+        return self._disturbed(self.inputs(rows.float()), draws), leading
+
     def _features(self, obs: Mapping[str, Tensor], draws: Draws) -> Mapping[str, Tensor]:
         if not any(camera in obs and obs[camera].dtype == torch.uint8 for camera in self.cameras):
             return obs
@@ -209,7 +218,7 @@ class VisuomotorPolicy(nn.Module):
             # What inference mode makes cannot take part in a backward pass; its copy can.
             features = self.frozen_trunks[camera](frames, view).clone()
         else:
-            with self._autocast():
+            with self._autocast(self.encoder_dtype):
                 images = preprocess(frames, self.obs_encoder.preprocessing[camera], view)
                 features = self.obs_encoder.key_model_map[camera].trunk(images)
         return features.reshape(*leading, *features.shape[1:])
@@ -227,5 +236,5 @@ class VisuomotorPolicy(nn.Module):
             features = features * kept / (1 - self.feature_dropout)
         return torch.cat((features, joined[:, width:]), dim=1)
 
-    def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, self.encoder_dtype, enabled=self.encoder_dtype is not None)
+    def _autocast(self, dtype: torch.dtype | None) -> Any:
+        return torch.autocast(self.device.type, dtype, enabled=dtype is not None)

@@ -47,7 +47,7 @@ from cache_pipeline.training.metrics import check_wandb
 from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.run import check_resumed, check_run_folder, start_run
-from cache_pipeline.training.session import autocast_dtype
+from cache_pipeline.training.session import set_precision
 from cache_pipeline.training.sources.source import Source
 from cache_pipeline.training.train import complete, measurement
 from cache_pipeline.training.unfreezing import (
@@ -217,7 +217,7 @@ class FinetuneSession:
         if not config.resume:
             policy.load_tensors({**self._start_from.model, **self._start_from.ema})
         policy.carries_encoder = True
-        policy.encoder_dtype = autocast_dtype(config.precision, self._device)
+        set_precision(policy, config.precision, self._device)
         for encoder in policy.obs_encoder.key_model_map.distinct():
             encoder.train_batch_norm = config.batchnorm == "update"
             if config.checkpointing:

@@ -53,7 +53,7 @@ class Optimizer:
         for group in self._adam.param_groups:
             group["lr"] = self._rates[group["part"]] * share
         if self._config.grad_clip is not None:
-            clip_gradients(self._names, self._config.grad_clip)
+            self._clip(self._config.grad_clip)
         self._adam.step()
         self._adam.zero_grad(set_to_none=True)
 
@@ -82,6 +82,20 @@ class Optimizer:
                 moment: self._placed(parameter, moment, value) for moment, value in saved.items() if value is not None
             }
 
+    def _clip(self, max_norm: float) -> None:
+        """Lets the gradients' norm together be at most ``max_norm``, as torch's ``clip_grad_norm_`` does.
+
+        The fused update divides gradients by a scale as it reads them, which saves the pass that would write them. On a
+        CPU the norm can be looked at for nothing, and small gradients need not be divided at all.
+        """
+        found = [parameter for parameter in self._names if parameter.grad is not None]
+        norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in found])
+        if not self._fused:
+            nn.utils.clip_grads_with_norm_(found, max_norm, norm)
+            return
+        small = norm.device.type == "cpu" and bool(norm <= max_norm)
+        self._adam.grad_scale = None if small else (norm / max_norm).clamp_(min=1.0)  # type: ignore[union-attr]
+
     def _placed(self, parameter: nn.Parameter, moment: str, value: Tensor) -> Tensor:
         """A copy on the device; moments in the memory format of their parameter, as the fused update needs them."""
         if moment == "step":
@@ -99,17 +113,6 @@ class Optimizer:
             self._adam = torch.optim.AdamW([group], lr=self._rates[part], **kind)  # type: ignore[arg-type]
         else:
             self._adam.add_param_group(group)
-
-
-def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float) -> None:
-    """Scales the gradients so that their norm together is at most ``max_norm``; same result as torch's function.
-
-    On a CPU the norm can be looked at for nothing, and gradients that are small enough are not written again.
-    """
-    found = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = nn.utils.get_total_norm([cast(Tensor, parameter.grad) for parameter in found])
-    if norm.device.type != "cpu" or not norm <= max_norm:
-        nn.utils.clip_grads_with_norm_(found, max_norm, norm)
 
 
 def schedule(step: int, steps: int, warmup: int, floor: float) -> float:

@@ -111,6 +111,7 @@ def _open_own(
     assert config.batch_size is not None
     policy = build_policy(spec, encoders, config.seed).to(device)
     policy.feature_noise, policy.feature_dropout = config.feature_noise, config.feature_dropout
+    set_precision(policy, config.precision, device)
     splits = data.splits(WindowSpec(spec.obs_horizon, spec.action_horizon), device)
     plan = _plan(config, data, len(splits[0]), device, before)
     source = _source(config, data, plan, splits, spec, encoders, device)
@@ -290,14 +291,17 @@ def _learner(config: TrainConfig, policy: VisuomotorPolicy, device: torch.device
     )
     if not config.freeze_encoder:
         policy.carries_encoder = True
-        policy.encoder_dtype = autocast_dtype(config.precision, device)
         policy.obs_encoder.key_model_map.to(memory_format=torch.channels_last).requires_grad_(True)
         learner.learn("encoder", policy.encoder_parameters())
     policy.train()
     return learner
 
 
-def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
-    """The dtype to which a learning encoder is autocast; None computes in float32."""
+def set_precision(policy: VisuomotorPolicy, precision: str, device: torch.device) -> None:
+    """Chooses what an encoder that learns computes in, and projection and action head with their float32 weights.
+
+    On a GPU these are bound by the launches of their kernels, which bfloat16 only adds to.
+    """
     dtype = DTYPES[resolve_precision(precision, device)]
-    return None if dtype == torch.float32 else dtype
+    policy.encoder_dtype = None if dtype == torch.float32 else dtype
+    policy.compute_dtype = dtype if dtype == torch.bfloat16 and device.type == "cpu" else None
