@@ -16,6 +16,7 @@ from training_runs import config, live, losses
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.encoders import precision
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import CheckpointError, ConfigError, DatasetError
@@ -23,6 +24,7 @@ from cache_pipeline.training import learner as learner_module
 from cache_pipeline.training.checkpoint import inspect_run, load_policy
 from cache_pipeline.training.config import OptimConfig, SavingConfig, TrainConfig
 from cache_pipeline.training.metrics import read_metrics
+from cache_pipeline.training.session import set_precision
 from cache_pipeline.training.train import train
 
 RESULT_FIELDS = [
@@ -98,6 +100,29 @@ def test_views_are_drawn_alike_by_resident_and_streamed_training(order: str, cac
     clean = train(config(tmp_path / "c", cache, source="resident", **{**shared, "augment": False}), progress=False).run
     assert losses(resident) == losses(streamed)
     assert losses(resident) != losses(clean)
+
+
+@pytest.mark.parametrize("policy", ["flow", "mlp", "gmm"])
+def test_bfloat16_training_keeps_float32_weights_and_stays_near_float32(
+    policy: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    exact = train(config(tmp_path / "fp32", cache, policy=policy), progress=False).run
+    fast = train(config(tmp_path / "auto", cache, policy=policy, precision="auto"), progress=False).run
+    assert losses(fast) != losses(exact)
+    np.testing.assert_allclose(losses(fast), losses(exact), rtol=0.02)
+    assert all(value.dtype != torch.bfloat16 for value in load_policy(fast).tensors().values())
+
+
+@pytest.mark.parametrize(
+    ("device", "choice", "dtype"), [("cpu", "bf16", torch.bfloat16), ("cpu", "fp32", None), ("cuda", "bf16", None)]
+)
+def test_policies_compute_in_bfloat16_on_cpus_alone(
+    device: str, choice: str, dtype: torch.dtype | None, run: Path
+) -> None:
+    policy = load_policy(run)
+    set_precision(policy, choice, torch.device(device))
+    assert policy.compute_dtype is dtype
 
 
 @pytest.mark.parametrize("policy", ["flow", "mlp", "gmm"])
