@@ -22,7 +22,7 @@ from cache_pipeline.errors import MissingExtraError
 from cache_pipeline.policies.batch import Batch
 
 PEER_NAME = (
-    "robomimic 0.3.0 SequenceDataset + VisualCore(ResNet18Conv), all in fp32, frames in memory, same policy network"
+    "robomimic 0.3.0 SequenceDataset + VisualCore(ResNet18Conv), all in fp32, frames in memory, same network"
 )
 
 
