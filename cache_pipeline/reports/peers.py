@@ -21,9 +21,7 @@ from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.errors import MissingExtraError
 from cache_pipeline.policies.batch import Batch
 
-PEER_NAME = (
-    "robomimic 0.3.0 SequenceDataset + VisualCore(ResNet18Conv), all in fp32, frames in memory, same network"
-)
+PEER_NAME = "robomimic 0.3.0 SequenceDataset + VisualCore(ResNet18Conv), all in fp32, frames in memory, same network"
 
 
 class RobomimicImages(nn.Module):
