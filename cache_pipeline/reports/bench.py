@@ -75,7 +75,9 @@ class BenchResult(NamedTuple):
         return {"device": self.device, "rows": [row.to_json() for row in self.rows]}
 
     def lines(self) -> list[str]:
-        lines = [f"device: {self.device}", f"{'case':<58}{'ours':>10}{'peer':>10}{'ratio':>8}{'limit':>10}{'of it':>7}"]
+        wide = max(len(row.case) for row in self.rows)
+        names = f"{'ours':>10}{'peer':>10}{'ratio':>8}{'limit':>10}{'of it':>7}"
+        lines = [f"device: {self.device}", f"{'case':<{wide}}{names}"]
         for row in self.rows:
             shown = row.to_json()
             figures = "".join(
@@ -88,7 +90,7 @@ class BenchResult(NamedTuple):
                     ("of_limit", ".2f", 7),
                 )
             )
-            lines.append(f"{row.case:<58}{figures}")
+            lines.append(f"{row.case:<{wide}}{figures}")
         lines += [f"peer of {row.case}: {row.peer_name}" for row in self.rows if row.peer_name]
         return lines
 

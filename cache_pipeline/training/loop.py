@@ -189,9 +189,8 @@ def run_loop(
     """
     start = journal.carried.step
     name = ""
-    shown = progress and current_ranks().first
-    bar_or_none = Progress("train", steps, "steps", start) if shown else nullcontext()
-    with retained_memory(), stop_wish() as wish, bar_or_none as bar:
+    shown_bar = Progress("train", steps, "steps", start) if progress and current_ranks().first else nullcontext()
+    with retained_memory(), stop_wish() as wish, shown_bar as bar:
         for phase in phases:
             if phase.stop <= start or wish.heeded:
                 continue

@@ -56,6 +56,8 @@ def test_rows_are_shown_and_kept(dataset, tmp_path):
     )
     assert json.loads(out.read_text()) == result.to_json()
     assert all(any(row.case in line for line in result.lines()) for row in result.rows)
+    table = result.lines()[1 : 2 + len(result.rows)]
+    assert len({len(line) for line in table}) == 1, "columns do not line up"
 
 
 def test_ratios_are_of_the_rates():
