@@ -212,14 +212,17 @@ class MultiImageObsEncoder(nn.Module):
         rows, leading = self.join(features, low_dim)
         return _split(self.projection(rows), leading)
 
-    def join(self, features: Mapping[str, Tensor], low_dim: Mapping[str, Tensor]) -> tuple[Tensor, tuple[int, ...]]:
+    def join(
+        self, features: Mapping[str, Tensor], low_dim: Mapping[str, Tensor], dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, tuple[int, ...]]:
         """What the projection takes: pooled features of all cameras, then low-dim obs, and (B,) or (B,T).
 
         Args:
             features: camera → (B[,T],D) or (B[,T],D,h,w), any float dtype.
             low_dim: key → (B[,T],…); other keys are not looked at.
+            dtype: of the result; by default that of the projection's weights.
         """
-        dtype = self._weight.dtype
+        dtype = dtype or self._weight.dtype
         parts: list[Tensor] = []
         leads: dict[str, tuple[int, ...]] = {}
         for camera, shape in self.feature_shapes.items():

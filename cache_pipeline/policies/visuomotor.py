@@ -200,8 +200,8 @@ class VisuomotorPolicy(nn.Module):
         """Normalised features and low-dim obs (B·To, n), and (B, To)."""
         features = self._features(obs, draws)
         with self._autocast(self.encoder_dtype):
-            rows, leading = self.obs_encoder.join(features, obs)
-        return self._disturbed(self.inputs(rows.float()), draws), leading
+            rows, leading = self.obs_encoder.join(features, obs, torch.float32)
+        return self._disturbed(self.inputs(rows), draws), leading
 
     def _features(self, obs: Mapping[str, Tensor], draws: Draws) -> Mapping[str, Tensor]:
         if not any(camera in obs and obs[camera].dtype == torch.uint8 for camera in self.cameras):

@@ -44,10 +44,10 @@ from cache_pipeline.training.fit import TOLERANCES, check_first_loss, check_fits
 from cache_pipeline.training.learner import PolicyLearner
 from cache_pipeline.training.loop import Phase
 from cache_pipeline.training.metrics import check_wandb
+from cache_pipeline.training.mixed_precision import set_precision
 from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.run import check_resumed, check_run_folder, start_run
-from cache_pipeline.training.session import set_precision
 from cache_pipeline.training.sources.source import Source
 from cache_pipeline.training.train import complete, measurement
 from cache_pipeline.training.unfreezing import (

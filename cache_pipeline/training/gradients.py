@@ -14,6 +14,7 @@ from cache_pipeline.policies.batch import Batch
 from cache_pipeline.policies.draws import Share
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.distributed import Ranks
+from cache_pipeline.training.mixed_precision import WorkingCopies
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -34,12 +35,15 @@ class BatchGradient:
 
     Args:
         generator: of the loss's random numbers, in the same state in all processes.
+        copies: of the weights, with which loss and gradient are computed.
         parts: into which a batch is cut; doubled for good whenever memory runs out.
         ranks: the processes that share each batch.
     """
 
-    def __init__(self, policy: VisuomotorPolicy, generator: torch.Generator, *, parts: int, ranks: Ranks) -> None:
-        self._policy, self._generator, self._ranks = policy, generator, ranks
+    def __init__(
+        self, policy: VisuomotorPolicy, generator: torch.Generator, copies: WorkingCopies, *, parts: int, ranks: Ranks
+    ) -> None:
+        self._policy, self._generator, self._copies, self._ranks = policy, generator, copies, ranks
         self.parts = parts
 
     def __call__(self, batch: Batch, parameters: Collection[nn.Parameter]) -> Tensor:
@@ -65,12 +69,14 @@ class BatchGradient:
         """This process's part of the loss, its gradient added up; None if memory ran out."""
         total = torch.zeros((), device=batch.actions.device)
         try:
-            for part in cut(batch, self.parts):
-                self._generator.set_state(state)
-                loss = self._policy.loss(part.batch, self._share(part, len(batch.actions)))
-                loss = loss * (part.batch.mask.sum() / kept)
-                torch.autograd.backward(loss)
-                total += loss.detach()
+            with self._copies.applied():
+                for part in cut(batch, self.parts):
+                    self._generator.set_state(state)
+                    loss = self._policy.loss(part.batch, self._share(part, len(batch.actions)))
+                    loss = loss * (part.batch.mask.sum() / kept)
+                    torch.autograd.backward(loss)
+                    self._copies.hand_over()
+                    total += loss.detach()
         except torch.OutOfMemoryError:
             return None
         return total

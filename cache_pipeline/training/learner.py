@@ -15,6 +15,7 @@ from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.config import OptimConfig
 from cache_pipeline.training.distributed import current_ranks
 from cache_pipeline.training.gradients import BatchGradient
+from cache_pipeline.training.mixed_precision import working_copies
 from cache_pipeline.training.optim import AveragedWeights, Optimizer, Part
 
 GENERATOR = "generator"
@@ -65,6 +66,7 @@ class PolicyLearner:
     """Trains a VisuomotorPolicy by its own loss.
 
     Args:
+        policy: its precision is that of now.
         rates: peak learning rate of each part.
         steps: length of the schedule.
         seed: of the noise in the loss.
@@ -86,7 +88,9 @@ class PolicyLearner:
         self._optimizer = Optimizer(optim, rates, steps, device)
         self._average = None if optim.ema is None else AveragedWeights(optim.ema)
         self._generator = torch.Generator(device).manual_seed(seed)
-        self._gradient = BatchGradient(policy, self._generator, parts=accumulate, ranks=current_ranks())
+        self._gradient = BatchGradient(
+            policy, self._generator, working_copies(policy), parts=accumulate, ranks=current_ranks()
+        )
         self.learn("policy", policy.policy_parameters())
 
     @property

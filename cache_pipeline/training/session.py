@@ -14,7 +14,6 @@ from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder, make_preprocess
-from cache_pipeline.encoders.precision import DTYPES, resolve_precision
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import load_encoder
 from cache_pipeline.errors import ConfigError
@@ -37,6 +36,7 @@ from cache_pipeline.training.data import (
     plan_source,
 )
 from cache_pipeline.training.learner import Learner, PolicyLearner
+from cache_pipeline.training.mixed_precision import set_precision
 from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.robomimic import RobomimicLearner, fit_robomimic, robomimic_config, robomimic_splits
 from cache_pipeline.training.run import check_resumed
@@ -295,13 +295,3 @@ def _learner(config: TrainConfig, policy: VisuomotorPolicy, device: torch.device
         learner.learn("encoder", policy.encoder_parameters())
     policy.train()
     return learner
-
-
-def set_precision(policy: VisuomotorPolicy, precision: str, device: torch.device) -> None:
-    """Chooses what an encoder that learns computes in, and projection and action head with their float32 weights.
-
-    On a GPU these are bound by the launches of their kernels, which bfloat16 only adds to.
-    """
-    dtype = DTYPES[resolve_precision(precision, device)]
-    policy.encoder_dtype = None if dtype == torch.float32 else dtype
-    policy.compute_dtype = dtype if dtype == torch.bfloat16 and device.type == "cpu" else None

@@ -11,6 +11,9 @@ from cache_pipeline.policies.batch import Batch, masked_mean
 from cache_pipeline.policies.draws import Draws, normal
 from cache_pipeline.training.distributed import ALONE
 from cache_pipeline.training.gradients import BatchGradient, cut
+from cache_pipeline.training.mixed_precision import WorkingCopies
+
+NO_COPIES = WorkingCopies((), torch.float32)
 
 
 class Shifted(nn.Module):
@@ -35,7 +38,7 @@ def batch() -> Batch:
 
 def gradient(policy: Any, parts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    measured = BatchGradient(policy, generator, parts=parts, ranks=ALONE)
+    measured = BatchGradient(policy, generator, NO_COPIES, parts=parts, ranks=ALONE)
     loss = measured(batch(), [policy.weight])
     return loss, policy.weight.grad, generator.get_state()
 

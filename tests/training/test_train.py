@@ -20,11 +20,14 @@ from cache_pipeline.encoders import precision
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import CheckpointError, ConfigError, DatasetError
+from cache_pipeline.policies.batch import Batch
 from cache_pipeline.training import learner as learner_module
 from cache_pipeline.training.checkpoint import inspect_run, load_policy
 from cache_pipeline.training.config import OptimConfig, SavingConfig, TrainConfig
+from cache_pipeline.training.distributed import ALONE
+from cache_pipeline.training.gradients import BatchGradient
 from cache_pipeline.training.metrics import read_metrics
-from cache_pipeline.training.session import set_precision
+from cache_pipeline.training.mixed_precision import WorkingCopies, set_precision, working_copies
 from cache_pipeline.training.train import train
 
 RESULT_FIELDS = [
@@ -123,6 +126,37 @@ def test_policies_compute_in_bfloat16_on_cpus_alone(
     policy = load_policy(run)
     set_precision(policy, choice, torch.device(device))
     assert policy.compute_dtype is dtype
+
+
+@pytest.mark.parametrize("choice", ["bf16", "fp32"])
+def test_steps_in_bfloat16_compute_with_copies_of_all_but_the_encoders_weights(choice: str, run: Path) -> None:
+    policy = load_policy(run)
+    set_precision(policy, choice, torch.device("cpu"))
+    held = dict(policy.named_parameters())
+    with working_copies(policy).applied():
+        within = {name: parameter.dtype for name, parameter in policy.named_parameters()}
+    learning = {name for name, _ in policy.policy_parameters()}
+    assert {name for name, dtype in within.items() if dtype == torch.bfloat16} == (
+        learning if choice == "bf16" else set()
+    )
+    assert all(held[name] is now for name, now in policy.named_parameters())
+
+
+def test_copies_of_the_weights_change_no_bit_of_loss_and_gradient(run: Path) -> None:
+    policy, drawn = load_policy(run), torch.Generator().manual_seed(0)
+    set_precision(policy, "bf16", torch.device("cpu"))
+    for _, parameter in policy.policy_parameters():
+        parameter.requires_grad_(True)
+    obs = {camera: 40 + torch.randn(4, 2, 512, generator=drawn) for camera in policy.cameras}
+    obs |= {key: torch.randn(4, 2, *shape, generator=drawn) for key, shape in policy.low_dim.items()}
+    batch = Batch(obs, torch.rand(4, 8, 7, generator=drawn), torch.ones(4, 8, dtype=torch.bool))
+    found = []
+    for copies in (WorkingCopies((), torch.float32), working_copies(policy)):
+        measured = BatchGradient(policy, torch.Generator().manual_seed(1), copies, parts=1, ranks=ALONE)
+        loss = measured(batch, [])
+        found.append([loss, *(parameter.grad for _, parameter in policy.policy_parameters())])
+        policy.zero_grad()
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
 @pytest.mark.parametrize("policy", ["flow", "mlp", "gmm"])
