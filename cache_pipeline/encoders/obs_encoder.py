@@ -222,15 +222,15 @@ class MultiImageObsEncoder(nn.Module):
             low_dim: key → (B[,T],…); other keys are not looked at.
             dtype: of the result; by default that of the projection's weights.
         """
-        dtype = dtype or self._weight.dtype
+        device, dtype = self.device, dtype or self._weight.dtype
         parts: list[Tensor] = []
         leads: dict[str, tuple[int, ...]] = {}
         for camera, shape in self.feature_shapes.items():
             rows, leads[camera] = feature_rows(features, camera, shape)
-            parts.append(self._pooled(camera, rows.to(self.device, dtype)))
+            parts.append(self._pooled(camera, rows.to(device, dtype)))
         for key, shape in self.shapes.low_dim.items():
             rows, leads[key] = low_dim_rows(low_dim, key, shape)
-            parts.append(rows.to(self.device))
+            parts.append(rows.to(device))
         leading = one_lead(leads)
         return torch.cat([part.to(dtype) for part in parts], dim=-1), leading
 

@@ -76,5 +76,5 @@ class FlowPolicy(nn.Module):
 
     def _velocity(self, cond: Tensor, chunk: Tensor, time: Tensor) -> Tensor:
         phase = time[:, None] * self.frequencies
-        inputs = torch.cat((cond, chunk.flatten(1), phase.sin(), phase.cos()), dim=1)
-        return self.velocity(inputs).view(-1, *self._shape)
+        moment = torch.cat((chunk.flatten(1), phase.sin(), phase.cos()), dim=1)
+        return self.velocity(torch.cat((cond, moment.to(cond.dtype)), dim=1)).view(-1, *self._shape)

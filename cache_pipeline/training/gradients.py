@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -67,19 +68,20 @@ class BatchGradient:
 
     def _tried(self, batch: Batch, kept: Tensor, state: Tensor) -> Tensor | None:
         """This process's part of the loss, its gradient added up; None if memory ran out."""
-        total = torch.zeros((), device=batch.actions.device)
+        losses = []
         try:
             with self._copies.applied():
                 for part in cut(batch, self.parts):
                     self._generator.set_state(state)
                     loss = self._policy.loss(part.batch, self._share(part, len(batch.actions)))
-                    loss = loss * (part.batch.mask.sum() / kept)
+                    if self.parts > 1 or self._ranks.world > 1:
+                        loss = loss * (part.batch.mask.sum() / kept)
                     torch.autograd.backward(loss)
                     self._copies.hand_over()
-                    total += loss.detach()
+                    losses.append(loss.detach())
         except torch.OutOfMemoryError:
             return None
-        return total
+        return reduce(torch.add, losses)
 
     def _share(self, part: Part, size: int) -> Share:
         before = self._ranks.rank * size

@@ -130,8 +130,11 @@ class Optimizer:
             By what the fused update is to divide gradients as it reads them, which saves the pass that would write
             them. On a CPU the norm can be looked at for nothing, and small gradients need not be divided at all.
         """
-        found = [parameter for parameter in self.parameters.values() if parameter.grad is not None]
-        norm = nn.utils.get_total_norm([parameter.grad for parameter in found if parameter.grad is not None])
+        found = [slot.parameter for slot in self._slots() if slot.parameter.grad is not None]
+        if not found:
+            return None
+        norms = torch._foreach_norm([parameter.grad for parameter in found if parameter.grad is not None])
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         if not self._fused:
             nn.utils.clip_grads_with_norm_(found, max_norm, norm)
             return None
