@@ -1,7 +1,7 @@
 """Behaviour cloning with a mixture of Gaussians, after robomimic's BC-GMM (Mandlekar et al., 2021, arXiv:2108.03298).
 
-One component spans the whole chunk, so that a sampled action sequence does not hop between modes; at an action
-horizon of 1 the distribution is robomimic's.
+One component spans the whole chunk, so that a sampled action sequence does not hop between modes. Means are not bound
+to [-1, 1] by a tanh, as robomimic's are: actions in deviations from their mean reach beyond.
 """
 
 from __future__ import annotations
