@@ -11,7 +11,7 @@ from cache_pipeline.errors import ConfigError
 
 
 class FloatOutput(nn.Sequential):
-    """Layers whose result is float32 also where autocast computes in less."""
+    """Layers whose result is float32 also where their weights are of less."""
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = super().forward(x)  # type: ignore[no-untyped-call]

@@ -44,7 +44,8 @@ class VisuomotorPolicy(nn.Module):
         feature_noise: deviation of noise on normalised features in training.
         feature_dropout: share of normalised features set to 0 in training, the others scaled up.
         encoder_dtype: to which encoders that learn are autocast; ``None`` for float32.
-        compute_dtype: to which projection and action head are autocast in :meth:`loss`; ``None`` for float32.
+        compute_dtype: of the weights with which a training step is to compute projection and action head; ``None`` for
+            float32. :meth:`loss` takes the dtype in which it finds them.
         frozen_trunks: camera → the fast path of what lies below the cut, for frames, while none of it learns.
     """
 
@@ -135,9 +136,10 @@ class VisuomotorPolicy(nn.Module):
     def loss(self, batch: Batch, generator: Draws = None) -> Tensor:
         """The policy's loss on a batch, in normalised action units; a scalar."""
         rows, (size, steps) = self._rows(batch.obs, generator)
-        with self._autocast(self.compute_dtype):
-            cond = self.obs_encoder.projection(rows).view(size, steps * self.obs_encoder.out_dim)
-            return self.policy.loss(cond, self.actions(batch.actions), batch.mask, generator)
+        projection = self.obs_encoder.projection
+        rows = rows.to(cast(nn.Linear, projection[0]).weight.dtype)
+        cond = projection(rows).view(size, steps * self.obs_encoder.out_dim)
+        return self.policy.loss(cond, self.actions(batch.actions), batch.mask, generator)
 
     @torch.no_grad()
     def act(

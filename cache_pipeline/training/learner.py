@@ -85,7 +85,7 @@ class PolicyLearner:
         accumulate: int = 1,
     ) -> None:
         self._policy = policy
-        self._optimizer = Optimizer(optim, rates, steps, device)
+        self._optimizer = Optimizer(optim, rates, steps)
         self._average = None if optim.ema is None else AveragedWeights(optim.ema)
         self._generator = torch.Generator(device).manual_seed(seed)
         self._gradient = BatchGradient(

@@ -5,12 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from itertools import compress
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from cache_pipeline.errors import CheckpointError
 from cache_pipeline.training.config import OptimConfig
@@ -19,61 +18,94 @@ Part = Literal["policy", "encoder"]
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 
-@dataclass
-class _Slot:
-    """A parameter that learns, with the state that AdamW keeps of it."""
+class _Group:
+    """Parameters of one peak learning rate and weight decay, and what AdamW keeps of each of them.
 
-    name: str
-    parameter: nn.Parameter
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    step: Tensor
+    Moments are in the memory format of their parameter, as the fused update needs them. The numbers of steps lie side
+    by side, so that all count on at once.
+    """
+
+    def __init__(self, rate: float, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.rate, self.decay = rate, decay
+        self.names, self.parameters = list(parameters), list(parameters.values())
+        self._exp_avgs = [torch.zeros_like(value, requires_grad=False) for value in self.parameters]
+        self._exp_avg_sqs = [torch.zeros_like(value, requires_grad=False) for value in self.parameters]
+        self._counter = torch.zeros(len(self.names), device=self.parameters[0].device)
+        self._steps = list(self._counter.unbind())
 
     @property
-    def moments(self) -> dict[str, Tensor]:
-        return {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq, "step": self.step}
+    def state(self) -> dict[str, list[Tensor]]:
+        """Moment → its tensors, in the order of ``names``."""
+        return {"exp_avg": self._exp_avgs, "exp_avg_sq": self._exp_avg_sqs, "step": self._steps}
 
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Those that there are."""
+        return [value.grad for value in self.parameters if value.grad is not None]
 
-@dataclass
-class _Group:
-    """Parameters of one peak learning rate and weight decay."""
-
-    rate: float
-    decay: float
-    slots: list[_Slot]
+    def update(self, rate: float, scale: Tensor | None) -> None:
+        """One update of the parameters that have a gradient; gradients are divided by ``scale``."""
+        gradients = self.gradients
+        if not gradients:
+            return
+        lists: list[list[Tensor]] = [[*self.parameters], self._exp_avgs, self._exp_avg_sqs, self._steps]
+        if len(gradients) == len(self.parameters):
+            self._counter.add_(1)
+        else:
+            live = [value.grad is not None for value in self.parameters]
+            self._counter.add_(torch.tensor(live, device=self._counter.device))
+            lists = [list(compress(values, live)) for values in lists]
+        parameters, exp_avgs, exp_avg_sqs, steps = lists
+        torch._fused_adamw_(
+            parameters,
+            gradients,
+            exp_avgs,
+            exp_avg_sqs,
+            [],
+            steps,
+            lr=rate,
+            beta1=BETAS[0],
+            beta2=BETAS[1],
+            weight_decay=self.decay,
+            eps=EPS,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=scale,
+        )
 
 
 class Optimizer:
     """AdamW over named parameters, whose state is kept by parameter name so that groups may grow.
 
-    The update is torch's functional ``adamw``; what its Optimizer class does around it is a thirtieth of the step of a
-    small policy.
+    The update is the operator under torch's AdamW; what is around it there is a twentieth of a small policy's step.
 
     Args:
         rates: peak learning rate of each part.
         steps: length of the schedule.
     """
 
-    def __init__(self, config: OptimConfig, rates: Mapping[Part, float], steps: int, device: torch.device) -> None:
+    def __init__(self, config: OptimConfig, rates: Mapping[Part, float], steps: int) -> None:
         self._config, self._rates, self._steps = config, dict(rates), steps
         self._warmup = min(config.warmup_steps, steps // 10)
         self._groups: list[_Group] = []
-        self._fused = device.type in ("cpu", "cuda")
-        self._counter = device if self._fused else torch.device("cpu")
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Name → parameter, of all that learn."""
-        return {slot.name: slot.parameter for slot in self._slots()}
+        return {
+            name: parameter
+            for group in self._groups
+            for name, parameter in zip(group.names, group.parameters, strict=True)
+        }
 
     def add(self, part: Part, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Lets parameters learn from now on; those that learn already are left as they are."""
         known = set(self.parameters.values())
         fresh = [(name, parameter) for name, parameter in parameters if parameter not in known]
         for decayed in (True, False):
-            slots = [self._slot(name, parameter) for name, parameter in fresh if (parameter.dim() > 1) is decayed]
-            if slots:
-                self._groups.append(_Group(self._rates[part], self._config.weight_decay if decayed else 0.0, slots))
+            chosen = {name: parameter for name, parameter in fresh if (parameter.dim() > 1) is decayed}
+            if chosen:
+                self._groups.append(_Group(self._rates[part], self._config.weight_decay if decayed else 0.0, chosen))
 
     @torch.no_grad()
     def step(self, number: int) -> None:
@@ -81,47 +113,28 @@ class Optimizer:
         share = schedule(number, self._steps, self._warmup, self._config.min_lr_ratio)
         scale = None if self._config.grad_clip is None else self._clip(self._config.grad_clip)
         for group in self._groups:
-            self._update(group, group.rate * share, scale)
-        for slot in self._slots():
-            slot.parameter.grad = None
+            group.update(group.rate * share, scale)
+            for parameter in group.parameters:
+                parameter.grad = None
 
     def tensors(self) -> dict[str, Tensor]:
         """``<moment>/<parameter name>`` → tensor."""
-        return {f"{moment}/{slot.name}": value for slot in self._slots() for moment, value in slot.moments.items()}
+        return {
+            f"{moment}/{name}": value
+            for group in self._groups
+            for moment, values in group.state.items()
+            for name, value in zip(group.names, values, strict=True)
+        }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes what ``tensors`` gave, for the parameters that learn now; raises CheckpointError on a misfit."""
-        for slot in self._slots():
-            saved = {moment: tensors.get(f"{moment}/{slot.name}") for moment in slot.moments}
-            if saved["step"] is None:
+        for key, own in self.tensors().items():
+            name = key.partition("/")[2]
+            if f"step/{name}" not in tensors:
                 continue
-            for moment, own in slot.moments.items():
-                value = saved[moment]
-                if value is None or value.shape != own.shape:
-                    raise CheckpointError(f"the optimiser's state for {slot.name} does not fit; start a new run")
-                own.copy_(value)
-
-    def _update(self, group: _Group, rate: float, scale: Tensor | None) -> None:
-        slots = [slot for slot in group.slots if slot.parameter.grad is not None]
-        if slots:
-            adamw(
-                [slot.parameter for slot in slots],
-                [slot.parameter.grad for slot in slots if slot.parameter.grad is not None],
-                [slot.exp_avg for slot in slots],
-                [slot.exp_avg_sq for slot in slots],
-                [],
-                [slot.step for slot in slots],
-                fused=self._fused,
-                foreach=not self._fused,
-                grad_scale=scale,
-                amsgrad=False,
-                beta1=BETAS[0],
-                beta2=BETAS[1],
-                lr=rate,
-                weight_decay=group.decay,
-                eps=EPS,
-                maximize=False,
-            )
+            if key not in tensors or tensors[key].shape != own.shape:
+                raise CheckpointError(f"the optimiser's state for {name} does not fit; start a new run")
+            own.copy_(tensors[key])
 
     def _clip(self, max_norm: float) -> Tensor | None:
         """Lets the gradients' norm together be at most ``max_norm``, as torch's ``clip_grad_norm_`` does.
@@ -130,24 +143,13 @@ class Optimizer:
             By what the fused update is to divide gradients as it reads them, which saves the pass that would write
             them. On a CPU the norm can be looked at for nothing, and small gradients need not be divided at all.
         """
-        found = [slot.parameter for slot in self._slots() if slot.parameter.grad is not None]
-        if not found:
+        gradients = [gradient for group in self._groups for gradient in group.gradients]
+        if not gradients:
             return None
-        norms = torch._foreach_norm([parameter.grad for parameter in found if parameter.grad is not None])
-        norm = torch.linalg.vector_norm(torch.stack(norms))
-        if not self._fused:
-            nn.utils.clip_grads_with_norm_(found, max_norm, norm)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+        if norm.device.type == "cpu" and bool(norm <= max_norm):
             return None
-        small = norm.device.type == "cpu" and bool(norm <= max_norm)
-        return None if small else (norm / max_norm).clamp_(min=1.0)
-
-    def _slot(self, name: str, parameter: nn.Parameter) -> _Slot:
-        """With moments in the memory format of their parameter, as the fused update needs them."""
-        first, second = (torch.zeros_like(parameter, requires_grad=False) for _ in range(2))
-        return _Slot(name, parameter, first, second, torch.zeros((), device=self._counter))
-
-    def _slots(self) -> Iterator[_Slot]:
-        return (slot for group in self._groups for slot in group.slots)
+        return (norm / max_norm).clamp_(min=1.0)
 
 
 def schedule(step: int, steps: int, warmup: int, floor: float) -> float:

@@ -14,7 +14,7 @@ def stepped(model: nn.Module, max_norm: float | None) -> list[torch.Tensor]:
     ours = copy.deepcopy(model)
     for theirs, own in zip(model.parameters(), ours.parameters(), strict=True):
         own.grad = None if theirs.grad is None else theirs.grad.clone()
-    optimizer = Optimizer(OptimConfig(grad_clip=max_norm, warmup_steps=0), {"policy": 0.1}, 100, torch.device("cpu"))
+    optimizer = Optimizer(OptimConfig(grad_clip=max_norm, warmup_steps=0), {"policy": 0.1}, 100)
     optimizer.add("policy", ours.named_parameters())
     optimizer.step(0)
     moments = [value for name, value in sorted(optimizer.tensors().items()) if not name.startswith("step")]
@@ -39,7 +39,7 @@ def test_gradients_are_clipped_as_torch_does(max_norm: float) -> None:
 
 def test_a_small_gradient_after_a_large_one_is_not_scaled() -> None:
     parameter = nn.Parameter(torch.zeros(3))
-    optimizer = Optimizer(OptimConfig(grad_clip=1.0, warmup_steps=0), {"policy": 0.1}, 100, torch.device("cpu"))
+    optimizer = Optimizer(OptimConfig(grad_clip=1.0, warmup_steps=0), {"policy": 0.1}, 100)
     optimizer.add("policy", [("w", parameter)])
     for size in (100.0, 0.1):
         parameter.grad = torch.full((3,), size)
@@ -50,7 +50,7 @@ def test_a_small_gradient_after_a_large_one_is_not_scaled() -> None:
 
 def test_a_norm_that_is_not_finite_is_not_taken_for_a_small_one() -> None:
     parameter = nn.Parameter(torch.ones(2))
-    optimizer = Optimizer(OptimConfig(grad_clip=1.0), {"policy": 0.1}, 100, torch.device("cpu"))
+    optimizer = Optimizer(OptimConfig(grad_clip=1.0), {"policy": 0.1}, 100)
     optimizer.add("policy", [("w", parameter)])
     parameter.grad = torch.tensor([1.0, float("nan")])
     optimizer.step(0)

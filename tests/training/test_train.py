@@ -151,9 +151,10 @@ def test_copies_of_the_weights_change_no_bit_of_loss_and_gradient(run: Path) -> 
     obs |= {key: torch.randn(4, 2, *shape, generator=drawn) for key, shape in policy.low_dim.items()}
     batch = Batch(obs, torch.rand(4, 8, 7, generator=drawn), torch.ones(4, 8, dtype=torch.bool))
     found = []
-    for copies in (WorkingCopies((), torch.float32), working_copies(policy)):
+    for copies, autocast in ((WorkingCopies((), torch.float32), True), (working_copies(policy), False)):
         measured = BatchGradient(policy, torch.Generator().manual_seed(1), copies, parts=1, ranks=ALONE)
-        loss = measured(batch, [])
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = measured(batch, [])
         found.append([loss, *(parameter.grad for _, parameter in policy.policy_parameters())])
         policy.zero_grad()
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
