@@ -1,12 +1,17 @@
 import copy
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from cache_pipeline.errors import CheckpointError
 from cache_pipeline.training.config import OptimConfig
-from cache_pipeline.training.optim import Optimizer
+from cache_pipeline.training.optim import Optimizer, Part, schedule
+
+RATES: dict[Part, float] = {"policy": 0.1, "encoder": 0.01}
 
 
 def stepped(model: nn.Module, max_norm: float | None) -> list[torch.Tensor]:
@@ -55,3 +60,54 @@ def test_a_norm_that_is_not_finite_is_not_taken_for_a_small_one() -> None:
     parameter.grad = torch.tensor([1.0, float("nan")])
     optimizer.step(0)
     assert parameter.isnan().all()
+
+
+def test_updates_and_state_are_those_of_torch() -> None:
+    """Over five steps, with two rates, decay of matrices alone, and a layer that has a gradient in some steps only."""
+    torch.manual_seed(0)
+    ours = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
+    theirs = copy.deepcopy(ours)
+    optimizer = Optimizer(OptimConfig(grad_clip=None, warmup_steps=0, weight_decay=0.3), RATES, 100)
+    reference = torch.optim.AdamW(
+        [
+            {"params": [p for p in layers.parameters() if (p.dim() > 1) is decayed], "lr": rate, "weight_decay": decay}
+            for layers, rate in ((theirs[:2], RATES["policy"]), (theirs[2:], RATES["encoder"]))
+            for decayed, decay in ((True, 0.3), (False, 0.0))
+        ],
+        foreach=False,
+    )
+    peaks = [group["lr"] for group in reference.param_groups]
+    optimizer.add("policy", ours[:2].named_parameters("0"))
+    optimizer.add("encoder", ours[2:].named_parameters("1"))
+    for number in range(5):
+        drawn = torch.randn(4, 3, generator=torch.Generator().manual_seed(number))
+        for layers in (ours, theirs):
+            used = layers if number % 2 else [layers[0], layers[2]]
+            sum(layer(drawn).square().mean() for layer in used).backward()
+        for group, peak in zip(reference.param_groups, peaks, strict=True):
+            group["lr"] = peak * schedule(number, 100, 0, OptimConfig().min_lr_ratio)
+        optimizer.step(number)
+        reference.step()
+        reference.zero_grad()
+    torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=1e-5, atol=1e-7)
+    steps = {name: float(value) for name, value in optimizer.tensors().items() if name.startswith("step/")}
+    assert steps == {
+        f"step/{name}": 2.0 if name.startswith("0.1.") else 5.0
+        for name in ("0.0.weight", "0.0.bias", "0.1.weight", "0.1.bias", "1.0.weight", "1.0.bias")
+    }
+
+
+def test_state_goes_through_a_file_by_name(tmp_path: Path) -> None:
+    model = model_with_gradients()
+    optimizer = Optimizer(OptimConfig(), {"policy": 0.1}, 100)
+    optimizer.add("policy", model.named_parameters())
+    optimizer.step(0)
+    saved = {name: value.clone() for name, value in optimizer.tensors().items()}
+    save_file(optimizer.tensors(), tmp_path / "state.safetensors")
+    other = Optimizer(OptimConfig(), {"policy": 0.1}, 100)
+    other.add("policy", copy.deepcopy(model).named_parameters())
+    other.load(load_file(tmp_path / "state.safetensors"))
+    assert other.tensors().keys() == saved.keys()
+    assert all(torch.equal(value, saved[name]) for name, value in other.tensors().items())
+    with pytest.raises(CheckpointError, match=r"0\.weight does not fit"):
+        other.load({**saved, "exp_avg/0.weight": torch.zeros(2, 2)})
