@@ -142,6 +142,7 @@ class Optimizer:
         Returns:
             By what the fused update is to divide gradients as it reads them, which saves the pass that would write
             them. On a CPU the norm can be looked at for nothing, and small gradients need not be divided at all.
+            Devices other than CPUs and CUDA's have them divided here.
         """
         gradients = [gradient for group in self._groups for gradient in group.gradients]
         if not gradients:
@@ -149,7 +150,11 @@ class Optimizer:
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
         if norm.device.type == "cpu" and bool(norm <= max_norm):
             return None
-        return (norm / max_norm).clamp_(min=1.0)
+        scale = (norm / max_norm).clamp_(min=1.0)
+        if norm.device.type in ("cpu", "cuda"):
+            return scale
+        torch._foreach_div_(gradients, scale)
+        return None
 
 
 def schedule(step: int, steps: int, warmup: int, floor: float) -> float:
