@@ -85,6 +85,18 @@ class VisuomotorPolicy(nn.Module):
         return self.obs_encoder.shapes.low_dim
 
     @property
+    def prepared_bytes(self) -> int | None:
+        """Size of one row that ``prepare`` makes; ``None`` where it cannot: something below the projection is learned,
+        drawn anew for each window, or computed from maps.
+        """
+        encoders = self.obs_encoder
+        maps = any(len(shape) > 1 for shape in encoders.feature_shapes.values())
+        learns = any(parameter.requires_grad for _, parameter in self.encoder_parameters())
+        if maps or learns or self.feature_noise or self.feature_dropout:
+            return None
+        return self.inputs.offset.numel() * self._prepared_dtype.itemsize
+
+    @property
     def device(self) -> torch.device:
         return self.actions.scale.device
 
@@ -133,9 +145,21 @@ class VisuomotorPolicy(nn.Module):
         rows, (batch, steps) = self._rows(obs, generator)
         return self.obs_encoder.projection(rows).view(batch, steps * self.obs_encoder.out_dim)
 
+    @torch.no_grad()
+    def prepare(self, obs: Mapping[str, Tensor]) -> Tensor:
+        """(B,To,n) what ``loss`` takes as a batch's rows in place of ``obs``, the same at every step of training.
+
+        Only where ``prepared_bytes`` says so. Arguments and errors as of ``condition``.
+        """
+        rows, leading = self._rows(obs, None)
+        return rows.to(self._prepared_dtype).view(*leading, -1)
+
     def loss(self, batch: Batch, generator: Draws = None) -> Tensor:
         """The policy's loss on a batch, in normalised action units; a scalar."""
-        rows, (size, steps) = self._rows(batch.obs, generator)
+        if batch.rows is None:
+            rows, (size, steps) = self._rows(batch.obs, generator)
+        else:
+            rows, (size, steps) = batch.rows.flatten(0, 1), batch.rows.shape[:2]
         projection = self.obs_encoder.projection
         rows = rows.to(cast(nn.Linear, projection[0]).weight.dtype)
         cond = projection(rows).view(size, steps * self.obs_encoder.out_dim)
@@ -197,6 +221,10 @@ class VisuomotorPolicy(nn.Module):
                     f"not {tuple(own[name].shape)}"
                 )
         self.load_state_dict(dict(tensors), strict=False)
+
+    @property
+    def _prepared_dtype(self) -> torch.dtype:
+        return self.compute_dtype or torch.float32
 
     def _rows(self, obs: Mapping[str, Tensor], draws: Draws) -> tuple[Tensor, tuple[int, ...]]:
         """Normalised features and low-dim obs (B·To, n), and (B, To)."""

@@ -40,6 +40,8 @@ from cache_pipeline.training.mixed_precision import set_precision
 from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.robomimic import RobomimicLearner, fit_robomimic, robomimic_config, robomimic_splits
 from cache_pipeline.training.run import check_resumed
+from cache_pipeline.training.sources.memory import memory_budget
+from cache_pipeline.training.sources.resident import ResidentSource
 from cache_pipeline.training.sources.source import Source, SplitRows
 
 STATISTICS_ROWS = 1024
@@ -118,6 +120,8 @@ def _open_own(
     learner = _learner(config, policy, device)
     if before is None:
         fit_statistics(policy, data, source, config.action_normalization)
+    if isinstance(source, ResidentSource):
+        _prepare_rows(source, policy, config.max_memory, device)
     return _Opened(splits, plan, source, learner, config.batch_size)
 
 
@@ -245,6 +249,16 @@ def _plan(
         device=device,
     )
     return plan if before is None else plan.in_order_of(before)
+
+
+def _prepare_rows(
+    source: ResidentSource, policy: VisuomotorPolicy, max_memory: int | None, device: torch.device
+) -> None:
+    """Has rows prepared once for all steps, if they fit into memory beside the features."""
+    left = memory_budget(device, None) if max_memory is None else max_memory - source.nbytes
+    size = policy.prepared_bytes
+    if size is not None and size * source.n_rows <= left:
+        source.prepare_with(policy.prepare)
 
 
 def _views(config: TrainConfig, data: RunData) -> int:

@@ -28,6 +28,8 @@ from cache_pipeline.training.distributed import ALONE
 from cache_pipeline.training.gradients import BatchGradient
 from cache_pipeline.training.metrics import read_metrics
 from cache_pipeline.training.mixed_precision import WorkingCopies, set_precision, working_copies
+from cache_pipeline.training.order import Plan
+from cache_pipeline.training.session import open_session
 from cache_pipeline.training.train import train
 
 RESULT_FIELDS = [
@@ -103,6 +105,55 @@ def test_views_are_drawn_alike_by_resident_and_streamed_training(order: str, cac
     clean = train(config(tmp_path / "c", cache, source="resident", **{**shared, "augment": False}), progress=False).run
     assert losses(resident) == losses(streamed)
     assert losses(resident) != losses(clean)
+
+
+@pytest.mark.parametrize("choice", ["bf16", "fp32"])
+def test_rows_prepared_once_give_the_bits_of_rows_prepared_at_every_step(
+    choice: str, cache: Path, tmp_path: Path
+) -> None:
+    shared: dict[str, Any] = {"order": "full", "augment": True, "precision": choice}
+    once = train(config(tmp_path / "once", cache, **shared), progress=False).run
+    pools = FeatureCache(cache).nbytes() // 2
+    anew = train(config(tmp_path / "anew", cache, source="streamed", max_memory=pools, **shared), progress=False).run
+    assert read_metrics(once)[-1]["validation/action_mse"] == read_metrics(anew)[-1]["validation/action_mse"]
+    assert losses(once) == losses(anew)
+
+
+@pytest.mark.parametrize(
+    ("options", "prepared"),
+    [
+        ({}, True),
+        ({"feature_noise": 0.1}, False),
+        ({"feature_dropout": 0.1}, False),
+        ({"max_memory": 42 * 2 * 512 * 4 + 10_000}, False),
+        ({"max_memory": 42 * 2 * 512 * 4 * 2 + 10_000}, True),
+    ],
+)
+def test_rows_are_prepared_once_where_nothing_in_them_changes_and_they_fit(
+    options: dict[str, Any], prepared: bool, cache: Path, tmp_path: Path
+) -> None:
+    session = open_session(config(tmp_path / "run", cache, **options), tmp_path / "run")
+    policy, source = session.learner.policy, session.source
+    assert source.name == "resident"
+    assert (source.n_rows, source.nbytes) == (42, 42 * 2 * 512 * 4)
+    batch = next(source.batches(session.sampler.plans(0, 1)))
+    assert (batch.rows is not None) is prepared
+    assert bool(batch.obs) is not prepared
+    if batch.rows is not None:
+        assert batch.rows.nbytes == 8 * 2 * policy.prepared_bytes
+        assert batch.select(slice(2, 5)).rows.equal(batch.rows[2:5])
+    held_out = Plan(0, np.arange(2), np.zeros(2, np.int64), 0)
+    assert set(next(source.batches([held_out], valid=True)).obs) == {*policy.cameras, *policy.low_dim}
+
+
+def test_no_rows_are_prepared_of_maps_or_below_what_learns(run: Path, frontier: Path, tmp_path: Path) -> None:
+    maps = open_session(config(tmp_path / "maps", frontier), tmp_path / "maps")
+    assert maps.learner.policy.prepared_bytes is None
+    assert next(maps.source.batches(maps.sampler.plans(0, 1))).rows is None
+    policy = load_policy(run)
+    assert policy.prepared_bytes == 4 * policy.inputs.offset.numel()
+    policy.obs_encoder.unfreeze_rgb_encoder(["layer4"])
+    assert policy.prepared_bytes is None
 
 
 @pytest.mark.parametrize("policy", ["flow", "mlp", "gmm"])

@@ -96,8 +96,8 @@ class LiveSource:
         split = self._splits[valid]
         assert split is not None
         for plan, frames in self._frames.batches(plans, split):
-            _, low_dim, actions, mask = split.gather(plan)
-            yield Batch({**self._encoded(frames), **low_dim}, actions, mask)
+            rows, actions, mask = split.gather(plan)
+            yield Batch({**self._encoded(frames), **split.low_dim(rows)}, actions, mask)
 
     def features_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
         features = {}

@@ -31,17 +31,15 @@ class Source(Protocol):
 
 
 class Gathered(NamedTuple):
-    """A batch without its features.
+    """A batch without its obs.
 
     Attributes:
-        obs_rows: (B,To) packed rows whose features belong to the batch.
-        low_dim: key → (B,To,…).
+        obs_rows: (B,To) packed rows whose obs belong to the batch.
         actions: (B,Ta,A).
         mask: (B,Ta).
     """
 
     obs_rows: Tensor
-    low_dim: dict[str, Tensor]
     actions: Tensor
     mask: Tensor
 
@@ -70,13 +68,14 @@ class SplitRows:
         return len(self.obs_rows)
 
     def gather(self, plan: Plan) -> Gathered:
-        """Everything of a plan's batch but its features."""
+        """Everything of a plan's batch but its obs."""
         windows = torch.from_numpy(plan.windows).to(self._device, non_blocking=True)
         obs_rows = self._obs_rows.index_select(0, windows)
         actions = take_rows(self._actions, self._action_rows.index_select(0, windows))
-        return Gathered(obs_rows, self._take_low_dim(obs_rows), actions, self._mask.index_select(0, windows))
+        return Gathered(obs_rows, actions, self._mask.index_select(0, windows))
 
-    def _take_low_dim(self, rows: Tensor) -> dict[str, Tensor]:
+    def low_dim(self, rows: Tensor) -> dict[str, Tensor]:
+        """Key → low-dim obs (B,To,…) of packed rows (B,To)."""
         if self._low_dim is None:
             return {}
         parts = torch.split(take_rows(self._low_dim, rows), self._widths, dim=-1)

@@ -75,9 +75,9 @@ class StreamedSource:
         return {camera: torch.from_numpy(self._cache.features(camera, self._numbers[rows])) for camera in self._cameras}
 
     def _batch(self, split: SplitRows, plan: Plan, places: Tensor, features: dict[str, Tensor]) -> Batch:
-        _, low_dim, actions, mask = split.gather(plan)
+        rows, actions, mask = split.gather(plan)
         obs = {camera: take_rows(values, places).float() for camera, values in features.items()}
-        return Batch({**obs, **low_dim}, actions, mask)
+        return Batch({**obs, **split.low_dim(rows)}, actions, mask)
 
     def _group(self, plans: Iterable[Plan], split: SplitRows) -> Iterator[list[Plan]]:
         """Consecutive plans of one pool, split where their rows would exceed the pool's size."""
