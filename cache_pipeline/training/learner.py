@@ -88,10 +88,9 @@ class PolicyLearner:
         self._optimizer = Optimizer(optim, rates, steps)
         self._average = None if optim.ema is None else AveragedWeights(optim.ema)
         self._generator = torch.Generator(device).manual_seed(seed)
-        self._gradient = BatchGradient(
-            policy, self._generator, working_copies(policy), parts=accumulate, ranks=current_ranks()
-        )
         self.learn("policy", policy.policy_parameters())
+        copies = working_copies(policy, self._optimizer.packs)
+        self._gradient = BatchGradient(policy, self._generator, copies, parts=accumulate, ranks=current_ranks())
 
     @property
     def policy(self) -> VisuomotorPolicy:
@@ -109,7 +108,7 @@ class PolicyLearner:
             parameter.requires_grad_(True)
         self._optimizer.add(part, parameters)
         if self._average is not None:
-            self._average.add(self._optimizer.parameters)
+            self._average.add(self._optimizer.packs)
 
     def step(self, batch: Batch, number: int) -> Tensor:
         loss = self._gradient(batch, self._optimizer.parameters.values())

@@ -11,6 +11,7 @@ from torch import nn
 
 from cache_pipeline.encoders.precision import DTYPES, resolve_precision
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
+from cache_pipeline.training.packing import Packed
 
 
 def set_precision(policy: VisuomotorPolicy, precision: str, device: torch.device) -> None:
@@ -23,13 +24,17 @@ def set_precision(policy: VisuomotorPolicy, precision: str, device: torch.device
     policy.compute_dtype = dtype if dtype == torch.bfloat16 and device.type == "cpu" else None
 
 
-def working_copies(policy: VisuomotorPolicy) -> WorkingCopies:
-    """Of all linear layers in projection and action head; of none if these compute in float32."""
+def working_copies(policy: VisuomotorPolicy, packs: Sequence[Packed]) -> WorkingCopies:
+    """Of all linear layers in projection and action head; of none if these compute in float32.
+
+    Args:
+        packs: with all parameters of these layers.
+    """
     if policy.compute_dtype is None:
-        return WorkingCopies((), torch.float32)
+        return WorkingCopies((), (), torch.float32)
     parts = (policy.obs_encoder.projection, policy.policy)
     linears = (module for part in parts for module in part.modules() if isinstance(module, nn.Linear))
-    return WorkingCopies(linears, policy.compute_dtype)
+    return WorkingCopies(linears, packs, policy.compute_dtype)
 
 
 class WorkingCopies:
@@ -37,20 +42,31 @@ class WorkingCopies:
 
     Autocast makes the same copies, one by one and on the tape; the gradients are the same to the bit. After
     Micikevicius et al., Mixed Precision Training, 2018 (arXiv:1710.03740).
+
+    Args:
+        packs: with all parameters of ``layers``.
     """
 
-    def __init__(self, layers: Iterable[nn.Linear], dtype: torch.dtype) -> None:
+    def __init__(self, layers: Iterable[nn.Linear], packs: Sequence[Packed], dtype: torch.dtype) -> None:
+        self._packs = [(packed, packed.new(dtype)) for packed in packs]
+        parts = {
+            parameter: (packed, number, nn.Parameter(view))
+            for packed, memory in self._packs
+            for number, (parameter, view) in enumerate(zip(packed.parameters, packed.views(memory), strict=True))
+        }
         self._places = [(layer._parameters, name) for layer in layers for name, _ in layer.named_parameters()]
         self._masters = [cast(nn.Parameter, named[name]) for named, name in self._places]
-        self._copies = [nn.Parameter(master.detach().to(dtype)) for master in self._masters]
+        self._homes = [parts[master][:2] for master in self._masters]
+        self._copies = [parts[master][2] for master in self._masters]
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within, the layers hold fresh copies without gradients."""
         with torch.no_grad():
-            for copy, master in zip(self._copies, self._masters, strict=True):
-                copy.grad = None
-                copy.copy_(master)
+            for packed, memory in self._packs:
+                memory.copy_(packed.values)
+        for copy in self._copies:
+            copy.grad = None
         self._place(self._copies)
         try:
             yield
@@ -59,10 +75,9 @@ class WorkingCopies:
 
     def hand_over(self) -> None:
         """Adds the copies' gradients to those of the weights, in the weights' precision."""
-        for master, copy in zip(self._masters, self._copies, strict=True):
+        for (packed, number), copy in zip(self._homes, self._copies, strict=True):
             if copy.grad is not None:
-                gradient = copy.grad.to(master.dtype)
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                packed.add_gradient(number, copy.grad)
                 copy.grad = None
 
     def _place(self, parameters: Sequence[nn.Parameter]) -> None:

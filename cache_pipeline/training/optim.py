@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import compress
 from typing import Literal
@@ -13,49 +13,41 @@ from torch import Tensor, nn
 
 from cache_pipeline.errors import CheckpointError
 from cache_pipeline.training.config import OptimConfig
+from cache_pipeline.training.packing import Packed
 
 Part = Literal["policy", "encoder"]
 BETAS, EPS = (0.9, 0.999), 1e-8
 
 
 class _Group:
-    """Parameters of one peak learning rate and weight decay, and what AdamW keeps of each of them.
+    """Packed parameters of one peak learning rate and weight decay, and what AdamW keeps of each of them."""
 
-    Moments are in the memory format of their parameter, as the fused update needs them. The numbers of steps lie side
-    by side, so that all count on at once.
-    """
-
-    def __init__(self, rate: float, decay: float, parameters: Mapping[str, nn.Parameter]) -> None:
-        self.rate, self.decay = rate, decay
-        self.names, self.parameters = list(parameters), list(parameters.values())
-        self._exp_avgs = [torch.zeros_like(value, requires_grad=False) for value in self.parameters]
-        self._exp_avg_sqs = [torch.zeros_like(value, requires_grad=False) for value in self.parameters]
-        self._counter = torch.zeros(len(self.names), device=self.parameters[0].device)
+    def __init__(self, rate: float, decay: float, packed: Packed) -> None:
+        self.rate, self.decay, self.packed = rate, decay, packed
+        self._exp_avg, self._exp_avg_sq = packed.new(), packed.new()
+        self._counter = torch.zeros(len(packed.names), device=packed.values.device)
         self._steps = list(self._counter.unbind())
+        self._state = {
+            "exp_avg": packed.views(self._exp_avg),
+            "exp_avg_sq": packed.views(self._exp_avg_sq),
+            "step": self._steps,
+        }
+        self._in_step = True
 
-    @property
-    def state(self) -> dict[str, list[Tensor]]:
-        """Moment → its tensors, in the order of ``names``."""
-        return {"exp_avg": self._exp_avgs, "exp_avg_sq": self._exp_avg_sqs, "step": self._steps}
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """``<moment>/<parameter name>``, tensor."""
+        for moment, values in self._state.items():
+            yield from ((f"{moment}/{name}", value) for name, value in zip(self.packed.names, values, strict=True))
 
-    @property
-    def gradients(self) -> list[Tensor]:
-        """Those that there are."""
-        return [value.grad for value in self.parameters if value.grad is not None]
+    def count_steps(self) -> None:
+        """Has to follow any change of the numbers of steps from outside."""
+        self._in_step = bool((self._counter == self._counter[0]).all())
 
     def update(self, rate: float, scale: Tensor | None) -> None:
         """One update of the parameters that have a gradient; gradients are divided by ``scale``."""
-        gradients = self.gradients
-        if not gradients:
+        parameters, gradients, exp_avgs, exp_avg_sqs, steps = self._operands()
+        if not parameters:
             return
-        lists: list[list[Tensor]] = [[*self.parameters], self._exp_avgs, self._exp_avg_sqs, self._steps]
-        if len(gradients) == len(self.parameters):
-            self._counter.add_(1)
-        else:
-            live = [value.grad is not None for value in self.parameters]
-            self._counter.add_(torch.tensor(live, device=self._counter.device))
-            lists = [list(compress(values, live)) for values in lists]
-        parameters, exp_avgs, exp_avg_sqs, steps = lists
         torch._fused_adamw_(
             parameters,
             gradients,
@@ -72,6 +64,22 @@ class _Group:
             maximize=False,
             grad_scale=scale,
         )
+
+    def _operands(self) -> tuple[list[Tensor], ...]:
+        """Parameters, gradients, moments and numbers of steps, counted on: in one piece each where that can be."""
+        packed, whole = self.packed, self.packed.whole_gradient
+        if whole is not None and self._in_step:
+            self._counter.add_(1)
+            return [packed.values], [whole], [self._exp_avg], [self._exp_avg_sq], self._steps[:1]
+        each: list[list[Tensor]] = [[*packed.parameters], *self._state.values()]
+        live = [value.grad is not None for value in packed.parameters]
+        if all(live):
+            self._counter.add_(1)
+        else:
+            self._counter.add_(torch.tensor(live, device=self._counter.device))
+            self._in_step &= not any(live)
+            each = [list(compress(values, live)) for values in each]
+        return each[0], packed.gradients, *each[1:]
 
 
 class Optimizer:
@@ -94,18 +102,25 @@ class Optimizer:
         """Name → parameter, of all that learn."""
         return {
             name: parameter
-            for group in self._groups
-            for name, parameter in zip(group.names, group.parameters, strict=True)
+            for packed in self.packs
+            for name, parameter in zip(packed.names, packed.parameters, strict=True)
         }
+
+    @property
+    def packs(self) -> list[Packed]:
+        """All that learn, in the memory in which they lie together."""
+        return [group.packed for group in self._groups]
 
     def add(self, part: Part, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
         """Lets parameters learn from now on; those that learn already are left as they are."""
         known = set(self.parameters.values())
         fresh = [(name, parameter) for name, parameter in parameters if parameter not in known]
-        for decayed in (True, False):
-            chosen = {name: parameter for name, parameter in fresh if (parameter.dim() > 1) is decayed}
-            if chosen:
-                self._groups.append(_Group(self._rates[part], self._config.weight_decay if decayed else 0.0, chosen))
+        kinds: dict[tuple[bool, torch.dtype], dict[str, nn.Parameter]] = {}
+        for name, parameter in fresh:
+            kinds.setdefault((parameter.dim() > 1, parameter.dtype), {})[name] = parameter
+        for (decayed, _), chosen in kinds.items():
+            decay = self._config.weight_decay if decayed else 0.0
+            self._groups.append(_Group(self._rates[part], decay, Packed(chosen)))
 
     @torch.no_grad()
     def step(self, number: int) -> None:
@@ -114,17 +129,11 @@ class Optimizer:
         scale = None if self._config.grad_clip is None else self._clip(self._config.grad_clip)
         for group in self._groups:
             group.update(group.rate * share, scale)
-            for parameter in group.parameters:
-                parameter.grad = None
+            group.packed.drop_gradients()
 
     def tensors(self) -> dict[str, Tensor]:
         """``<moment>/<parameter name>`` → tensor."""
-        return {
-            f"{moment}/{name}": value
-            for group in self._groups
-            for moment, values in group.state.items()
-            for name, value in zip(group.names, values, strict=True)
-        }
+        return {key: value for group in self._groups for key, value in group.tensors()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Takes what ``tensors`` gave, for the parameters that learn now; raises CheckpointError on a misfit."""
@@ -135,6 +144,8 @@ class Optimizer:
             if key not in tensors or tensors[key].shape != own.shape:
                 raise CheckpointError(f"the optimiser's state for {name} does not fit; start a new run")
             own.copy_(tensors[key])
+        for group in self._groups:
+            group.count_steps()
 
     def _clip(self, max_norm: float) -> Tensor | None:
         """Lets the gradients' norm together be at most ``max_norm``, as torch's ``clip_grad_norm_`` does.
@@ -144,7 +155,7 @@ class Optimizer:
             them. On a CPU the norm can be looked at for nothing, and small gradients need not be divided at all.
             Devices other than CPUs and CUDA's have them divided here.
         """
-        gradients = [gradient for group in self._groups for gradient in group.gradients]
+        gradients = [gradient for packed in self.packs for gradient in _gradients(packed)]
         if not gradients:
             return None
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
@@ -155,6 +166,12 @@ class Optimizer:
             return scale
         torch._foreach_div_(gradients, scale)
         return None
+
+
+def _gradients(packed: Packed) -> list[Tensor]:
+    """All that there are, in one tensor if they lie in one."""
+    whole = packed.whole_gradient
+    return packed.gradients if whole is None else [whole]
 
 
 def schedule(step: int, steps: int, warmup: int, floor: float) -> float:
@@ -170,27 +187,33 @@ class AveragedWeights:
 
     def __init__(self, decay: float) -> None:
         self._decay = decay
-        self._live: dict[str, Tensor] = {}
-        self._average: dict[str, Tensor] = {}
+        self._packs: list[Packed] = []
+        self._averages: list[Tensor] = []
 
-    def add(self, parameters: Mapping[str, nn.Parameter]) -> None:
+    def add(self, packs: Iterable[Packed]) -> None:
         """Starts the average of parameters that are new at their values now."""
-        for name, parameter in parameters.items():
-            if name not in self._average:
-                self._live[name] = parameter
-                self._average[name] = parameter.detach().clone()
+        for packed in packs:
+            if packed not in self._packs:
+                self._packs.append(packed)
+                self._averages.append(packed.values.clone())
 
     @torch.no_grad()
     def update(self, number: int) -> None:
         """Moves towards the weights after step ``number``, counted from 0."""
         decay = min(self._decay, (1 + number) / (10 + number))
-        torch._foreach_lerp_(list(self._average.values()), list(self._live.values()), 1 - decay)
+        torch._foreach_lerp_(self._averages, [packed.values for packed in self._packs], 1 - decay)
 
     def tensors(self) -> dict[str, Tensor]:
-        return dict(self._average)
+        """Parameter name → its average."""
+        return {
+            name: view
+            for packed, average in zip(self._packs, self._averages, strict=True)
+            for name, view in zip(packed.names, packed.views(average), strict=True)
+        }
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, value in self._average.items():
+        """Takes what ``tensors`` gave; raises CheckpointError on a misfit."""
+        for name, value in self.tensors().items():
             if name not in tensors or tensors[name].shape != value.shape:
                 raise CheckpointError(f"the averaged weights have no fitting {name}; start a new run")
             value.copy_(tensors[name])
@@ -198,11 +221,13 @@ class AveragedWeights:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Puts the average in the parameters' place for the time of a ``with`` block."""
-        kept = {name: parameter.data for name, parameter in self._live.items()}
         try:
-            for name, parameter in self._live.items():
-                parameter.data = self._average[name]
+            self._point_to(self._averages)
             yield
         finally:
-            for name, parameter in self._live.items():
-                parameter.data = kept[name]
+            self._point_to([packed.values for packed in self._packs])
+
+    def _point_to(self, memory: Sequence[Tensor]) -> None:
+        for packed, values in zip(self._packs, memory, strict=True):
+            for parameter, view in zip(packed.parameters, packed.views(values), strict=True):
+                parameter.data = view

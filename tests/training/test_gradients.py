@@ -13,7 +13,7 @@ from cache_pipeline.training.distributed import ALONE
 from cache_pipeline.training.gradients import BatchGradient, cut
 from cache_pipeline.training.mixed_precision import WorkingCopies
 
-NO_COPIES = WorkingCopies((), torch.float32)
+NO_COPIES = WorkingCopies((), (), torch.float32)
 
 
 class Shifted(nn.Module):

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from cache_pipeline.training.mixed_precision import WorkingCopies
+from cache_pipeline.training.packing import Packed
 
 
 @pytest.fixture
@@ -15,6 +16,10 @@ def model() -> nn.Sequential:
 
 def linears(model: nn.Sequential) -> list[nn.Linear]:
     return [layer for layer in model if isinstance(layer, nn.Linear)]
+
+
+def copies_of(model: nn.Sequential) -> WorkingCopies:
+    return WorkingCopies(linears(model), [Packed(dict(model.named_parameters()))], torch.bfloat16)
 
 
 def autocast_loss(model: nn.Module, seed: int) -> torch.Tensor:
@@ -36,7 +41,7 @@ def gradients(model: nn.Module) -> list[torch.Tensor | None]:
 
 
 def test_gradients_through_copies_are_those_of_autocast_to_the_bit(model: nn.Sequential) -> None:
-    copies = WorkingCopies(linears(model), torch.bfloat16)
+    copies = copies_of(model)
     for step in range(2):
         for part in range(2):
             autocast_loss(model, 2 * step + part).backward()
@@ -59,7 +64,7 @@ def test_gradients_through_copies_are_those_of_autocast_to_the_bit(model: nn.Seq
 
 def test_after_an_error_the_weights_are_back_and_nothing_of_the_step_is_left(model: nn.Sequential) -> None:
     before = list(model.parameters())
-    copies = WorkingCopies(linears(model), torch.bfloat16)
+    copies = copies_of(model)
     with pytest.raises(torch.OutOfMemoryError), copies.applied():
         run_out_of_memory(model)
     assert all(now is then for now, then in zip(model.parameters(), before, strict=True))
@@ -69,7 +74,7 @@ def test_after_an_error_the_weights_are_back_and_nothing_of_the_step_is_left(mod
 
 
 def test_a_layer_that_takes_no_part_gets_no_gradient(model: nn.Sequential) -> None:
-    copies = WorkingCopies(linears(model), torch.bfloat16)
+    copies = copies_of(model)
     with copies.applied():
         model[0](torch.ones(1, 9, dtype=torch.bfloat16)).sum().backward()
         copies.hand_over()

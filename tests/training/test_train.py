@@ -21,6 +21,7 @@ from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import CheckpointError, ConfigError, DatasetError
 from cache_pipeline.policies.batch import Batch
+from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training import learner as learner_module
 from cache_pipeline.training.checkpoint import inspect_run, load_policy
 from cache_pipeline.training.config import OptimConfig, SavingConfig, TrainConfig
@@ -29,6 +30,7 @@ from cache_pipeline.training.gradients import BatchGradient
 from cache_pipeline.training.metrics import read_metrics
 from cache_pipeline.training.mixed_precision import WorkingCopies, set_precision, working_copies
 from cache_pipeline.training.order import Plan
+from cache_pipeline.training.packing import Packed
 from cache_pipeline.training.session import open_session
 from cache_pipeline.training.train import train
 
@@ -56,6 +58,10 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signal
         return real(self, batch, index)
 
     monkeypatch.setattr(learner_module.PolicyLearner, "step", step_and_signal)
+
+
+def packs(policy: VisuomotorPolicy) -> list[Packed]:
+    return [Packed(dict(policy.policy_parameters()))]
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +190,7 @@ def test_steps_in_bfloat16_compute_with_copies_of_all_but_the_encoders_weights(c
     policy = load_policy(run)
     set_precision(policy, choice, torch.device("cpu"))
     held = dict(policy.named_parameters())
-    with working_copies(policy).applied():
+    with working_copies(policy, packs(policy)).applied():
         within = {name: parameter.dtype for name, parameter in policy.named_parameters()}
     learning = {name for name, _ in policy.policy_parameters()}
     assert {name for name, dtype in within.items() if dtype == torch.bfloat16} == (
@@ -202,7 +208,10 @@ def test_copies_of_the_weights_change_no_bit_of_loss_and_gradient(run: Path) -> 
     obs |= {key: torch.randn(4, 2, *shape, generator=drawn) for key, shape in policy.low_dim.items()}
     batch = Batch(obs, torch.rand(4, 8, 7, generator=drawn), torch.ones(4, 8, dtype=torch.bool))
     found = []
-    for copies, autocast in ((WorkingCopies((), torch.float32), True), (working_copies(policy), False)):
+    for copies, autocast in (
+        (WorkingCopies((), (), torch.float32), True),
+        (working_copies(policy, packs(policy)), False),
+    ):
         measured = BatchGradient(policy, torch.Generator().manual_seed(1), copies, parts=1, ranks=ALONE)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             loss = measured(batch, [])
