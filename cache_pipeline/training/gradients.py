@@ -66,6 +66,11 @@ class BatchGradient:
             self._ranks.sum([loss, *(p.grad for p in parameters if p.grad is not None)])
         return loss
 
+    def at_once(self, batch: Batch) -> Tensor:
+        """The same for a batch that is neither cut nor shared, with nothing asked of the device; memory may run out."""
+        with self._copies.applied():
+            return self._add(Part(batch, 0, len(batch.actions)), len(batch.actions))
+
     def _tried(self, batch: Batch, kept: Tensor, state: Tensor) -> Tensor | None:
         """This process's part of the loss, its gradient added up; None if memory ran out."""
         losses = []
@@ -73,15 +78,23 @@ class BatchGradient:
             with self._copies.applied():
                 for part in cut(batch, self.parts):
                     self._generator.set_state(state)
-                    loss = self._policy.loss(part.batch, self._share(part, len(batch.actions)))
-                    if self.parts > 1 or self._ranks.world > 1:
-                        loss = loss * (part.batch.mask.sum() / kept)
-                    torch.autograd.backward(loss)
-                    self._copies.hand_over()
-                    losses.append(loss.detach())
+                    losses.append(self._add(part, len(batch.actions), kept))
         except torch.OutOfMemoryError:
             return None
         return reduce(torch.add, losses)
+
+    def _add(self, part: Part, size: int, kept: Tensor | None = None) -> Tensor:
+        """Adds the gradient of a part of a batch of ``size`` windows; its share of the loss, detached.
+
+        Args:
+            kept: action steps that count in the whole batch, if the part is not all of it.
+        """
+        loss = self._policy.loss(part.batch, self._share(part, size))
+        if kept is not None and (self.parts > 1 or self._ranks.world > 1):
+            loss = loss * (part.batch.mask.sum() / kept)
+        torch.autograd.backward(loss)
+        self._copies.hand_over()
+        return loss.detach()
 
     def _share(self, part: Part, size: int) -> Share:
         before = self._ranks.rank * size

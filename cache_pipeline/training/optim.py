@@ -34,6 +34,11 @@ class _Group:
         }
         self._in_step = True
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """All that an update changes."""
+        return [self.packed.values, self._exp_avg, self._exp_avg_sq, self._counter]
+
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """``<moment>/<parameter name>``, tensor."""
         for moment, values in self._state.items():
@@ -43,7 +48,7 @@ class _Group:
         """Has to follow any change of the numbers of steps from outside."""
         self._in_step = bool((self._counter == self._counter[0]).all())
 
-    def update(self, rate: float, scale: Tensor | None) -> None:
+    def update(self, rate: float | Tensor, scale: Tensor | None) -> None:
         """One update of the parameters that have a gradient; gradients are divided by ``scale``."""
         parameters, gradients, exp_avgs, exp_avg_sqs, steps = self._operands()
         if not parameters:
@@ -122,14 +127,27 @@ class Optimizer:
             decay = self._config.weight_decay if decayed else 0.0
             self._groups.append(_Group(self._rates[part], decay, Packed(chosen)))
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """All that an update changes, weights among it."""
+        return [value for group in self._groups for value in group.memory]
+
+    def share(self, number: int) -> float:
+        """Of the peak learning rate, at step ``number``, counted from 0."""
+        return schedule(number, self._steps, self._warmup, self._config.min_lr_ratio)
+
     @torch.no_grad()
-    def step(self, number: int) -> None:
-        """One update with the learning rate of step ``number``, counted from 0; gradients are clipped before."""
-        share = schedule(number, self._steps, self._warmup, self._config.min_lr_ratio)
+    def step(self, share: float | Tensor) -> None:
+        """One update with ``share`` of the peak learning rate; gradients are clipped before, and dropped after."""
         scale = None if self._config.grad_clip is None else self._clip(self._config.grad_clip)
         for group in self._groups:
             group.update(group.rate * share, scale)
-            group.packed.drop_gradients()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Leaves no parameter a gradient."""
+        for packed in self.packs:
+            packed.drop_gradients()
 
     def tensors(self) -> dict[str, Tensor]:
         """``<moment>/<parameter name>`` → tensor."""
@@ -197,11 +215,20 @@ class AveragedWeights:
                 self._packs.append(packed)
                 self._averages.append(packed.values.clone())
 
+    @property
+    def memory(self) -> list[Tensor]:
+        """All that an update changes."""
+        return self._averages
+
+    def weight(self, number: int) -> float:
+        """Of the weights after step ``number``, counted from 0, in their average."""
+        return 1 - min(self._decay, (1 + number) / (10 + number))
+
     @torch.no_grad()
-    def update(self, number: int) -> None:
-        """Moves towards the weights after step ``number``, counted from 0."""
-        decay = min(self._decay, (1 + number) / (10 + number))
-        torch._foreach_lerp_(self._averages, [packed.values for packed in self._packs], 1 - decay)
+    def update(self, weight: float | Tensor) -> None:
+        """Moves towards the weights as they are now, which get ``weight`` in the average."""
+        for average, packed in zip(self._averages, self._packs, strict=True):
+            average.lerp_(packed.values, weight)
 
     def tensors(self) -> dict[str, Tensor]:
         """Parameter name → its average."""

@@ -28,6 +28,7 @@ FREE_TO_CHANGE = {
     "out",
     "saving",
     "device",
+    "cuda_graph",
     "max_memory",
     "source",
     "cache",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,6 +24,7 @@ from cache_pipeline.policies.spec import PolicySpec, build_policy
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, read_run, run_encoders
 from cache_pipeline.training.config import TrainConfig
+from cache_pipeline.training.cuda_graph import CudaRecorder
 from cache_pipeline.training.data import (
     RunData,
     SourcePlan,
@@ -295,6 +297,7 @@ def _source(
 
 
 def _learner(config: TrainConfig, policy: VisuomotorPolicy, device: torch.device) -> PolicyLearner:
+    graphed = config.cuda_graph and device.type == "cuda" and config.freeze_encoder
     learner = PolicyLearner(
         policy,
         config.optim,
@@ -302,6 +305,7 @@ def _learner(config: TrainConfig, policy: VisuomotorPolicy, device: torch.device
         steps=config.steps,
         seed=config.seed,
         device=device,
+        recorder=partial(CudaRecorder, device) if graphed else None,
     )
     if not config.freeze_encoder:
         policy.carries_encoder = True

@@ -24,7 +24,7 @@ def stepped(model: nn.Module, max_norm: float | None, *, together: bool = False)
     optimizer.add("policy", ours.named_parameters())
     if together:
         bring_together(optimizer)
-    optimizer.step(0)
+    optimizer.step(optimizer.share(0))
     moments = [value for name, value in sorted(optimizer.tensors().items()) if not name.startswith("step")]
     return [*ours.parameters(), *moments]
 
@@ -52,7 +52,7 @@ def test_a_small_gradient_after_a_large_one_is_not_scaled() -> None:
     optimizer.add("policy", [("w", parameter)])
     for size in (100.0, 0.1):
         parameter.grad = torch.full((3,), size)
-        optimizer.step(0)
+        optimizer.step(optimizer.share(0))
     moment = optimizer.tensors()["exp_avg/w"]
     torch.testing.assert_close(moment, torch.full((3,), 0.9 * 0.1 / math.sqrt(3) + 0.1 * 0.1))
 
@@ -62,7 +62,7 @@ def test_a_norm_that_is_not_finite_is_not_taken_for_a_small_one() -> None:
     optimizer = Optimizer(OptimConfig(grad_clip=1.0), {"policy": 0.1}, 100)
     optimizer.add("policy", [("w", parameter)])
     parameter.grad = torch.tensor([1.0, float("nan")])
-    optimizer.step(0)
+    optimizer.step(optimizer.share(0))
     assert parameter.isnan().all()
 
 
@@ -103,7 +103,7 @@ def test_updates_and_state_are_those_of_torch(together: bool) -> None:
             group["lr"] = peak * schedule(number, 100, 0, OptimConfig().min_lr_ratio)
         if together:
             bring_together(optimizer)
-        optimizer.step(number)
+        optimizer.step(optimizer.share(number))
         reference.step()
         reference.zero_grad()
     torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=1e-5, atol=1e-7)
@@ -118,7 +118,7 @@ def test_state_goes_through_a_file_by_name(tmp_path: Path) -> None:
     model = model_with_gradients()
     optimizer = Optimizer(OptimConfig(), {"policy": 0.1}, 100)
     optimizer.add("policy", model.named_parameters())
-    optimizer.step(0)
+    optimizer.step(optimizer.share(0))
     saved = {name: value.clone() for name, value in optimizer.tensors().items()}
     save_file(optimizer.tensors(), tmp_path / "state.safetensors")
     other = Optimizer(OptimConfig(), {"policy": 0.1}, 100)
@@ -131,7 +131,7 @@ def test_state_goes_through_a_file_by_name(tmp_path: Path) -> None:
             value.grad = torch.ones_like(value)
     bring_together(other)
     for resumed in (optimizer, other):
-        resumed.step(1)
+        resumed.step(resumed.share(1))
     assert all(torch.equal(value, optimizer.parameters[name]) for name, value in other.parameters.items())
     with pytest.raises(CheckpointError, match=r"0\.weight does not fit"):
         other.load({**saved, "exp_avg/0.weight": torch.zeros(2, 2)})
@@ -158,7 +158,7 @@ def test_the_average_starts_at_the_weights_and_follows_them() -> None:
         if number == 3:
             average.add(packs)
             expected |= {name: value.detach().clone() for name, value in model[1].named_parameters("1")}
-        average.update(number)
+        average.update(average.weight(number))
         decay = min(0.5, (1 + number) / (10 + number))
         for name, value in model.named_parameters():
             if number >= 3 or name.startswith("0."):
