@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from cache_pipeline.errors import EncoderError, available
 
@@ -39,3 +40,17 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= AMPERE else "fp16"
     return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+
+
+def error_over_variation(features: Tensor, exact: Tensor) -> float:
+    """‖features − exact‖ / ‖exact − its mean over frames‖: the error as a share of what a policy sees.
+
+    Policies see features normalised over frames, so an error matters as far as it is large against the variation.
+    A single frame does not vary; the norm of ``exact`` takes the variation's place.
+
+    Args:
+        features, exact: (N, …) of the same N frames.
+    """
+    features, exact = features.detach().double(), exact.detach().double()
+    variation = exact - exact.mean(0) if len(exact) > 1 else exact
+    return float((features - exact).norm() / variation.norm().clamp_min(torch.finfo(torch.float64).tiny))
