@@ -40,7 +40,7 @@ from cache_pipeline.training.data import (
     plan_source,
 )
 from cache_pipeline.training.distributed import Ranks, current_ranks, joined_ranks
-from cache_pipeline.training.fit import TOLERANCES, check_first_loss, check_fits, check_frontier, loss_on
+from cache_pipeline.training.agreement import TOLERANCES, check_first_loss, check_fits, check_frontier, loss_on
 from cache_pipeline.training.learner import PolicyLearner
 from cache_pipeline.training.loop import Phase
 from cache_pipeline.training.metrics import check_wandb
