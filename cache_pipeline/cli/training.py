@@ -184,7 +184,10 @@ def finetune(
     steps: Steps = 2000,
     batch_size: BatchSize = 64,
     lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of projection and policy.")] = 1e-4,
-    encoder_lr: EncoderLr = 1e-5,
+    encoder_lr: Annotated[
+        float | None,
+        typer.Option("--encoder-lr", help="Peak learning rate of the encoder; 1e-5, less where features vary little."),
+    ] = None,
     augment: Annotated[bool, typer.Option("--augment", help="Random crop and colour jitter on the device.")] = False,
     accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Parts into which a batch is split.")] = 1,
     gradient_checkpointing: Annotated[

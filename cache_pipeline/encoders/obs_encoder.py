@@ -108,6 +108,7 @@ class MultiImageObsEncoder(nn.Module):
         key_model_map: camera → ``ImageEncoder``, with torchvision's parameter names under ``net.``.
         preprocessing: camera → ``Preprocess``.
         feature_shapes: camera → shape of a feature at the cut.
+        pooled_widths: camera → width of its pooled feature, its part of the projection's input.
         projection: the trainable MLP.
 
     Raises:
@@ -159,9 +160,9 @@ class MultiImageObsEncoder(nn.Module):
         self._check_crops()
         self.feature_shapes: dict[str, tuple[int, ...]] = {}
         self.pooling = nn.ModuleDict()
-        widths = [self._add_camera(camera, pooling) for camera in cameras]
+        self.pooled_widths = {camera: self._add_camera(camera, pooling) for camera in cameras}
         low_dim = sum(math.prod(shape) for shape in self.shapes.low_dim.values())
-        self.projection = Projection(sum(widths) + low_dim, emb_dim)
+        self.projection = Projection(sum(self.pooled_widths.values()) + low_dim, emb_dim)
         self.out_dim = emb_dim
         scratch = not (pretrained or freeze_rgb_encoder)
         self._set_training_options(gradient_checkpointing, scratch if train_batch_norm is None else train_batch_norm)

@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the data that it is to be used with, and whether live and cached losses agree."""
+"""Whether a checkpoint fits the data that it is to be used with, and whether features made now are those in a cache."""
 
 from __future__ import annotations
 
@@ -7,18 +7,28 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
+from cache_pipeline.cache.manifest import CameraEntry
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.encoders.precision import error_over_variation
 from cache_pipeline.errors import CheckpointError, StaleCacheError
-from cache_pipeline.policies.batch import Batch
+from cache_pipeline.extract.matching import frame_digests
 from cache_pipeline.policies.spec import PolicySpec
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.data import RunData
+from cache_pipeline.training.sources.live import LiveSource
 
 logger = logging.getLogger("cache_pipeline")
 
-# Largest relative difference of two losses on one batch, by what lies between them.
-TOLERANCES = {"float32": 1e-3, "float16": 1e-2, "low precision": 5e-2}
+# A cache's features may be this many times farther from live ones than their error that was measured at extraction.
+ERROR_MARGIN = 3.0
+# The error of caches that do not record theirs: what extraction allowed when they were made.
+UNRECORDED_ERROR = 0.1
+# Of float32 arithmetic in another order, far above what was ever seen.
+LEAST_ALLOWED = 2e-3
 
 
 def check_fits(spec: PolicySpec, data: RunData, checkpoint: Path) -> None:
@@ -42,11 +52,10 @@ def check_fits(spec: PolicySpec, data: RunData, checkpoint: Path) -> None:
         )
 
 
-def check_frontier(policy: VisuomotorPolicy, data: RunData) -> None:
+def check_encoders(policy: VisuomotorPolicy, cache: FeatureCache) -> None:
     """Raises StaleCacheError unless the cache was made by the policy's encoders with its preprocessing."""
-    assert data.cache is not None
-    for camera in data.cameras:
-        identity = data.cache.cameras[camera].identity
+    for camera in policy.cameras:
+        identity = cache.cameras[camera].identity
         encoder, preprocess = policy.obs_encoder.key_model_map[camera], policy.obs_encoder.preprocessing[camera]
         pairs = [
             ("encoder.weights", identity["weights"]["digest"], encoder.trunk_digest(identity["cut"])),
@@ -63,21 +72,68 @@ def check_frontier(policy: VisuomotorPolicy, data: RunData) -> None:
                 )
 
 
-@torch.no_grad()
-def loss_on(policy: VisuomotorPolicy, batch: Batch, seed: int) -> float:
-    """The loss on a batch in eval mode, a function of ``seed``."""
-    policy.eval()
-    loss = float(policy.loss(batch, torch.Generator(policy.device).manual_seed(seed)))
-    policy.train()
-    return loss
+def check_features(
+    cache: FeatureCache, cache_rows: NDArray[np.int64], live: LiveSource, packed_rows: NDArray[np.int64]
+) -> None:
+    """Compares stored features with features that are made now from the same frames in float32.
 
+    Frames are compared by digest, features by their error as a share of their variation over these frames. The bound
+    is ``ERROR_MARGIN`` times the error that extraction measured and recorded, so a cache in bfloat16 passes and a
+    cache of another encoder does not.
 
-def check_first_loss(losses: tuple[float, float], *, tolerance: float, what: str) -> None:
-    """Raises CheckpointError unless the loss on a batch equals that on the same windows from another source."""
-    difference = abs(losses[0] - losses[1]) / max(abs(losses[1]), 1e-12)
-    if not difference <= tolerance:
-        raise CheckpointError(
-            f"the first loss is {losses[0]:.6g}, but {losses[1]:.6g} on the same batch from {what} ({difference:.1e} "
-            f"relative, {tolerance:.0e} is allowed): frames or encoder are not those that the run was trained on"
+    Args:
+        cache: the stored features, at the cut of the encoders of ``live``.
+        cache_rows: (n,) rows of the cache.
+        live: where the frames are.
+        packed_rows: (n,) the same rows as ``live`` counts them.
+
+    Raises:
+        CheckpointError: frames or features differ; the message names camera and cause.
+    """
+    for camera in live.cameras:
+        _check_frames(cache, cache_rows, live, packed_rows, camera)
+    features = live.features_of(packed_rows)
+    for camera, exact in features.items():
+        stored = torch.from_numpy(cache.features(camera, cache_rows)).float()
+        error, allowed = error_over_variation(stored, exact), allowed_error(cache.cameras[camera])
+        if not error <= allowed:
+            raise CheckpointError(
+                f"{camera}: the features in {cache.path} differ from live ones on {len(packed_rows)} frames by "
+                f"{error:.2g} of their variation, and {allowed:.2g} is allowed for their precision; the frames are the "
+                f"same, so the encoder or the cache is not; check the cache with verify {cache.path}"
+            )
+        logger.info(
+            "%s: cached and live features differ by %.1e of their variation (%.1e allowed)", camera, error, allowed
         )
-    logger.info("first loss %.6g, %.6g on the same batch from %s", *losses, what)
+
+
+def allowed_error(entry: CameraEntry) -> float:
+    """How far a camera's stored features may be from live float32 ones, as a share of their variation over frames."""
+    recorded = (entry.measured or {}).get("error_over_variation", UNRECORDED_ERROR)
+    return max(LEAST_ALLOWED, ERROR_MARGIN * float(recorded))
+
+
+def _check_frames(
+    cache: FeatureCache,
+    cache_rows: NDArray[np.int64],
+    live: LiveSource,
+    packed_rows: NDArray[np.int64],
+    camera: str,
+) -> None:
+    """Raises CheckpointError unless the frames now are those that the cache was made from."""
+    found = frame_digests(live.frames_of(camera, packed_rows))
+    differ = (found != cache.frame_digests(camera, cache_rows)).any(1)
+    if not differ.any():
+        return
+    others = [
+        name
+        for name in cache.cameras
+        if name != camera and np.array_equal(found, cache.frame_digests(name, cache_rows))
+    ]
+    if others:
+        cause = f"its frames are those of camera {others[0]} in the cache: the cameras were exchanged"
+    else:
+        cause = f"{int(differ.sum())} of {len(differ)} compared frames are not those that the cache was made from"
+    raise CheckpointError(
+        f"{camera}: {cause} ({cache.path}); give the dataset that the run was trained on with --dataset, or train anew"
+    )

@@ -98,6 +98,11 @@ class CheckpointFolder:
         self._folder, self._keep = run / CHECKPOINTS, keep_best
         self._index = read_index(run)
 
+    @property
+    def best(self) -> dict[str, Any] | None:
+        """``{name, step, valid_action_mse}`` of the checkpoint with the least held-out action error, if any."""
+        return self._index["best"][0] if self._index["best"] else None
+
     def is_among_best(self, error: float) -> bool:
         """Whether a checkpoint of this held-out action error would be kept as one of the best."""
         best = self._index["best"]

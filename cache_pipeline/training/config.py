@@ -223,8 +223,9 @@ class FinetuneConfig:
     batch_size: int = 64
     lr: float = 1e-4
     """Peak learning rate of projection and policy."""
-    encoder_lr: float = 1e-5
-    """Peak learning rate of the encoder."""
+    encoder_lr: float | None = None
+    """Peak learning rate of the encoder; by default 1e-5, and less in proportion where features vary by less than their
+    mean: there the same step of the weights moves a feature farther in units of its variation."""
     augment: bool = False
     """Random crop and colour jitter of live frames on the device, the same within a window."""
     accumulate: int = 1
@@ -272,7 +273,7 @@ def _check_shared(config: TrainConfig | FinetuneConfig) -> None:
     if config.batch_size is not None:
         _at_least("batch_size", config.batch_size, 1)
     for name in ("lr", "encoder_lr"):
-        if not getattr(config, name) > 0:
+        if getattr(config, name) is not None and not getattr(config, name) > 0:
             raise ConfigError(f"{name} is {getattr(config, name)}; it must be positive")
     _one_of("source", config.source, get_args(SourceName))
     _one_of("order", config.order, get_args(Order))

@@ -41,6 +41,7 @@ from cache_pipeline.training.sources.streamed import StreamedSource, block_order
 logger = logging.getLogger("cache_pipeline")
 
 DEFAULT_POOL_BYTES = 1 << 30
+MOST_EXACT_FIRST = ("fp32", "tf32", "fp16", "bf16")
 FULL_ORDER_POOLS = 64  # at most so many times is a chunk read in an epoch
 
 
@@ -130,6 +131,12 @@ def open_dataset_data(
     demos = _split(dataset, split)
     rows = rows_of_dataset(dataset, demos, tuple(dataset.low_dim))
     return RunData(dict(dataset.cameras), dict(dataset.low_dim), demos, rows, None, dataset)
+
+
+def features_precision(cache: FeatureCache, cameras: Sequence[str]) -> str:
+    """What the features of a cache were computed in; the most exact where cameras differ."""
+    found = {cache.cameras[camera].identity["precision"]["compute"] for camera in cameras}
+    return min(found, key=MOST_EXACT_FIRST.index)
 
 
 def _split(data: Any, names: SplitNames) -> Split:

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from contextlib import closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.image_encoder import ImageEncoder
+from cache_pipeline.encoders.precision import resolve_precision
 from cache_pipeline.encoders.views import ViewSpec
-from cache_pipeline.errors import CacheError, CheckpointError, ConfigError, DatasetError
+from cache_pipeline.errors import CacheError, CheckpointError, ConfigError, DatasetError, EncoderError
 from cache_pipeline.policies.spec import PolicySpec, build_policy
 from cache_pipeline.policies.visuomotor import ENCODERS, VisuomotorPolicy
+from cache_pipeline.training.agreement import check_encoders, check_features, check_fits
 from cache_pipeline.training.checkpoint import (
     Checkpoint,
     find_checkpoint,
@@ -31,6 +33,7 @@ from cache_pipeline.training.data import (
     RunData,
     SourcePlan,
     SplitNames,
+    features_precision,
     frozen_encode,
     frozen_encoders,
     open_cache_data,
@@ -40,14 +43,15 @@ from cache_pipeline.training.data import (
     plan_source,
 )
 from cache_pipeline.training.distributed import Ranks, current_ranks, joined_ranks
-from cache_pipeline.training.agreement import TOLERANCES, check_first_loss, check_fits, check_frontier, loss_on
 from cache_pipeline.training.learner import PolicyLearner
 from cache_pipeline.training.loop import Phase
 from cache_pipeline.training.metrics import check_wandb
 from cache_pipeline.training.mixed_precision import set_precision
 from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.result import TrainResult
+from cache_pipeline.training.rows import cache_row_numbers
 from cache_pipeline.training.run import check_resumed, check_run_folder, start_run
+from cache_pipeline.training.sources.live import LiveSource
 from cache_pipeline.training.sources.source import Source
 from cache_pipeline.training.train import complete, measurement
 from cache_pipeline.training.unfreezing import (
@@ -61,6 +65,8 @@ from cache_pipeline.training.unfreezing import (
 
 logger = logging.getLogger("cache_pipeline")
 
+ENCODER_RATE = 1e-5
+
 
 def finetune(config: FinetuneConfig, *, progress: bool = True) -> TrainResult:
     """Fine-tunes as ``config`` asks and leaves a run folder of its own.
@@ -68,7 +74,7 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> TrainResult:
     Raises:
         ConfigError: options that do not fit the run, or a layer that does not exist.
         DatasetError, CacheError: data that cannot be used.
-        CheckpointError: a run that is damaged or does not fit the data, or whose first loss is not the cached one.
+        CheckpointError: a run that is damaged, does not fit the data, or whose features are not those of its cache.
         KeyboardInterrupt: asked to stop by SIGINT or SIGTERM; the run was saved and can be resumed.
     """
     check_wandb(config.wandb)
@@ -98,6 +104,7 @@ def _finetune(config: FinetuneConfig, ranks: Ranks, *, progress: bool) -> TrainR
         resumed,
         ranks=ranks,
         progress=progress,
+        trained=True,
     )
 
 
@@ -108,17 +115,19 @@ class FinetuneSession:
         self._config, self._device, self._run, self._folder = config, device, run, folder
         self._before = read_run(base)
         self._origin = read_run(run) if config.resume else self._before
-        self._unfreezing = parse_unfreezing(config.unfreeze, config.unfreeze_schedule)
+        self._unfreezing = parse_unfreezing(config.unfreeze, config.unfreeze_schedule, config.steps)
         spec = PolicySpec.from_json(self._origin.get("policy"))
         self.data = self._open(spec, config.cache)
         check_fits(spec, self.data, folder)
         self._start_from = read_checkpoint(find_checkpoint(run, latest=True)[1] if config.resume else folder)
         self._encoders = run_encoders(run if config.resume else base, spec)
         self.spec = self._retarget(spec)
+        self._precision = self._choose_precision()
         self.policy = self._build()
         check_layers(self.policy, self._unfreezing)
         if config.cache is not None and not config.resume:
-            check_frontier(self.policy, self.data)
+            assert self.data.cache is not None
+            check_encoders(self.policy, self.data.cache)
         shape = WindowSpec(spec.obs_horizon, spec.action_horizon)
         self._splits = self.data.splits(shape, device)
         self.valid = self._splits[1]
@@ -137,7 +146,7 @@ class FinetuneSession:
         self.learner = PolicyLearner(
             self.policy,
             config.optim,
-            rates={"policy": config.lr, "encoder": config.encoder_lr},
+            rates={"policy": config.lr, "encoder": self._encoder_rate()},
             steps=config.steps,
             seed=config.seed,
             device=device,
@@ -147,7 +156,7 @@ class FinetuneSession:
         self._live_data: RunData | None = self.data if config.cache is None else None
 
     def start(self) -> Checkpoint | None:
-        """Checks the first loss and makes the run folder, or takes up the run where it stopped."""
+        """Checks the features and makes the run folder, or takes up the run where it stopped."""
         config = self._config
         if config.resume:
             check_resumed(self._run, config, self.data.identity)
@@ -157,13 +166,14 @@ class FinetuneSession:
             self.learner.load(self._start_from.model, self._start_from.ema, self._start_from.resume)
             return self._start_from
         self._source_at(0)
-        self._check_first_loss()
+        self._check_features()
         value = {
             "kind": "finetune",
             "config": config.to_json(),
             "policy": self.spec.to_json(),
             "data": self.data.identity,
             "order": self._plan.order,
+            "precision": self._precision,
             "from": str(self._folder.resolve()),
         }
         if current_ranks().first:
@@ -199,6 +209,18 @@ class FinetuneSession:
         except (DatasetError, ConfigError) as error:
             raise CheckpointError(f"{self._folder} cannot be used with these data: {error}") from error
 
+    def _choose_precision(self) -> str:
+        """The precision that was asked for, else that in which the run's features were made, if the device has it."""
+        if self._config.precision != "auto":
+            return self._config.precision
+        cache = self.data.cache
+        made_in = features_precision(cache, tuple(self.data.cameras)) if cache else self._before.get("precision")
+        try:
+            return resolve_precision(made_in or "auto", self._device)
+        except EncoderError as error:
+            logger.info("the run's features were made in %s, which this device lacks: %s", made_in, error)
+            return resolve_precision("auto", self._device)
+
     def _retarget(self, spec: PolicySpec) -> PolicySpec:
         """The spec with the cache's cut, and with an encoder for each camera unless they are to share one."""
         if self.data.cache is not None:
@@ -217,7 +239,7 @@ class FinetuneSession:
         if not config.resume:
             policy.load_tensors({**self._start_from.model, **self._start_from.ema})
         policy.carries_encoder = True
-        set_precision(policy, config.precision, self._device)
+        set_precision(policy, self._precision, self._device)
         for encoder in policy.obs_encoder.key_model_map.distinct():
             encoder.train_batch_norm = config.batchnorm == "update"
             if config.checkpointing:
@@ -225,6 +247,15 @@ class FinetuneSession:
         policy.augmentation = ViewSpec() if config.augment else None
         policy.obs_encoder.key_model_map.to(memory_format=torch.channels_last)
         return policy.to(self._device).train()
+
+    def _encoder_rate(self) -> float:
+        """The encoder's peak learning rate: as asked, else in proportion to the features' variation, at most 1e-5."""
+        if self._config.encoder_lr is not None:
+            return self._config.encoder_lr
+        variation = self.policy.feature_variation()
+        rate = ENCODER_RATE * min(1.0, variation)
+        logger.info("encoder learning rate %.2g, since features vary by %.2g of their mean", rate, variation)
+        return rate
 
     def _begin(self, layers: tuple[str, ...]) -> None:
         if layers:
@@ -252,14 +283,14 @@ class FinetuneSession:
         self.policy.frozen_trunks = {}
         if frozen is not None:
             self.policy.frozen_trunks = frozen_encoders(
-                dict(encoders.key_model_map.items()), encoders.preprocessing, self._device, self._config.precision
+                dict(encoders.key_model_map.items()), encoders.preprocessing, self._device, self._precision
             )
 
     def _make_cached(self, data: RunData, plan: SourcePlan) -> Source:
         memory = self._config.max_memory
         return open_cached(data, plan, self._splits, max_memory=memory, device=self._device)
 
-    def _make_live(self, max_memory: int | None) -> Source:
+    def _make_live(self, max_memory: int | None) -> LiveSource:
         if self._live_data is None:
             self._live_data = self._open(self.spec, None)
             check_fits(self.spec, self._live_data, self._folder)
@@ -272,44 +303,38 @@ class FinetuneSession:
             device=self._device,
         )
 
-    def _check_first_loss(self) -> None:
-        """Compares the first batch with the run's own cache, or with live frames when it comes from another cache."""
+    def _check_features(self) -> None:
+        """Compares the features of the first batch in the cache at hand with live ones, if both can be had."""
         reference = self._reference()
-        if reference is None:
-            logger.info("the run's cache is not at hand, so the first loss is not compared with the cached one")
+        if isinstance(reference, str):
+            logger.info("%s, so cached and live features are not compared", reference)
             return
-        source, dtype = reference
-        kind = dtype if self.policy.encoder_dtype is None else "low precision"
-        check_first_loss(
-            (self._first_loss(self.current()), self._first_loss(source)),
-            tolerance=TOLERANCES[kind],
-            what="the run's cache" if source.name != "live" else "live frames",
-        )
+        cached, live = reference
+        assert cached.cache is not None
+        packed = np.unique(self._splits[0].obs_rows[self.sampler.plan(0).windows])
+        check_features(cached.cache, cache_row_numbers(cached.cache, cached.split)[packed], live, packed)
 
-    def _reference(self) -> tuple[Source, str] | None:
+    def _reference(self) -> tuple[RunData, LiveSource] | str:
+        """The cache of this fine-tuning, else that of the run, and live frames; or why they cannot be compared."""
         if self._config.cache is not None:
-            assert self.data.cache is not None
-            frames = [Path(path).is_file() for path in (self._config.datasets or self.data.files)]
-            return (self._make_live(0), self.data.cache.manifest.dtype) if all(frames) else None
+            gone = [str(path) for path in self._config.datasets or self.data.files if not Path(path).is_file()]
+            return f"{gone[0]} is not there" if gone else (self.data, self._make_live(0))
         before = self._before["data"]
         if before["cache"] is None or before["fingerprint"] is None:
-            return None
+            return f"{self._folder} was not trained from a cache"
         try:
             if FeatureCache(before["cache"]).fingerprint != before["fingerprint"]:
-                return None
-        except CacheError:
-            return None
-        data = self._open(self.spec, Path(before["cache"]))
-        assert data.cache is not None
-        if data.rows.demos != self.data.rows.demos:
-            return None
-        numbers = SourcePlan("streamed", 1, None)
-        return self._make_cached(data, numbers), data.cache.manifest.dtype
-
-    def _first_loss(self, source: Source) -> float:
-        self._fit_to(source, self._layers(0))
-        with closing(source.batches(iter([self.sampler.plan(0)]))) as batches:
-            return loss_on(self.policy, next(batches), self._config.seed)
+                return f"{before['cache']} has changed since the run was trained"
+        except CacheError as error:
+            return f"the run's cache cannot be read ({error})"
+        cached = self._open(self.spec, Path(before["cache"]))
+        assert cached.cache is not None
+        if cached.rows.demos != self.data.rows.demos:
+            return f"{before['cache']} holds other demos than the dataset"
+        check_encoders(self.policy, cached.cache)
+        live = self.current()
+        assert isinstance(live, LiveSource)
+        return cached, live
 
 
 def _cut(encoders: Mapping[str, ImageEncoder], cut: str) -> None:

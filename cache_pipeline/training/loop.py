@@ -29,6 +29,8 @@ from cache_pipeline.training.sources.source import Source
 logger = logging.getLogger("cache_pipeline")
 
 NOTES_EVERY_S = 0.5
+START_ERROR = "validation/start_action_mse"  # of a run that begins with a trained policy
+ESTIMATED_AFTER_S, LONG_S = 5.0, 60.0
 
 
 class Phase(NamedTuple):
@@ -122,6 +124,16 @@ class Journal:
                         step, self._learner, self.metrics, self._carried._asdict(), error
                     )
 
+    def record_start(self) -> None:
+        """Measures and saves the policy as it is before its first step, so that it counts among the best."""
+        if self._folder is None or self._measure is None:
+            return
+        with self._clock_stopped():
+            error = self._evaluate(0)
+            self.metrics[START_ERROR] = error
+            if error is not None and self._folder.is_among_best(error):
+                self.checkpoint = self._folder.save(0, self._learner, self.metrics, self._carried._asdict(), error)
+
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and step % every == 0
 
@@ -155,12 +167,9 @@ class Journal:
         values = {"validation/action_mse": error.mse, "validation/mean_action_mse": error.mean_action_mse}
         self.metrics.update(values, **{"validation/action_mse_per_dim": list(error.mse_per_dim)})
         self._write(step, values)
+        loss = "" if self._carried.final_loss is None else f"loss {self._carried.final_loss:.4g}, "
         logger.info(
-            "step %d: loss %.4g, held-out action error %.4g (mean action %.4g)",
-            step,
-            self._carried.final_loss,
-            error.mse,
-            error.mean_action_mse,
+            "step %d: %sheld-out action error %.4g (mean action %.4g)", step, loss, error.mse, error.mean_action_mse
         )
         return error.mse
 
@@ -169,6 +178,33 @@ class Journal:
         stopped = time.perf_counter()
         yield
         self._begun += time.perf_counter() - stopped
+
+
+class Estimate:
+    """Says once how long the steps up to ``stop`` will take, when a few of them have been made.
+
+    The first step is not counted: kernels are chosen and memory is allocated in it.
+    """
+
+    def __init__(self, stop: int) -> None:
+        self._stop = stop
+        self._first: tuple[int, float] | None = None
+        self._said = False
+
+    def after(self, step: int) -> str | None:
+        """One line after ``step`` steps if it is due and more than a minute is left, else None."""
+        now = time.monotonic()
+        if self._first is None:
+            self._first = step, now
+        first, begun = self._first
+        if self._said or step == first or now - begun < ESTIMATED_AFTER_S:
+            return None
+        self._said = True
+        rate, left = (step - first) / (now - begun), self._stop - step
+        seconds = left / rate
+        if seconds < LONG_S:
+            return None
+        return f"{rate:.3g} steps/s: the {left} steps that are left take about {seconds / 60:.0f} min"
 
 
 def run_loop(
@@ -227,10 +263,13 @@ def _run_phase(
     bar: Progress | None,
 ) -> None:
     shown, ranks = 0.0, current_ranks()
+    estimate = Estimate(stop)
     with closing(source.batches(map(ranks.share, sampler.plans(start, stop)))) as batches:
         for number, batch in enumerate(batches, start):
             loss = learner.step(batch, number)
             wish.heeded = ranks.any(wish.requested)
+            if bar is not None and (line := estimate.after(number + 1)) is not None:
+                logger.info("%s", line)
             journal.record(number + 1, loss, stopping=wish.heeded)
             if bar is not None:
                 now = time.monotonic()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
-if TYPE_CHECKING:
-    from cache_pipeline.training.loop import LoopResult
+from cache_pipeline.training.loop import START_ERROR, LoopResult
 
 
 class TrainResult(NamedTuple):
@@ -28,11 +28,21 @@ class TrainResult(NamedTuple):
     mean_action_mse: float | None
     source: str
     checkpoint: Path
+    start_action_mse: float | None = None
+    best_action_mse: float | None = None
+    best_step: int | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, run: Path, loop: LoopResult, metrics: dict[str, Any], notes: tuple[str, ...] = ()) -> TrainResult:
-        """The figures of a finished loop and of its last measurement."""
+    def of(
+        cls,
+        run: Path,
+        loop: LoopResult,
+        metrics: dict[str, Any],
+        best: Mapping[str, Any] | None = None,
+        notes: tuple[str, ...] = (),
+    ) -> TrainResult:
+        """The figures of a finished loop, of its last measurement and of its best checkpoint."""
         return cls(
             run=run,
             steps=loop.step,
@@ -44,6 +54,9 @@ class TrainResult(NamedTuple):
             mean_action_mse=metrics.get("validation/mean_action_mse"),
             source=loop.source,
             checkpoint=loop.checkpoint,
+            start_action_mse=metrics.get(START_ERROR),
+            best_action_mse=None if best is None else best["valid_action_mse"],
+            best_step=None if best is None else best["step"],
             notes=notes,
         )
 
@@ -63,4 +76,21 @@ class TrainResult(NamedTuple):
                 f"held-out action error {self.valid_action_mse:.4g}, "
                 f"{share:.2f} of always predicting the mean action ({self.mean_action_mse:.4g})"
             )
-        return [*lines, f"checkpoint {self.checkpoint}", *self.notes]
+        return [*lines, *self._verdict(), f"checkpoint {self.checkpoint}", *self.notes]
+
+    def _verdict(self) -> list[str]:
+        """Whether a run that began with a trained policy made it better."""
+        if self.start_action_mse is None or self.valid_action_mse is None:
+            return []
+        before, after = f"{self.start_action_mse:.4g} before", f"{self.valid_action_mse:.4g} after"
+        if self.best_step == 0:
+            line = (
+                f"it did NOT help: held-out action error {before}, {after}; this run acts with the policy it began with"
+            )
+        elif self.valid_action_mse < self.start_action_mse:
+            line = f"it helped: held-out action error {before}, {after}"
+        else:
+            line = f"it ended worse than it began: held-out action error {before}, {after}"
+        if self.best_step not in (None, 0, self.steps):
+            line += f"; this run acts with its best checkpoint, step {self.best_step} ({self.best_action_mse:.4g})"
+        return [line]

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 from cache_pipeline.encoders.image_encoder import ImageEncoder
+from cache_pipeline.encoders.precision import resolve_precision
 from cache_pipeline.training.checkpoint import Checkpoint, CheckpointFolder
 from cache_pipeline.training.config import FinetuneConfig, SavingConfig, TrainConfig
-from cache_pipeline.training.data import RunData
+from cache_pipeline.training.data import RunData, features_precision
 from cache_pipeline.training.distributed import Ranks, joined_ranks
 from cache_pipeline.training.evaluate import ActionError, evaluate
 from cache_pipeline.training.learner import Learner
@@ -71,16 +72,25 @@ def complete(
     *,
     ranks: Ranks,
     progress: bool,
+    trained: bool = False,
 ) -> TrainResult:
-    """Runs the loop to the end; the first process alone logs, measures and saves."""
+    """Runs the loop to the end; the first process alone logs, measures and saves.
+
+    Args:
+        trained: the policy is a trained one, so it is measured and saved before the first step.
+    """
     ranks.take_from_first(learner.model_tensors().values())
     saving, start = config.saving, 0 if resumed is None else resumed.step
     with ExitStack() as opened:
         folder = CheckpointFolder(run, saving.keep_best) if ranks.first else None
         log = opened.enter_context(MetricsLog(run, start, config.wandb)) if ranks.first else None
         journal = Journal(learner, folder, log, measure, saving, steps=config.steps, resumed=resumed)
+        if trained and resumed is None:
+            journal.record_start()
         result = run_loop(journal, learner, sampler, phases, steps=config.steps, run=run, progress=progress)
-    return TrainResult.of(run, result, journal.metrics, plateau_notes(run) if ranks.first else ())
+    if folder is None:
+        return TrainResult.of(run, result, journal.metrics)
+    return TrainResult.of(run, result, journal.metrics, folder.best, plateau_notes(run))
 
 
 def default_run(config: TrainConfig) -> Path:
@@ -124,7 +134,15 @@ def _run_json(session: TrainSession) -> dict[str, Any]:
         "policy": session.spec.to_json(),
         "data": session.data.identity,
         "order": session.plan.order,
+        "precision": _features_precision(session),
     }
+
+
+def _features_precision(session: TrainSession) -> str:
+    """What the run's features are computed in, so that fine-tuning can go on in it."""
+    if session.plan.source == "live" or session.data.cache is None:
+        return resolve_precision(session.config.precision, session.device)
+    return features_precision(session.data.cache, tuple(session.data.cameras))
 
 
 def _files(session: TrainSession) -> dict[str, ImageEncoder]:

@@ -23,21 +23,29 @@ class Unfreezing(NamedTuple):
     layers: tuple[str, ...]
 
 
-def parse_unfreezing(unfreeze: str, schedule: str | None) -> tuple[Unfreezing, ...]:
+def parse_unfreezing(unfreeze: str, schedule: str | None, steps: int) -> tuple[Unfreezing, ...]:
     """Reads ``layer4,layer3`` (all from the first step) or ``layer4@0,layer3@2000,all@5000``, in the order of steps.
 
+    Args:
+        steps: of the whole run.
+
     Raises:
-        ConfigError: it is not of that form.
+        ConfigError: it is not of that form, or a layer would begin to learn when the run has ended.
     """
     if schedule is None:
         return (Unfreezing(0, _names(unfreeze)),)
-    steps: dict[int, tuple[str, ...]] = {}
+    begins: dict[int, tuple[str, ...]] = {}
     for item in _names(schedule):
         layer, mark, step = item.partition("@")
         if not mark or not layer or not step.isdecimal():
             raise ConfigError(f"unfreeze schedule: {item!r} is not LAYER@STEP; write layer4@0,layer3@2000")
-        steps[int(step)] = (*steps.get(int(step), ()), layer)
-    return tuple(Unfreezing(step, steps[step]) for step in sorted(steps))
+        if int(step) >= steps:
+            raise ConfigError(
+                f"--unfreeze-schedule has {item}, but training ends after --steps {steps}; give more steps, or begin "
+                f"{layer} earlier"
+            )
+        begins[int(step)] = (*begins.get(int(step), ()), layer)
+    return tuple(Unfreezing(step, begins[step]) for step in sorted(begins))
 
 
 def _names(text: str) -> tuple[str, ...]:

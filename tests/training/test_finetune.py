@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,16 @@ from training_runs import config, extracted, losses
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.image_encoder import EncoderSpec
+from cache_pipeline.encoders.precision import cpu_has_bf16
 from cache_pipeline.errors import CheckpointError, ConfigError, StaleCacheError
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.training import learner as learner_module
-from cache_pipeline.training.checkpoint import load_policy
+from cache_pipeline.training.checkpoint import load_policy, read_run
 from cache_pipeline.training.config import FinetuneConfig, SavingConfig
 from cache_pipeline.training.data import frozen_encoders
 from cache_pipeline.training.finetune import finetune
+from cache_pipeline.training.metrics import read_metrics
+from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.train import train
 from cache_pipeline.training.unfreezing import frozen_cut, unfreeze
 
@@ -46,41 +50,115 @@ def base(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train(config(tmp_path_factory.mktemp("base") / "run", cache), progress=False).run
 
 
-def changed_layers(run: Path) -> set[str]:
-    """Stages of the encoder whose weights are not those that the run began with."""
-    first, policy = load_file(run / "encoder.safetensors"), load_policy(run)
+def changed_layers(result: TrainResult) -> set[str]:
+    """Stages of the encoder whose weights at the end are not those that the run began with."""
+    first, policy = load_file(result.run / "encoder.safetensors"), load_policy(result.checkpoint)
     encoder = policy.obs_encoder.key_model_map["agentview_image"]
     names = dict(encoder.named_parameters())
     return {name.split(".")[1] for name, value in names.items() if not torch.equal(value, first[name])}
 
 
-def test_fine_tuning_starts_at_the_loss_of_the_cache_and_trains_the_whole_encoder(
+def test_fine_tuning_compares_live_features_with_the_runs_cache_and_trains_the_whole_encoder(
     base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO", "cache_pipeline")
     result = finetune(tuning(base, tmp_path / "tuned"), progress=False)
     assert result.source == "live"
-    assert any("on the same batch from the run's cache" in line for line in caplog.messages)
-    assert changed_layers(result.run) == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
+    assert any("cached and live features differ by" in line for line in caplog.messages)
+    assert changed_layers(result) == {"conv1", "bn1", "layer1", "layer2", "layer3", "layer4"}
 
 
-def test_a_dataset_with_other_frames_is_refused_by_the_first_loss(base: Path, dataset: Path, tmp_path: Path) -> None:
-    other = tmp_path / "other.hdf5"
-    other.write_bytes(dataset.read_bytes())
-    with h5py.File(other, "r+") as file:
+def edited(dataset: Path, out: Path, change: Callable[[h5py.Group], None]) -> Path:
+    """A copy of the dataset with the obs of each demo changed."""
+    out.write_bytes(dataset.read_bytes())
+    with h5py.File(out, "r+") as file:
         for demo in file["data"].values():
-            for camera in ("agentview_image", "robot0_eye_in_hand_image"):
-                demo["obs"][camera][:] = 255 - demo["obs"][camera][:]
-    with pytest.raises(CheckpointError, match="the first loss is"):
+            change(demo["obs"])
+    return out
+
+
+def invert_agentview(obs: h5py.Group) -> None:
+    obs["agentview_image"][:] = 255 - obs["agentview_image"][:]
+
+
+def exchange_cameras(obs: h5py.Group) -> None:
+    one, other = obs["agentview_image"][:], obs["robot0_eye_in_hand_image"][:]
+    obs["agentview_image"][:], obs["robot0_eye_in_hand_image"][:] = other, one
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (invert_agentview, r"agentview_image: \d+ of \d+ compared frames are not those"),
+        (exchange_cameras, r"agentview_image: its frames are those of camera robot0_eye_in_hand_image"),
+    ],
+)
+def test_other_frames_are_refused_by_what_differs(
+    change: Callable[[h5py.Group], None], named: str, base: Path, dataset: Path, tmp_path: Path
+) -> None:
+    other = edited(dataset, tmp_path / "other.hdf5", change)
+    with pytest.raises(CheckpointError, match=named):
         finetune(tuning(base, tmp_path / "tuned", datasets=(other,)), progress=False)
     assert not (tmp_path / "tuned").exists()
+
+
+def test_features_beyond_the_caches_recorded_error_are_refused(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = FeatureCache.features
+
+    def noisy(self: FeatureCache, camera: str, rows: Any = None, view: int = 0) -> Any:
+        stored = real(self, camera, rows, view)
+        deviation = stored.std(0).mean()
+        return stored + 0.5 * deviation * np.random.default_rng(0).standard_normal(stored.shape).astype(stored.dtype)
+
+    monkeypatch.setattr(FeatureCache, "features", noisy)
+    with pytest.raises(CheckpointError, match=r"differ from live ones on \d+ frames by 0\.\d+ of their variation"):
+        finetune(tuning(base, tmp_path / "tuned"), progress=False)
+
+
+def test_a_run_on_bfloat16_features_is_fine_tuned_in_bfloat16(
+    dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not cpu_has_bf16():
+        pytest.skip("this CPU does not multiply bfloat16")
+    cache = extracted(dataset, tmp_path / "bf16.zarr", precision="bf16", store_dtype="float16")
+    run = train(config(tmp_path / "run", cache, steps=300), progress=False).run
+    tuned = finetune(tuning(run, tmp_path / "tuned", precision="auto", unfreeze="layer4"), progress=False).run
+    assert read_run(tuned)["precision"] == "bf16"
+
+
+def test_the_policy_is_measured_before_the_first_step_and_stays_the_best_if_nothing_helps(
+    base: Path, tmp_path: Path
+) -> None:
+    result = finetune(tuning(base, tmp_path / "tuned", encoder_lr=1e-3, lr=0.03), progress=False)
+    assert result.start_action_mse is not None
+    assert (result.best_step, result.best_action_mse) == (0, result.start_action_mse)
+    assert any("did NOT help" in line for line in result.lines())
+    rows = read_metrics(result.run)
+    assert (rows[0]["step"], rows[0]["validation/action_mse"]) == (0, pytest.approx(result.start_action_mse))
+    acting = dict(load_policy(result.run).policy_parameters())
+    assert all(torch.equal(value, acting[name]) for name, value in load_policy(base).policy_parameters())
+
+
+def test_the_encoders_rate_follows_the_variation_of_the_features(base: Path, caplog: pytest.LogCaptureFixture) -> None:
+    policy = load_policy(base)
+    offset, spread = policy.inputs.offset[:512], policy.inputs.spread[:512]
+    policy.inputs.offset[512:1024], policy.inputs.spread[512:1024] = offset, 3 * spread
+    assert policy.feature_variation() == pytest.approx(float(spread.norm() / offset.norm()), rel=1e-6)
+
+
+def test_a_schedule_that_reaches_past_the_end_is_refused_by_both_numbers(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"layer3@2000, but training ends after --steps 3"):
+        finetune(tuning(base, tmp_path / "run", unfreeze_schedule="layer4@0,layer3@2000", steps=3), progress=False)
+    assert not (tmp_path / "run").exists()
 
 
 def test_only_named_layers_learn_and_patterns_hold_parameters_still(base: Path, tmp_path: Path) -> None:
     result = finetune(
         tuning(base, tmp_path / "a", unfreeze="layer4,layer3", freeze="layer4.*", steps=2), progress=False
     )
-    assert changed_layers(result.run) == {"layer3"}
+    assert changed_layers(result) == {"layer3"}
 
 
 def test_frontier_fine_tuning_equals_live_fine_tuning_step_for_step(base: Path, frontier: Path, tmp_path: Path) -> None:
@@ -88,7 +166,7 @@ def test_frontier_fine_tuning_equals_live_fine_tuning_step_for_step(base: Path, 
     cached = finetune(tuning(base, tmp_path / "cached", unfreeze="layer4", cache=frontier), progress=False)
     assert (live.source, cached.source) == ("live", "resident")
     np.testing.assert_allclose(losses(cached.run), losses(live.run), rtol=1e-4)
-    assert changed_layers(cached.run) == {"layer4"}
+    assert changed_layers(cached) == {"layer4"}
 
 
 def test_a_schedule_moves_from_the_frontier_cache_to_live_frames_without_a_jump(
@@ -99,11 +177,11 @@ def test_a_schedule_moves_from_the_frontier_cache_to_live_frames_without_a_jump(
     moved = finetune(tuning(base, tmp_path / "moved", cache=frontier, **schedule), progress=False)
     assert moved.source == "resident+live"
     np.testing.assert_allclose(losses(moved.run), losses(live.run), rtol=1e-4)
-    assert changed_layers(moved.run) == {"layer3", "layer4"}
+    assert changed_layers(moved) == {"layer3", "layer4"}
 
 
 def test_a_fine_tuned_run_carries_its_encoder_and_acts_after_loading(base: Path, dataset: Path, tmp_path: Path) -> None:
-    tuned, data = finetune(tuning(base, tmp_path / "tuned", steps=2), progress=False).run, Dataset.open(dataset)
+    tuned, data = finetune(tuning(base, tmp_path / "tuned", steps=2), progress=False).checkpoint, Dataset.open(dataset)
     obs = {camera: torch.from_numpy(data.frames(0, camera, 2, 4))[None] for camera in data.cameras}
     obs |= {key: torch.from_numpy(data.rows(0)[f"low_dim/{key}"][2:4])[None] for key in data.low_dim}
     actions = [load_policy(run).act(obs, torch.Generator().manual_seed(0)) for run in (tuned, tuned, base)]
@@ -115,8 +193,8 @@ def test_batch_norm_statistics_move_only_when_asked(base: Path, tmp_path: Path) 
     name = "net.layer4.1.bn2.running_mean"
     first = load_file(base / "encoder.safetensors")[name]
     for how, moves in (("frozen", False), ("update", True)):
-        run = finetune(tuning(base, tmp_path / how, batchnorm=how, steps=2), progress=False).run
-        tuned = load_policy(run).obs_encoder.key_model_map["agentview_image"].state_dict()[name]
+        last = finetune(tuning(base, tmp_path / how, batchnorm=how, steps=2), progress=False).checkpoint
+        tuned = load_policy(last).obs_encoder.key_model_map["agentview_image"].state_dict()[name]
         assert torch.equal(tuned, first) is not moves
 
 

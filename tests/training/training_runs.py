@@ -39,18 +39,15 @@ def losses(run: Path) -> list[float]:
     return [row["training/loss"] for row in read_metrics(run) if row["training/loss"] is not None]
 
 
-def extracted(dataset: Path, out: Path, **options: object) -> Path:
-    """A cache in float32 of float32 features."""
-    spec = options.pop("encoders", ENCODER)
+def extracted(dataset: Path, out: Path, **options: Any) -> Path:
+    """A cache in float32 of float32 features, unless ``options`` say otherwise."""
+    options = {"encoders": ENCODER, "precision": "fp32", "store_dtype": "float32", **options}
     extract_features(
         ExtractConfig(
             datasets=(dataset,),
             out=out,
-            encoders=spec,
             preprocess=PREPROCESS,
             device="cpu",
-            precision="fp32",
-            store_dtype="float32",
             **options,
         )
     )

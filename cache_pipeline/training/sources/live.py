@@ -85,12 +85,13 @@ class LiveSource:
         budget: int,
         device: torch.device,
     ) -> None:
-        self._demo_frames, self._cameras, self._device = frames, tuple(cameras), device
+        self.cameras = tuple(cameras)
+        self._demo_frames, self._device = frames, device
         self._encode, self._hand_on_frames = encode, hand_on_frames
         self._splits = {False: train, True: valid}
         needed = frames.n_rows * sum(int(np.prod(frames.dataset.cameras[camera])) for camera in cameras)
         kind = _ResidentFrames if needed <= budget else _ReadAheadFrames
-        self._frames: _Frames = kind(frames, self._cameras, device)
+        self._frames: _Frames = kind(frames, self.cameras, device)
 
     def batches(self, plans: Iterable[Plan], *, valid: bool = False) -> Generator[Batch, None, None]:
         split = self._splits[valid]
@@ -99,9 +100,13 @@ class LiveSource:
             rows, actions, mask = split.gather(plan)
             yield Batch({**self._encoded(frames), **split.low_dim(rows)}, actions, mask)
 
+    def frames_of(self, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
+        """Frames (n,H,W,3) of packed rows (n,)."""
+        return self._demo_frames.read(camera, rows)
+
     def features_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
         features = {}
-        for camera in self._cameras:
+        for camera in self.cameras:
             frames = torch.from_numpy(self._demo_frames.read(camera, rows))
             parts = [self._encode(camera, part.to(self._device)).cpu() for part in torch.split(frames, ENCODE_ROWS)]
             features[camera] = torch.cat(parts)
