@@ -142,9 +142,9 @@ def verify(
                 "run the extract-features command again to make just these anew"
             )
         return
-    from cache_pipeline.extract.verify import verify_cache
+    from cache_pipeline.extract.verify import verify
 
-    result = verify_cache(cache, datasets=tuple(dataset) if dataset else None, rows=rows, seed=seed, device=device)
+    result = verify(cache, datasets=tuple(dataset) if dataset else None, rows=rows, seed=seed, device=device)
     o.emit(json, result.to_json(), result.lines())
     if not result.ok:
         raise CheckFailedError(

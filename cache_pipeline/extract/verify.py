@@ -55,7 +55,7 @@ class VerifyResult(NamedTuple):
         ]
 
 
-def verify_cache(
+def verify(
     cache_path: str | Path,
     *,
     datasets: Sequence[str | Path] | None = None,

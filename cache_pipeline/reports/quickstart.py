@@ -58,7 +58,7 @@ def run_quickstart(out: Path, *, steps: int, weights: Path | None, device: str, 
     """Runs every stage into ``out``; what an earlier quickstart finished there is reused."""
     from cache_pipeline.extract.config import ExtractConfig
     from cache_pipeline.extract.pipeline import extract_features
-    from cache_pipeline.extract.verify import verify_cache
+    from cache_pipeline.extract.verify import verify
     from cache_pipeline.training.config import SavingConfig, TrainConfig
     from cache_pipeline.training.train import train
 
@@ -82,7 +82,7 @@ def run_quickstart(out: Path, *, steps: int, weights: Path | None, device: str, 
     _log(extracted.lines())
 
     _say("3/5 verify", f"verify {cache}")
-    _log(verify_cache(cache, rows=64, seed=seed, device=device).lines())
+    _log(verify(cache, rows=64, seed=seed, device=device).lines())
 
     _say("4/5 train", f"train --from-cache {cache} --out {run} --steps {steps}")
     trained = train(
