@@ -51,6 +51,8 @@ class ExtractConfig:
     """Read every frame again instead of trusting the size and time of source files."""
 
     def __post_init__(self) -> None:
+        given = (self.datasets,) if isinstance(self.datasets, str | Path) else self.datasets
+        object.__setattr__(self, "datasets", tuple(Path(path) for path in given))
         if not self.datasets:
             raise ConfigError("no dataset is given; type: extract-features DATASET.hdf5 --out NAME.zarr")
         for name, value in (("views", self.views), ("batch-size", self.batch_size), ("shard-rows", self.shard_rows)):

@@ -158,6 +158,7 @@ class TrainConfig:
     saving: SavingConfig = field(default_factory=SavingConfig)
 
     def __post_init__(self) -> None:
+        _as_paths(self)
         if self.robomimic:
             _check_robomimic(self)
         else:
@@ -248,6 +249,7 @@ class FinetuneConfig:
     saving: SavingConfig = field(default_factory=SavingConfig)
 
     def __post_init__(self) -> None:
+        _as_paths(self)
         _check_shared(self)
         _at_least("accumulate", self.accumulate, 1)
         if self.batch_size % self.accumulate:
@@ -266,6 +268,15 @@ class FinetuneConfig:
 
 
 Config = TypeVar("Config", TrainConfig, FinetuneConfig)
+
+
+def _as_paths(config: TrainConfig | FinetuneConfig) -> None:
+    """Lets paths be given as text, and one dataset without a tuple around it."""
+    for name in ("cache", "checkpoint", "out", "robomimic_config"):
+        if isinstance(getattr(config, name, None), str):
+            object.__setattr__(config, name, Path(getattr(config, name)))
+    given = (config.datasets,) if isinstance(config.datasets, str | Path) else config.datasets
+    object.__setattr__(config, "datasets", tuple(Path(path) for path in given))
 
 
 def _check_shared(config: TrainConfig | FinetuneConfig) -> None:

@@ -1,0 +1,53 @@
+"""Every command and snippet of these documents runs as printed, in order, in an empty folder with the sample."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from cache_pipeline.cli import app
+from cache_pipeline.encoders import get_resnet
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+PROGRAM = ("uv", "run", "cli.py")
+
+
+def blocks(document: str) -> list[tuple[str, str]]:
+    """(language, text) of each fenced block that can run."""
+    return [(match[1], match[2]) for match in BLOCK.finditer((ROOT / document).read_text(encoding="utf-8"))]
+
+
+def commands(text: str) -> list[list[str]]:
+    """The words of each command of a block; comments and continued lines as a shell reads them."""
+    lines = text.replace("\\\n", " ").splitlines()
+    return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder with the sample, under its own name and as the documents' ``lift.hdf5``, and a weights file."""
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    (tmp_path / "lift.hdf5").symlink_to(ROOT / "data" / "lift_sample.hdf5")
+    torch.save(get_resnet("resnet18").state_dict(), tmp_path / "my_weights.pth")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("document", ["docs/guide.md", "docs/api.md"])
+def test_every_command_and_snippet_runs(document: str, workplace: Path) -> None:
+    names: dict[str, Any] = {}
+    for language, text in blocks(document):
+        if language == "python":
+            exec(compile(text, document, "exec"), names)
+            continue
+        for words in commands(text):
+            assert tuple(words[:3]) == PROGRAM, words
+            result = CliRunner().invoke(app, words[3:])
+            assert result.exit_code == 0, (words, result.output, result.exception)
