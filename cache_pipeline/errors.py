@@ -61,6 +61,14 @@ class CheckpointError(CachePipelineError, ValueError):
     """A run or checkpoint is missing, damaged, or does not fit the data it is used with."""
 
 
+class RunLockedError(CheckpointError):
+    """Another live process is writing this run folder."""
+
+
+class RunStopped(KeyboardInterrupt):
+    """A run was asked to stop; it has saved all steps that it made. The message says how far it came."""
+
+
 class MissingExtraError(CachePipelineError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 

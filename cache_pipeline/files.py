@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
 DIGEST_BYTES = 16
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
 
 
 @contextmanager
@@ -50,6 +54,28 @@ def digest(*parts: bytes | bytearray | memoryview) -> str:
 def json_digest(value: Any) -> str:
     """The digest of a JSON value, independent of key order."""
     return digest(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Lets two paths of one file system change places in one step; False, and nothing done, where that cannot be."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    return rename is not None and not rename(
+        AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), ctypes.c_uint(RENAME_EXCHANGE)
+    )
+
+
+def remove(path: Path) -> None:
+    """Removes a file, a link or a folder; nothing if it is not there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def free_path(path: Path) -> Path:
+    """``path``, or with a number after its name if something is there."""
+    tried = chain([path], (path.with_name(f"{path.name}_{number}") for number in count(2)))
+    return next(path for path in tried if not os.path.lexists(path))
 
 
 def sync_folder(path: Path) -> None:

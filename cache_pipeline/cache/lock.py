@@ -1,4 +1,4 @@
-"""One writer at a time on a local cache: a lock that the system lets go when its process dies."""
+"""One writer at a time on a local folder: a lock that the system lets go when its process dies."""
 
 from __future__ import annotations
 
@@ -10,24 +10,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cache_pipeline.errors import CacheLockedError
+from cache_pipeline.errors import CacheLockedError, CachePipelineError
 
 
 def lock_file(path: str | Path) -> Path:
-    """The lock of a cache lies beside it, so that the cache can be swapped for a new one under it."""
+    """The lock of a cache or run lies beside it, so that the folder can be swapped for a new one under it."""
     path = Path(path)
     return path.with_name(f".{path.name}.lock")
 
 
 @contextmanager
-def writer_lock(path: str | Path) -> Iterator[None]:
-    """Holds the one writer's lock of the cache at ``path``.
+def writer_lock(path: str | Path, refusal: type[CachePipelineError] = CacheLockedError) -> Iterator[None]:
+    """Holds the one writer's lock of the folder at ``path``.
 
-    Raises:
-        CacheLockedError: another live process holds it; the message names it.
+    Args:
+        refusal: the error that is raised if another live process holds it; the message names that process.
     """
     file = lock_file(path)
-    descriptor = _acquire(file, path)
+    descriptor = _acquire(file, path, refusal)
     try:
         yield
     finally:
@@ -35,7 +35,7 @@ def writer_lock(path: str | Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquire(file: Path, path: str | Path) -> int:
+def _acquire(file: Path, path: str | Path, refusal: type[CachePipelineError]) -> int:
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -43,7 +43,7 @@ def _acquire(file: Path, path: str | Path) -> int:
         except BlockingIOError as error:
             holder = _holder(descriptor)
             os.close(descriptor)
-            raise CacheLockedError(
+            raise refusal(
                 f"{path} is being written by {holder}; wait until it ends, or stop it, and run the command again"
             ) from error
         if _is_same_file(descriptor, file):

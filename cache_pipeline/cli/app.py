@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import signal
 import sys
 from typing import Annotated, Any
@@ -27,8 +28,10 @@ class ErrorGroup(TyperGroup):
             message = " ".join(str(error).split())
             typer.echo(f"error: {message}", err=True)
             raise typer.Exit(EXIT_CHECK_FAILED if isinstance(error, CheckFailedError) else EXIT_ERROR) from error
-        except KeyboardInterrupt:
-            typer.echo("interrupted: the same command goes on where this one stopped", err=True)
+        except KeyboardInterrupt as interrupt:
+            if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks
+                said = str(interrupt) or "the same command goes on where this one stopped"
+                typer.echo(f"interrupted: {said}", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import os
+import shlex
+import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
 from cache_pipeline.cli import options as o
-from cache_pipeline.errors import ConfigError
+from cache_pipeline.errors import ConfigError, RunStopped
 
 if TYPE_CHECKING:
     from cache_pipeline.training.config import SavingConfig
@@ -154,7 +159,7 @@ def train(
         saving=_saving(eval_every, save_every, keep_best),
         **live,
     )
-    _emit(run(config, progress=True), json)
+    _emit(partial(run, config), json)
 
 
 def finetune(
@@ -245,7 +250,7 @@ def finetune(
         overwrite=overwrite,
         saving=_saving(eval_every, save_every, keep_best),
     )
-    _emit(run(config, progress=True), json)
+    _emit(partial(run, config), json)
 
 
 def export(
@@ -261,12 +266,30 @@ def export(
     o.emit(json, result.to_json(), result.lines())
 
 
-def _emit(result: TrainResult, json: bool) -> None:
-    """Prints the result, under torchrun in the first process alone."""
+def _emit(run: Callable[[], TrainResult], json: bool) -> None:
+    """Runs and prints the result, under torchrun in the first process alone."""
     from cache_pipeline.training.distributed import launched
 
+    try:
+        result = run()
+    except RunStopped as stopped:
+        raise KeyboardInterrupt(f"{stopped}; go on with: {resuming_command()}") from None
     if launched().first:
         o.emit(json, result.to_json(), result.lines())
+
+
+def resuming_command() -> str:
+    """This command line with --resume."""
+    program, *words = sys.argv
+    if not program.endswith(".py"):
+        start = [Path(program).name]
+    elif "LOCAL_WORLD_SIZE" in os.environ:
+        nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+        start = ["torchrun", *(["--nnodes", nodes] if nodes != "1" else [])]
+        start += ["--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], program]
+    else:
+        start = ["python", program]
+    return shlex.join([*start, *(word for word in words if word not in ("--overwrite", "--resume")), "--resume"])
 
 
 def _saving(eval_every: int, save_every: int, keep_best: int) -> SavingConfig:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder
 from cache_pipeline.encoders.resnet import get_resnet
@@ -24,7 +25,15 @@ def save_encoder(encoder: ImageEncoder, path: str | Path) -> None:
     # One key: safetensors writes several in random order, and files of the same encoder are to be the same bytes.
     metadata = {"encoder": json.dumps({"spec": spec, "source": encoder.source})}
     with atomic_path(path) as partial:
-        save_file(state, partial, metadata=metadata)
+        save_tensors(state, partial, metadata)
+
+
+def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes tensors as safetensors; raises OSError where they cannot be written, as on a full disk."""
+    try:
+        save_file(dict(tensors), path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 def load_encoder(spec: EncoderSpec | Mapping[str, Any] | None, path: str | Path) -> ImageEncoder:

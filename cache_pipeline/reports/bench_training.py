@@ -27,6 +27,7 @@ from cache_pipeline.training.checkpoint import find_checkpoint
 from cache_pipeline.training.config import FinetuneConfig, OptimConfig, TrainConfig
 from cache_pipeline.training.finetune import FinetuneSession
 from cache_pipeline.training.learner import PolicyLearner
+from cache_pipeline.training.run_folder import RunFolder
 from cache_pipeline.training.session import TrainSession, open_session
 from cache_pipeline.training.train import train as train_run
 
@@ -154,7 +155,7 @@ def _finetuned(setup: BenchSetup, base: Path, precision: str, cache: Path | None
     )
     run, checkpoint = find_checkpoint(base)
     out = setup.folder / f"finetune_{precision}_{'live' if cache is None else 'frontier'}"
-    session = FinetuneSession(config, torch.device(setup.device), run, checkpoint, out)
+    session = FinetuneSession(config, torch.device(setup.device), run, checkpoint, RunFolder(out))
     session.start()
     phase = session.phases()[0]
     phase.begin()

@@ -4,7 +4,7 @@
       run.json                  what was asked, what it was trained on, what the policy is built from
       encoder.safetensors       the encoder that the run began with
       metrics.csv  tensorboard/
-      checkpoints/index.json    latest, and best by held-out action error
+      checkpoints/index.json    latest, best by held-out action error, and the names of all that were made here
       checkpoints/step_0004000/ model.safetensors  ema.safetensors  resume/optimizer.safetensors  checkpoint.json
 
 A checkpoint is written beside its place and renamed when it is whole; ``checkpoint.json`` lists its files' digests.
@@ -12,8 +12,8 @@ A checkpoint is written beside its place and renamed when it is whole; ``checkpo
 
 from __future__ import annotations
 
-import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -23,11 +23,11 @@ from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.saving import load_encoder
 from cache_pipeline.errors import CachePipelineError, CheckpointError, ConfigError
-from cache_pipeline.files import read_json, write_json
+from cache_pipeline.files import free_path, read_json, remove, write_json
 from cache_pipeline.policies.robomimic_bridge import PREFIX
 from cache_pipeline.policies.robomimic_policy import build_robomimic_policy
 from cache_pipeline.policies.spec import PolicySpec, build_policy
-from cache_pipeline.training.tensors import place_folder, read_tensors, write_tensors
+from cache_pipeline.training.tensors import first_not_finite, place_folder, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from cache_pipeline.training.learner import Learner
@@ -89,19 +89,28 @@ class RunSummary(NamedTuple):
 class CheckpointFolder:
     """The ``checkpoints`` folder of a run.
 
+    Its index records every folder that is made here, and nothing else is ever removed.
+
     Args:
         run: the run folder.
         keep_best: how many checkpoints with the least held-out action error are kept beside the latest.
+        saved: called after each save; where the run lies from then on.
     """
 
-    def __init__(self, run: Path, keep_best: int) -> None:
-        self._folder, self._keep = run / CHECKPOINTS, keep_best
+    def __init__(self, run: Path, keep_best: int, saved: Callable[[], Path] | None = None) -> None:
+        self._run, self._keep, self._saved = run, keep_best, saved
         self._index = read_index(run)
 
     @property
     def best(self) -> dict[str, Any] | None:
         """``{name, step, valid_action_mse}`` of the checkpoint with the least held-out action error, if any."""
         return self._index["best"][0] if self._index["best"] else None
+
+    @property
+    def latest(self) -> Path | None:
+        """The checkpoint that was saved last."""
+        name = self._index["latest"]
+        return None if name is None else self._run / CHECKPOINTS / name
 
     def is_among_best(self, error: float) -> bool:
         """Whether a checkpoint of this held-out action error would be kept as one of the best."""
@@ -111,50 +120,111 @@ class CheckpointFolder:
     def save(
         self, step: int, learner: Learner, metrics: dict[str, Any], progress: dict[str, Any], error: float | None
     ) -> Path:
-        """Saves the learner after ``step`` updates; ``error`` is its held-out action error if it was measured there."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        name = f"step_{step:07d}"
-        partial = self._folder / f".{name}.{os.getpid()}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        (partial / "resume").mkdir(parents=True)
+        """Saves the learner after ``step`` updates; ``error`` is its held-out action error if it was measured there.
+
+        Raises:
+            CheckpointError: a value is not finite, or it cannot be written; earlier checkpoints are whole.
+        """
         tensors = {MODEL: learner.model_tensors(), EMA: learner.ema_tensors(), RESUME: learner.resume_tensors()}
+        self.check_finite(step, tensors)
+        folder, value = self._run / CHECKPOINTS, {"format": FORMAT, "step": step, "metrics": metrics}
+        name = self._name(step)
+        partial = _partial(folder / name)
         try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._write_index({**self._index, "made": list(dict.fromkeys([*self._index["made"], name]))})
+            remove(partial)
+            (partial / "resume").mkdir(parents=True)
             files = {file: write_tensors(partial / file, values) for file, values in tensors.items()}
-            value = {"format": FORMAT, "step": step, "metrics": metrics, "progress": progress, "files": files}
-            write_json(partial / CHECKPOINT_JSON, value)
-            place_folder(partial, self._folder / name)
-        except OSError as error_:
-            raise CheckpointError(
-                f"cannot save {self._folder / name} ({error_}); earlier checkpoints are whole"
-            ) from error_
+            write_json(partial / CHECKPOINT_JSON, {**value, "progress": progress, "files": files})
+            place_folder(partial, folder / name)
+            self._enter(name, step, error)
+            if self._saved is not None:
+                self._run = self._saved()
+        except (OSError, ValueError) as error_:
+            raise CheckpointError(f"cannot save step {step} in {self._run} ({error_}); {self.kept()}") from error_
         finally:
             shutil.rmtree(partial, ignore_errors=True)
-        self._enter(name, step, error)
-        return self._folder / name
+        return self._run / CHECKPOINTS / name
+
+    def check_finite(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Raises CheckpointError if a tensor of ``{file: {name: tensor}}`` holds a value that is not finite."""
+        for file, values in tensors.items():
+            name = first_not_finite(values)
+            if name is not None:
+                raise CheckpointError(
+                    f"{name} of {file} is not finite after step {step}, so it is not saved; {self.kept()}; lower --lr, "
+                    f"or look at the actions with inspect"
+                )
+
+    def kept(self) -> str:
+        """What there is to go on from, for an error."""
+        if self.latest is None:
+            return "no checkpoint was saved before"
+        return f"the last checkpoint is {self.latest}"
+
+    def _name(self, step: int) -> str:
+        """A name for the checkpoint that nobody else's folder has."""
+        path = self._run / CHECKPOINTS / f"step_{step:07d}"
+        return path.name if path.name in self._index["made"] else free_path(path).name
 
     def _enter(self, name: str, step: int, error: float | None) -> None:
         best = [entry for entry in self._index["best"] if entry["name"] != name]
         if error is not None:
             best.append({"name": name, "step": step, "valid_action_mse": error})
         best.sort(key=lambda entry: (entry["valid_action_mse"], entry["step"]))
-        self._index = {"latest": name, "best": best[: self._keep]}
-        write_json(self._folder / INDEX, self._index)
-        kept = {name, *(entry["name"] for entry in self._index["best"])}
-        for path in self._folder.iterdir():
-            if path.is_dir() and path.name not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+        index = {"latest": name, "best": best[: self._keep]}
+        kept = {name, *(entry["name"] for entry in index["best"])}
+        self._write_index({**index, "made": self._index["made"]})
+        folder, left = self._run / CHECKPOINTS, []
+        for made in self._index["made"]:
+            if made not in kept:
+                shutil.rmtree(folder / made, ignore_errors=True)
+                shutil.rmtree(_partial(folder / made), ignore_errors=True)
+            if made in kept or (folder / made).exists():
+                left.append(made)
+        self._write_index({**index, "made": left})
+
+    def _write_index(self, index: dict[str, Any]) -> None:
+        write_json(self._run / CHECKPOINTS / INDEX, index)
+        self._index = index
 
 
 def read_index(run: Path) -> dict[str, Any]:
-    """``{"latest": name or None, "best": [{name, step, valid_action_mse}, …]}``, the best first."""
+    """``{"latest": name or None, "best": [{name, step, valid_action_mse}, …], "made": [name, …]}``, the best first."""
     path = run / CHECKPOINTS / INDEX
     if not path.is_file():
-        return {"latest": None, "best": []}
+        return {"latest": None, "best": [], "made": []}
     value = _read_object(path)
-    names = [value.get("latest"), *(entry.get("name") for entry in value.get("best", []))]
-    if not all(isinstance(name, str) and Path(name).name == name for name in names):
+    best, latest = value.get("best", []), value.get("latest")
+    names = [*([] if latest is None else [latest]), *(entry.get("name") for entry in best)]
+    made = value.get("made", names)
+    if not all(isinstance(name, str) and Path(name).name == name for name in [*names, *made]):
         raise CheckpointError(f"{path} is not what was written; remove it and resume from a checkpoint folder")
-    return value
+    return {"latest": latest, "best": best, "made": made}
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether a run has saved a checkpoint; a damaged index counts as one."""
+    try:
+        return read_index(run)["latest"] is not None
+    except CheckpointError:
+        return True
+
+
+def remove_checkpoints(run: Path) -> None:
+    """Removes the checkpoints that a run's index records; any other folder among them stays."""
+    folder = run / CHECKPOINTS
+    try:
+        made = read_index(run)["made"]
+    except CheckpointError:
+        made = []
+    for name in made:
+        remove(folder / name)
+        remove(_partial(folder / name))
+    (folder / INDEX).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def find_checkpoint(path: Path, *, latest: bool = False) -> tuple[Path, Path]:
@@ -171,7 +241,7 @@ def find_checkpoint(path: Path, *, latest: bool = False) -> tuple[Path, Path]:
     names = [entry["name"] for entry in index["best"]]
     name = index["latest"] if latest or not names else names[0]
     if name is None:
-        raise CheckpointError(f"{path} has no checkpoint yet; train it with --overwrite, or wait for its first save")
+        raise CheckpointError(f"{path} has no checkpoint yet; wait for its first save, or start its command again")
     return path, path / CHECKPOINTS / name
 
 
@@ -260,6 +330,11 @@ def inspect_run(path: str | Path) -> RunSummary:
         latest=index["latest"],
         best=tuple(entry["name"] for entry in index["best"]),
     )
+
+
+def _partial(checkpoint: Path) -> Path:
+    """Where a checkpoint is written before it is whole."""
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
 
 
 def _read_object(path: Path) -> dict[str, Any]:

@@ -50,10 +50,11 @@ from cache_pipeline.training.mixed_precision import set_precision
 from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.rows import cache_row_numbers
-from cache_pipeline.training.run import check_resumed, check_run_folder, start_run
+from cache_pipeline.training.run import check_resumed, start_run
+from cache_pipeline.training.run_folder import RunFolder, run_folder
 from cache_pipeline.training.sources.live import LiveSource
 from cache_pipeline.training.sources.source import Source
-from cache_pipeline.training.train import complete, measurement
+from cache_pipeline.training.train import begins_anew, complete, measurement
 from cache_pipeline.training.unfreezing import (
     Unfreezing,
     above_cut,
@@ -75,7 +76,8 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> TrainResult:
         ConfigError: options that do not fit the run, or a layer that does not exist.
         DatasetError, CacheError: data that cannot be used.
         CheckpointError: a run that is damaged, does not fit the data, or whose features are not those of its cache.
-        KeyboardInterrupt: asked to stop by SIGINT or SIGTERM; the run was saved and can be resumed.
+        RunLockedError: another process writes the run folder.
+        RunStopped: asked to stop by SIGINT or SIGTERM; the run was saved and can be resumed.
     """
     check_wandb(config.wandb)
     with joined_ranks(config.device) as ranks:
@@ -89,30 +91,32 @@ def _finetune(config: FinetuneConfig, ranks: Ranks, *, progress: bool) -> TrainR
     device = resolve_device(config.device)
     base, folder = find_checkpoint(config.checkpoint)
     run = config.out if config.out is not None else base.with_name(f"{base.name}_finetune")
-    if ranks.first:
-        check_run_folder(run, resume=config.resume, overwrite=config.overwrite)
-    session = FinetuneSession(config, device, base, folder, run)
-    resumed = session.start()
-    measure = measurement(session.learner, session.current, session.data, session.valid, device, config.saving)
-    return complete(
-        run,
-        session.learner,
-        session.sampler,
-        session.phases(),
-        measure,
-        config,
-        resumed,
-        ranks=ranks,
-        progress=progress,
-        trained=True,
-    )
+    with run_folder(run, resume=config.resume, overwrite=config.overwrite, writes=ranks.first) as out:
+        if begins_anew(out, ranks) and config.resume:
+            config = replace(config, resume=False)
+        session = FinetuneSession(config, device, base, folder, out)
+        resumed = session.start()
+        measure = measurement(session.learner, session.current, session.data, session.valid, device, config.saving)
+        return complete(
+            out,
+            session.learner,
+            session.sampler,
+            session.phases(),
+            measure,
+            config,
+            resumed,
+            ranks=ranks,
+            progress=progress,
+            trained=True,
+        )
 
 
 class FinetuneSession:
     """The pieces of one fine-tuning run, made in the order in which errors are cheapest."""
 
-    def __init__(self, config: FinetuneConfig, device: torch.device, base: Path, folder: Path, run: Path) -> None:
-        self._config, self._device, self._run, self._folder = config, device, run, folder
+    def __init__(self, config: FinetuneConfig, device: torch.device, base: Path, folder: Path, out: RunFolder) -> None:
+        self._config, self._device, self._out, self._folder = config, device, out, folder
+        run = self._run = out.place
         self._before = read_run(base)
         self._origin = read_run(run) if config.resume else self._before
         self._unfreezing = parse_unfreezing(config.unfreeze, config.unfreeze_schedule, config.steps)
@@ -178,7 +182,7 @@ class FinetuneSession:
         }
         if current_ranks().first:
             start_run(
-                self._run, value, {file: self._encoders[camera] for camera, file in self.spec.encoder_files.items()}
+                self._out, value, {file: self._encoders[camera] for camera, file in self.spec.encoder_files.items()}
             )
         return None
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from cache_pipeline.errors import CheckpointError, ConfigError
+from cache_pipeline.errors import CheckpointError, ConfigError, RunStopped
 from cache_pipeline.memory import retained_memory
 from cache_pipeline.progress import Progress
 from cache_pipeline.training.checkpoint import Checkpoint, CheckpointFolder
@@ -118,7 +118,7 @@ class Journal:
             self._write_row(step)
         if self._folder is not None and (measured or saved):
             with self._clock_stopped():
-                error = self._evaluate(step) if measured else None
+                error = self._evaluate(self._folder, step) if measured else None
                 if saved or (error is not None and self._folder.is_among_best(error)):
                     self.checkpoint = self._folder.save(
                         step, self._learner, self.metrics, self._carried._asdict(), error
@@ -141,9 +141,9 @@ class Journal:
         loss = float(torch.stack(self._losses).mean())
         self._losses.clear()
         if not math.isfinite(loss):
+            kept = "" if self._folder is None else f"; {self._folder.kept()}"
             raise ConfigError(
-                f"the loss is {loss} at step {step}; the checkpoints before it are whole; lower --lr, or look at the "
-                f"actions with inspect"
+                f"the loss is {loss} at step {step}{kept}; lower --lr, or look at the actions with inspect"
             )
         now = time.perf_counter()
         seconds = self._carried.seconds + now - self._begun
@@ -159,11 +159,19 @@ class Journal:
         if self._log is not None:
             self._log.write(step, values)
 
-    def _evaluate(self, step: int) -> float | None:
+    def _evaluate(self, folder: CheckpointFolder, step: int) -> float | None:
         if self._measure is None:
             return None
+        folder.check_finite(
+            step, {"the weights": self._learner.model_tensors(), "their average": self._learner.ema_tensors()}
+        )
         with self._learner.averaged():
             error = self._measure()
+        if not math.isfinite(error.mse):
+            raise ConfigError(
+                f"the held-out action error is {error.mse} at step {step}; {folder.kept()}; lower --lr, or look at the "
+                f"actions with inspect"
+            )
         values = {"validation/action_mse": error.mse, "validation/mean_action_mse": error.mean_action_mse}
         self.metrics.update(values, **{"validation/action_mse_per_dim": list(error.mse_per_dim)})
         self._write(step, values)
@@ -220,13 +228,13 @@ def run_loop(
     """Trains from where ``journal`` stands to ``steps``, together with the other processes of the run if there are any.
 
     Raises:
-        KeyboardInterrupt: somebody asked to stop; everything is saved.
+        RunStopped: somebody asked to stop; everything is saved.
         ConfigError: the loss is not finite any more.
     """
-    start = journal.carried.step
+    start, ranks = journal.carried.step, current_ranks()
     name = ""
-    shown_bar = Progress("train", steps, "steps", start) if progress and current_ranks().first else nullcontext()
-    with retained_memory(), stop_wish() as wish, shown_bar as bar:
+    shown_bar = Progress("train", steps, "steps", start) if progress and ranks.first else nullcontext()
+    with retained_memory(), stop_wish(alone=ranks.world == 1) as wish, shown_bar as bar:
         for phase in phases:
             if phase.stop <= start or wish.heeded:
                 continue
@@ -234,10 +242,11 @@ def run_loop(
             source = phase.open()
             name = source.name if not name else f"{name}+{source.name}"
             _run_phase(journal, learner, sampler, source, max(start, phase.start), phase.stop, wish, bar)
+        # Until the first process has saved: what started the processes ends all of them when one is gone.
+        ranks.wait()
     carried = journal.carried
     if wish.heeded and carried.step < steps:
-        logger.warning("saved step %d of %d in %s; go on with the same command and --resume", carried.step, steps, run)
-        raise KeyboardInterrupt
+        raise RunStopped(f"saved step {carried.step} of {steps} in {run}")
     assert carried.first_loss is not None
     assert carried.final_loss is not None
     rate = carried.step / max(carried.seconds, 1e-9)

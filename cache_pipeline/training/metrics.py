@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import csv
+import os
+import socket
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cache_pipeline.errors import MissingExtraError
-from cache_pipeline.files import read_json
+from cache_pipeline.errors import CheckpointError, MissingExtraError
+from cache_pipeline.files import atomic_path, read_json
 
 COLUMNS = (
     "step",
@@ -24,66 +27,104 @@ CSV_NAME, TENSORBOARD = "metrics.csv", "tensorboard"
 
 
 class MetricsLog:
-    """Appends rows; a resumed run first drops the rows that it will write again. Use as a context manager.
+    """Appends rows; each row that an earlier process wrote stays until the steps up to it are made again.
+
+    The files stay open when the run folder is moved. Use as a context manager.
 
     Args:
         run: the run folder.
         start: step from which the run goes on.
         wandb: the Weights & Biases project that gets the figures too; None for none.
+        place: where the run belongs; it names the run there.
     """
 
-    def __init__(self, run: Path, start: int, wandb: str | None = None) -> None:
+    def __init__(self, run: Path, start: int, wandb: str | None = None, place: Path | None = None) -> None:
         self._path = run / CSV_NAME
-        kept = [row for row in read_metrics(run) if row["step"] <= start] if start else []
-        self._file = self._path.open("w", newline="", encoding="utf-8")
-        self._rows = csv.DictWriter(self._file, COLUMNS, restval="")
-        self._rows.writeheader()
-        for row in kept:
-            self._rows.writerow({name: value for name, value in row.items() if value is not None})
-        self._boards: list[Any] = [_Board(run / TENSORBOARD)]
+        rows = read_metrics(run) if start else []
+        self._before = [row for row in rows if row["step"] <= start]
+        self._later = [row for row in rows if row["step"] > start]
+        try:
+            self._rewrite()
+            self._boards: list[Any] = [_Board(run / TENSORBOARD)]
+        except OSError as error:
+            raise self._unwritable(error) from error
         if wandb is not None:
-            self._boards.append(_Wandb(wandb, run))
+            self._boards.append(_Wandb(wandb, place if place is not None else run, read_json(run / "run.json")))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one row; names are among ``COLUMNS``."""
-        self._rows.writerow({"step": step, **{name: f"{value:.9g}" for name, value in values.items()}})
-        self._file.flush()
-        for board in self._boards:
-            board.write(step, values)
+        """Adds one row; names are among ``COLUMNS``. Raises CheckpointError if it cannot be written."""
+        row = {"step": step, **{name: f"{value:.9g}" for name, value in values.items()}}
+        try:
+            if self._later:
+                self._before.append(row)
+                self._later = [row for row in self._later if row["step"] > step]
+                self._file.close()
+                self._rewrite()
+            else:
+                csv.DictWriter(self._file, COLUMNS, restval="").writerow(row)
+                self._file.flush()
+            for board in self._boards:
+                board.write(step, values)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _rewrite(self) -> None:
+        """Puts a file of all rows in place of the one that is there, and opens it to append."""
+        with atomic_path(self._path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
+            rows = csv.DictWriter(file, COLUMNS, restval="")
+            rows.writeheader()
+            rows.writerows(
+                {name: value for name, value in row.items() if value is not None}
+                for row in (*self._before, *self._later)
+            )
+        self._file = self._path.open("a", newline="", encoding="utf-8")
+
+    def _unwritable(self, error: OSError) -> CheckpointError:
+        return CheckpointError(f"cannot write {self._path} ({error}); the checkpoints are whole, go on with --resume")
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        self._file.close()
-        for board in self._boards:
-            board.close()
+        # Every row was flushed; what could not be written was told then.
+        for opened in (self._file, *self._boards):
+            with suppress(OSError):
+                opened.close()
 
 
 class _Board:
     """TensorBoard events, without the part of it that would import TensorFlow."""
 
     def __init__(self, folder: Path) -> None:
-        from tensorboard.summary.writer.event_file_writer import EventFileWriter
+        from tensorboard.compat.proto.event_pb2 import Event
+        from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._writer: Any = EventFileWriter(str(folder))
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        # TensorBoard's own writer opens its file anew for each flush, by a name that changes when a run is moved.
+        self._writer: Any = RecordWriter((folder / name).open("xb"))
+        self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
         from tensorboard.compat.proto.summary_pb2 import Summary
 
         summary = Summary(value=[Summary.Value(tag=name, simple_value=value) for name, value in values.items()])
-        self._writer.add_event(Event(wall_time=time.time(), step=step, summary=summary))
+        self._add(Event(wall_time=time.time(), step=step, summary=summary))
+
+    def _add(self, event: Any) -> None:
+        self._writer.write(event.SerializeToString())
+        self._writer.flush()
 
     def close(self) -> None:
         self._writer.close()
 
 
 class _Wandb:
-    """A Weights & Biases run named as the run folder."""
+    """A Weights & Biases run named as the run folder; its files lie beside that, which may still be moved."""
 
-    def __init__(self, project: str, run: Path) -> None:
-        self._run = _wandb().init(project=project, name=run.name, dir=str(run), config=read_json(run / "run.json"))
+    def __init__(self, project: str, run: Path, config: Any) -> None:
+        self._run = _wandb().init(project=project, name=run.name, dir=str(run.parent), config=config)
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         self._run.log(dict(values), step=step)
@@ -107,13 +148,19 @@ def _wandb() -> Any:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.csv``: ``step`` an int, the others floats or None. Empty if there is no such file."""
+    """The rows of ``metrics.csv``: ``step`` an int, the others floats or None. Empty if there is no such file.
+
+    A last line that was cut off is left out. Raises CheckpointError if the file holds anything else than such rows.
+    """
     path = run / CSV_NAME
     if not path.is_file():
         return []
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
-    return [
-        {name: int(value) if name == "step" else (float(value) if value else None) for name, value in row.items()}
-        for row in rows
-    ]
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(line for line in file if line.endswith("\n")))
+        return [
+            {name: int(value) if name == "step" else (float(value) if value else None) for name, value in row.items()}
+            for row in rows
+        ]
+    except (OSError, ValueError, TypeError, csv.Error) as error:
+        raise CheckpointError(f"{path} is damaged ({error}); move it away, the run goes on without it") from error

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from cache_pipeline.encoders.saving import save_tensors
 from cache_pipeline.errors import CheckpointError
-from cache_pipeline.files import digest, sync_folder
+from cache_pipeline.files import digest, remove, sync_folder
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Writes tensors to ``path``, synced to disk; returns the file's digest."""
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
+    save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
     return digest(path.read_bytes())
@@ -39,15 +40,15 @@ def read_tensors(path: Path, expected: str | None) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is no readable safetensors file ({error}); take another checkpoint") from error
 
 
+def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of the first tensor with a value that is not finite."""
+    floats = ((name, value) for name, value in tensors.items() if value.is_floating_point())
+    return next((name for name, value in floats if not bool(torch.isfinite(value).all())), None)
+
+
 def place_folder(partial: Path, final: Path) -> None:
     """Moves a finished folder to its name, in place of one that is there."""
     sync_folder(partial)
-    if final.exists():
-        old = final.with_name(f".{final.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        os.rename(final, old)
-        os.rename(partial, final)
-        shutil.rmtree(old)
-    else:
-        os.rename(partial, final)
+    remove(final)
+    os.rename(partial, final)
     sync_folder(final.parent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ from cache_pipeline.training.metrics import MetricsLog, check_wandb
 from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.plateau import plateau_notes
 from cache_pipeline.training.result import TrainResult
-from cache_pipeline.training.run import check_run_folder, start_run
+from cache_pipeline.training.run import start_run
+from cache_pipeline.training.run_folder import RunFolder, run_folder
 from cache_pipeline.training.session import TrainSession, open_session
 from cache_pipeline.training.sources.source import Source, SplitRows
 
@@ -38,8 +40,9 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
     Raises:
         ConfigError: options that do not fit the data.
         DatasetError, CacheError: data that cannot be used.
-        CheckpointError: the run folder exists, or a run to resume does not fit.
-        KeyboardInterrupt: asked to stop by SIGINT or SIGTERM; the run was saved and can be resumed.
+        CheckpointError: the run folder exists, a run to resume does not fit, or a value is not finite any more.
+        RunLockedError: another process writes the run folder.
+        RunStopped: asked to stop by SIGINT or SIGTERM; the run was saved and can be resumed.
     """
     check_wandb(config.wandb)
     with joined_ranks(config.device) as ranks:
@@ -47,22 +50,36 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
 
 def _train(config: TrainConfig, ranks: Ranks, *, progress: bool) -> TrainResult:
-    run = config.out if config.out is not None else default_run(config)
-    if ranks.first:
-        check_run_folder(run, resume=config.resume, overwrite=config.overwrite)
+    out = config.out if config.out is not None else default_run(config)
+    with run_folder(out, resume=config.resume, overwrite=config.overwrite, writes=ranks.first) as folder:
+        if begins_anew(folder, ranks) and config.resume:
+            config = replace(config, resume=False)
+        return _train_in(folder, config, ranks, progress=progress)
+
+
+def _train_in(folder: RunFolder, config: TrainConfig, ranks: Ranks, *, progress: bool) -> TrainResult:
+    run = folder.place
     session = open_session(config, run)
     ranks.check(session.sampler.batch_size)
     if session.resumed is None and ranks.first:
-        start_run(run, _run_json(session), _files(session))
+        start_run(folder, _run_json(session), _files(session))
     learner, source, resumed = session.learner, session.source, session.resumed
     logger.info("%s: %s source, %d windows, %s", run, source.name, len(session.splits[0]), session.device)
     measure = measurement(learner, lambda: source, session.data, session.splits[1], session.device, config.saving)
     phases = [Phase(0, config.steps, lambda: None, lambda: source)]
-    return complete(run, learner, session.sampler, phases, measure, config, resumed, ranks=ranks, progress=progress)
+    return complete(folder, learner, session.sampler, phases, measure, config, resumed, ranks=ranks, progress=progress)
+
+
+def begins_anew(folder: RunFolder, ranks: Ranks) -> bool:
+    """Whether a run was started in the folder and saved nothing, so that all processes begin it again."""
+    unsaved = ranks.any(folder.unsaved)
+    if unsaved:
+        logger.info("%s was started and saved no checkpoint: it begins again", folder.place)
+    return unsaved
 
 
 def complete(
-    run: Path,
+    folder: RunFolder,
     learner: Learner,
     sampler: Sampler,
     phases: Sequence[Phase],
@@ -82,15 +99,15 @@ def complete(
     ranks.take_from_first(learner.model_tensors().values())
     saving, start = config.saving, 0 if resumed is None else resumed.step
     with ExitStack() as opened:
-        folder = CheckpointFolder(run, saving.keep_best) if ranks.first else None
-        log = opened.enter_context(MetricsLog(run, start, config.wandb)) if ranks.first else None
-        journal = Journal(learner, folder, log, measure, saving, steps=config.steps, resumed=resumed)
+        checkpoints = CheckpointFolder(folder.path, saving.keep_best, folder.saved) if ranks.first else None
+        log = opened.enter_context(MetricsLog(folder.path, start, config.wandb, folder.place)) if ranks.first else None
+        journal = Journal(learner, checkpoints, log, measure, saving, steps=config.steps, resumed=resumed)
         if trained and resumed is None:
             journal.record_start()
-        result = run_loop(journal, learner, sampler, phases, steps=config.steps, run=run, progress=progress)
-    if folder is None:
-        return TrainResult.of(run, result, journal.metrics)
-    return TrainResult.of(run, result, journal.metrics, folder.best, plateau_notes(run))
+        result = run_loop(journal, learner, sampler, phases, steps=config.steps, run=folder.place, progress=progress)
+    if checkpoints is None:
+        return TrainResult.of(folder.place, result, journal.metrics)
+    return TrainResult.of(folder.place, result, journal.metrics, checkpoints.best, plateau_notes(folder.place))
 
 
 def default_run(config: TrainConfig) -> Path:

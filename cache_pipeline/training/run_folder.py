@@ -1,0 +1,234 @@
+"""The folder of a run while it is written: one writer at a time, and a whole run at its place at every moment.
+
+A folder that has not saved a checkpoint yet holds a marker, so that the same command can start it again. A run that
+replaces another one is written in a hidden folder beside it, marked too, and takes its place with its first checkpoint.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from cache_pipeline.cache.lock import writer_lock
+from cache_pipeline.encoders.image_encoder import ImageEncoder
+from cache_pipeline.encoders.saving import save_encoder
+from cache_pipeline.errors import CheckpointError, RunLockedError
+from cache_pipeline.files import exchange, free_path, read_json, remove, sync_folder, write_json
+from cache_pipeline.training.checkpoint import CHECKPOINTS, RUN_JSON, has_checkpoint, remove_checkpoints
+from cache_pipeline.training.metrics import CSV_NAME, TENSORBOARD
+
+logger = logging.getLogger("cache_pipeline")
+
+MARKER = "unfinished.json"
+MARK = "a run folder that is being written or replaced"
+UNFINISHED: Literal["unfinished"] = "unfinished"
+REPLACED: Literal["replaced"] = "replaced"
+# What rollout and report add to a run.
+ROLLOUTS, REPORT = "rollouts", "report.html"
+
+
+class RunFolder:
+    """Where a run is written.
+
+    Attributes:
+        place: where the run belongs.
+        path: where it is written now: ``place``, or a hidden folder beside it while an older run is at its place.
+        unsaved: whether ``place`` holds a run that was started and never saved a checkpoint.
+    """
+
+    def __init__(self, place: Path, *, unsaved: bool = False) -> None:
+        self.place, self.path, self.unsaved = place, place, unsaved
+
+    def start(self, value: Mapping[str, Any], encoders: Mapping[str, ImageEncoder]) -> None:
+        """Writes what a run begins with.
+
+        Args:
+            value: what run.json holds.
+            encoders: file name → encoder.
+        """
+        try:
+            if is_run(self.place) and not self.unsaved:
+                self.path = _hidden(self.place)
+            self.path.mkdir(exist_ok=True)
+            _mark(self.path, UNFINISHED, self.place)
+            _remove_run(self.path)
+            for file, encoder in encoders.items():
+                save_encoder(encoder, self.path / file)
+            write_json(self.path / RUN_JSON, value)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"cannot write the run folder {self.place} ({error})") from error
+
+    def saved(self) -> Path:
+        """Has to follow each checkpoint: the first one brings the run to its place. Returns ``path``."""
+        if self.path != self.place:
+            replaced = self._take_place()
+            _unmark(self.path)
+            if replaced is not None:
+                _clear_replaced(replaced, self.place)
+        _unmark(self.path)
+        return self.path
+
+    def _take_place(self) -> Path | None:
+        """Lets the run and the one at its place change places; where the latter lies now."""
+        hidden, self.path = self.path, self.place
+        if not self.place.exists():
+            os.rename(hidden, self.place)
+            return None
+        _mark(self.place, REPLACED, self.place)
+        if not exchange(hidden, self.place):
+            aside = _hidden(self.place)
+            os.rename(self.place, aside)
+            os.rename(hidden, self.place)
+            hidden = aside
+        sync_folder(self.place.parent)
+        return hidden
+
+    def give_up(self) -> None:
+        """Removes a run that has not come to its place: it saved nothing, and the one there stays."""
+        if self.path != self.place:
+            shutil.rmtree(self.path, ignore_errors=True)
+
+
+@contextmanager
+def run_folder(out: Path, *, resume: bool, overwrite: bool, writes: bool = True) -> Iterator[RunFolder]:
+    """Holds the run folder ``out`` for writing; what a killed process left there is put in order first.
+
+    Args:
+        writes: False in a process that leaves writing to another one of the same run.
+
+    Raises:
+        CheckpointError: the folder is no run, or cannot be written, or resumed, as asked.
+        RunLockedError: another process writes it.
+    """
+    place = out.resolve() if out.is_symlink() or out.name in ("", "..") else out
+    if not writes:
+        yield RunFolder(place)
+        return
+    with ExitStack() as held:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            held.enter_context(writer_lock(place, RunLockedError))
+            _put_in_order(place)
+            unsaved = _state(place) == UNFINISHED
+            if not unsaved:
+                _check(place, resume=resume, overwrite=overwrite)
+        except OSError as error:
+            raise CheckpointError(f"cannot write the run folder {place} ({error}); give another --out") from error
+        folder = RunFolder(place, unsaved=unsaved)
+        held.callback(folder.give_up)
+        yield folder
+
+
+def is_run(path: Path) -> bool:
+    """Whether a folder holds a run of ours, by what its run.json says."""
+    return {"format", "kind", "config", "policy", "data"} <= _read(path / RUN_JSON).keys()
+
+
+def _check(place: Path, *, resume: bool, overwrite: bool) -> None:
+    """Raises CheckpointError unless ``place`` may be written, or resumed, as asked. Changes nothing."""
+    there = is_run(place)
+    if resume and not there:
+        raise CheckpointError(f"{place} holds no run to resume; leave --resume out to start one")
+    if there and not (resume or overwrite):
+        raise CheckpointError(
+            f"{place} holds a run; give --resume to go on, --overwrite to replace it, or another --out"
+        )
+    if there and overwrite and place.is_mount():
+        raise CheckpointError(
+            f"{place} is where a disk is mounted and cannot be replaced; give a folder in it as --out"
+        )
+    if not there and place.exists() and not (place.is_dir() and all(map(_is_scrap, place.iterdir()))):
+        raise CheckpointError(f"{place} exists and is not a run; give another --out")
+
+
+def _put_in_order(place: Path) -> None:
+    """Ends what a killed process had begun: the run that it was replacing stays, or the new one does."""
+    hidden = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}\.run")
+    for path in [path for path in place.parent.iterdir() if hidden.fullmatch(path.name) and path.is_dir()]:
+        state = _state(path) if _read(path / MARKER).get("run") == place.name else None
+        if state == REPLACED and not place.exists():
+            os.rename(path, place)
+        elif state == REPLACED and is_run(place):
+            _clear_replaced(path, place)
+        elif state == UNFINISHED or all(map(_is_scrap, path.iterdir())):
+            shutil.rmtree(path)
+    if _state(place) == REPLACED or (_state(place) == UNFINISHED and has_checkpoint(place)):
+        _unmark(place)
+
+
+def _clear_replaced(old: Path, place: Path) -> None:
+    """Removes a run that was replaced; files in it that are not the run's move to the run at ``place``."""
+    try:
+        _remove_run(old)
+        _move_contents(old, place)
+        _unmark(old)
+        old.rmdir()
+    except OSError as error:
+        logger.warning("%s, the run that was replaced, could not be removed (%s); the new run is whole", old, error)
+
+
+def _remove_run(folder: Path) -> None:
+    """Removes all that makes a folder a run, and nothing else in it."""
+    policy = _read(folder / RUN_JSON).get("policy")
+    files = policy.get("encoder_files") if isinstance(policy, dict) else None
+    encoders = sorted(set(files.values())) if isinstance(files, dict) else []
+    remove_checkpoints(folder)
+    for name in (TENSORBOARD, ROLLOUTS, REPORT, CSV_NAME, *(name for name in encoders if Path(name).name == name)):
+        remove(folder / name)
+    partial = re.compile(rf"\.({'|'.join(map(re.escape, (RUN_JSON, CSV_NAME, *encoders)))})\.\d+\.partial")
+    for path in list(folder.iterdir()):
+        if partial.fullmatch(path.name) or _is_partial_marker(path):
+            remove(path)
+    remove(folder / RUN_JSON)
+
+
+def _move_contents(folder: Path, target: Path) -> None:
+    for path in list(folder.iterdir()):
+        if path.name == CHECKPOINTS and path.is_dir() and (target / CHECKPOINTS).is_dir():
+            _move_contents(path, target / CHECKPOINTS)
+            path.rmdir()
+        elif path.name != MARKER:
+            os.rename(path, free_path(target / path.name))
+
+
+def _hidden(place: Path) -> Path:
+    return place.with_name(f".{place.name}.{secrets.token_hex(4)}.run")
+
+
+def _mark(folder: Path, state: Literal["unfinished", "replaced"], place: Path) -> None:
+    write_json(folder / MARKER, {"cache_pipeline": MARK, "state": state, "run": place.name})
+
+
+def _unmark(folder: Path) -> None:
+    (folder / MARKER).unlink(missing_ok=True)
+    sync_folder(folder)
+
+
+def _state(folder: Path) -> str | None:
+    """What the marker in a folder says; None without one of ours."""
+    value = _read(folder / MARKER)
+    return value.get("state") if value.get("cache_pipeline") == MARK else None
+
+
+def _is_scrap(path: Path) -> bool:
+    """Whether a file is what a process leaves that is killed while it marks a folder."""
+    return path.name == MARKER or _is_partial_marker(path)
+
+
+def _is_partial_marker(path: Path) -> bool:
+    return re.fullmatch(rf"\.{re.escape(MARKER)}\.\d+\.partial", path.name) is not None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        value = read_json(path)
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
