@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -53,7 +54,7 @@ class OptimConfig:
         _at_least("weight_decay", self.weight_decay, 0)
         _at_least("warmup_steps", self.warmup_steps, 0)
         _within("min_lr_ratio", self.min_lr_ratio, 0, 1)
-        if self.grad_clip is not None and self.grad_clip <= 0:
+        if self.grad_clip is not None and not 0 < self.grad_clip < math.inf:
             raise ConfigError(f"grad_clip is {self.grad_clip}; give a positive norm, or none for no clipping")
         if self.ema is not None:
             _within("ema", self.ema, 0, 1)
@@ -284,7 +285,7 @@ def _check_shared(config: TrainConfig | FinetuneConfig) -> None:
     if config.batch_size is not None:
         _at_least("batch_size", config.batch_size, 1)
     for name in ("lr", "encoder_lr"):
-        if getattr(config, name) is not None and not getattr(config, name) > 0:
+        if getattr(config, name) is not None and not 0 < getattr(config, name) < math.inf:
             raise ConfigError(f"{name} is {getattr(config, name)}; it must be positive")
     _one_of("source", config.source, get_args(SourceName))
     _one_of("order", config.order, get_args(Order))
@@ -322,7 +323,7 @@ def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
+    if not least <= value < math.inf:
         raise ConfigError(f"{name} is {value}; it must be at least {least}")
 
 

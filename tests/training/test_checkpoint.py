@@ -4,14 +4,22 @@ import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from training_runs import config
 
-from cache_pipeline.errors import CheckpointError
+from cache_pipeline.encoders import saving as saving_module
+from cache_pipeline.errors import CheckpointError, ConfigError
 from cache_pipeline.files import digest
+from cache_pipeline.policies.batch import Batch
+from cache_pipeline.training import train as train_module
 from cache_pipeline.training.checkpoint import find_checkpoint, inspect_run, load_policy
+from cache_pipeline.training.config import SavingConfig
+from cache_pipeline.training.evaluate import ActionError
+from cache_pipeline.training.learner import PolicyLearner
 from cache_pipeline.training.train import train
 
 
@@ -124,3 +132,82 @@ def test_an_unfinished_save_is_never_taken_for_a_checkpoint(copy: Path) -> None:
     (partial / "model.safetensors").write_bytes(b"")
     assert find_checkpoint(copy)[1] == folder
     load_policy(copy)
+
+
+def test_a_full_disk_while_saving_is_one_line_and_earlier_checkpoints_stay(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saving = SavingConfig(log_every=1, eval_every=0, save_every=2, keep_best=0)
+    real, saved = saving_module.save_file, []
+
+    def full(tensors: Any, path: Path, metadata: Any = None) -> None:
+        saved.append(path)
+        if len(saved) > 5:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        real(tensors, path, metadata=metadata)
+
+    monkeypatch.setattr(saving_module, "save_file", full)
+    with pytest.raises(CheckpointError, match=r"step 4 .* No space left .* last checkpoint is .*step_0000002"):
+        train(config(tmp_path / "run", cache, saving=saving), progress=False)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.is_dir()] == ["step_0000002"]
+    load_policy(tmp_path / "run")
+    train(config(tmp_path / "run", cache, saving=saving, resume=True), progress=False)
+    assert inspect_run(tmp_path / "run").step == 6
+
+
+def test_a_full_disk_while_a_run_starts_is_one_line(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saving_module, "save_file", full)
+        with pytest.raises(CheckpointError, match="No space left"):
+            train(config(tmp_path / "run", cache, steps=2), progress=False)
+    train(config(tmp_path / "run", cache, steps=2), progress=False)
+
+
+@pytest.mark.parametrize("part", ["weights", "average", "moments"])
+@pytest.mark.parametrize("eval_every", [0, 4])
+def test_values_that_are_not_finite_are_never_saved(
+    part: str, eval_every: int, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = PolicyLearner.step
+
+    def overflowing(self: PolicyLearner, batch: Batch, number: int) -> torch.Tensor:
+        loss = real(self, batch, number)
+        if number == 3:
+            assert self._average is not None
+            memory = {
+                "weights": self._optimizer.packs[0].values,
+                "average": self._average.memory[0],
+                "moments": self._optimizer.memory[1],
+            }
+            memory[part].fill_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(PolicyLearner, "step", overflowing)
+    saving = SavingConfig(log_every=1, eval_every=eval_every, save_every=2, keep_best=1)
+    with pytest.raises(CheckpointError, match=r"not finite .* the last checkpoint is .*step_0000002; lower --lr"):
+        train(config(tmp_path / "run", cache, saving=saving), progress=False)
+    assert inspect_run(tmp_path / "run").step == 2
+    assert [path.name for path in (tmp_path / "run/checkpoints").glob("*step_*")] == ["step_0000002"]
+    load_policy(tmp_path / "run")
+
+
+def test_a_measurement_that_is_not_finite_is_one_line(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing = ActionError(float("nan"), (float("nan"),), 1.0, (1.0,), 1)
+    monkeypatch.setattr(train_module, "evaluate", lambda *args, **options: nothing)
+    with pytest.raises(ConfigError, match="held-out action error is nan at step 3; no checkpoint was saved before"):
+        train(config(tmp_path / "run", cache), progress=False)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("name", ["lr", "encoder_lr", "feature_noise"])
+def test_options_that_are_not_finite_are_refused_by_name(name: str, value: float, cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=name):
+        config(tmp_path / "run", cache, **{name: value})
