@@ -22,6 +22,7 @@ from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.training.config import Order, SourceName
+from cache_pipeline.training.distributed import current_ranks
 from cache_pipeline.training.order import BlockOrder
 from cache_pipeline.training.rows import (
     RunRows,
@@ -33,7 +34,7 @@ from cache_pipeline.training.rows import (
     rows_of_dataset,
 )
 from cache_pipeline.training.sources.live import DemoFrames, Encode, LiveSource
-from cache_pipeline.training.sources.memory import memory_budget
+from cache_pipeline.training.sources.memory import fits, host_budget, memory_budget
 from cache_pipeline.training.sources.resident import ResidentSource
 from cache_pipeline.training.sources.source import Source, SplitRows
 from cache_pipeline.training.sources.streamed import StreamedSource, block_order, pool_rows
@@ -184,9 +185,11 @@ def plan_source(
     if data.cache is None or source == "live":
         return SourcePlan("live", views, None)
     row_bytes = _feature_bytes(data.cache, tuple(data.cameras))
-    fits = len(data.rows.actions) * row_bytes * views <= memory_budget(device, max_memory)
-    chosen: SourceName = source if source != "auto" else ("resident" if fits else "streamed")
-    rows = pool_rows(_pool_budget(device, max_memory), row_bytes)
+    # Free memory differs between processes, and all of them are to see the same samples.
+    ranks, needed = current_ranks(), len(data.rows.actions) * row_bytes * views
+    too_large = ranks.any(not fits(needed, memory_budget(device, max_memory)))
+    chosen: SourceName = source if source != "auto" else ("streamed" if too_large else "resident")
+    rows = ranks.number_of_first(pool_rows(_pool_budget(device, max_memory), row_bytes))
     full = chosen != "streamed" or windows <= FULL_ORDER_POOLS * rows
     if order == "full" or (order == "auto" and full):
         return SourcePlan(chosen, views, None)
@@ -194,7 +197,9 @@ def plan_source(
 
 
 def _pool_budget(device: torch.device, max_memory: int | None) -> int:
-    return max_memory if max_memory is not None else min(DEFAULT_POOL_BYTES, memory_budget(device, None))
+    """Bytes of all pools in memory; pools are read into the host's memory whatever the device is."""
+    budget = max_memory if max_memory is not None else min(DEFAULT_POOL_BYTES, memory_budget(device, None))
+    return budget if device.type == "cpu" else min(budget, host_budget())
 
 
 def _feature_bytes(cache: FeatureCache, cameras: Sequence[str]) -> int:

@@ -73,6 +73,12 @@ class Ranks(NamedTuple):
         self.sum([value])
         return bool(value > 0)
 
+    def number_of_first(self, number: int) -> int:
+        """The number that the first process gives; exchanged on the CPU."""
+        value = torch.tensor(number)
+        self.take_from_first([value])
+        return int(value)
+
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Replaces tensors by those of the first process."""
         if self.world > 1:

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -106,3 +108,63 @@ def test_shares_of_a_plan_make_up_the_plan() -> None:
     shares = [Ranks(rank, 3).share(plan) for rank in range(3)]
     assert np.array_equal(np.concatenate([share.windows for share in shares]), plan.windows)
     assert np.array_equal(np.concatenate([share.views for share in shares]), plan.views)
+
+
+SLOW_SAVES = """
+import time
+from cache_pipeline.training import checkpoint
+real = checkpoint.write_tensors
+def slow(path, tensors):
+    time.sleep(0.5)
+    return real(path, tensors)
+checkpoint.write_tensors = slow
+"""
+
+
+@pytest.mark.parametrize(("told", "times"), [((1,), 1), ((0, 1), 3)])
+def test_a_signal_to_any_process_stops_all_of_them_once_the_first_has_saved(
+    told: tuple[int, ...], times: int, cache: Path, tmp_path: Path
+) -> None:
+    saving = SavingConfig(log_every=1, eval_every=0, save_every=0)
+    options = config(tmp_path / "run", cache, steps=100_000, saving=saving)
+    processes = ranks.launch("train", json.dumps(options.to_json()), before=SLOW_SAVES)
+    while len(losses(tmp_path / "run")) < 3:
+        assert all(process.poll() is None for process in processes)
+        time.sleep(0.02)
+    for _ in range(times):
+        for rank in told:
+            processes[rank].send_signal(signal.SIGTERM)
+        time.sleep(0.2)
+    ended = ranks.ended(processes)
+    step = inspect_run(tmp_path / "run").step
+    assert step == len(losses(tmp_path / "run"))
+    for status, text in ended:
+        assert status == 130, text
+        assert f"stopped: saved step {step} of 100000 in {tmp_path / 'run'}" in text
+    assert "SIGTERM" not in ended[1][1]
+
+
+SAY_ORDER = """
+import sys
+from cache_pipeline.training import session
+real = session.plan_source
+def plan_source(*args, **options):
+    plan = real(*args, **options)
+    print(plan, file=sys.stderr)
+    return plan
+session.plan_source = plan_source
+"""
+
+
+def test_processes_with_different_free_memory_train_from_one_kind_of_source(cache: Path, tmp_path: Path) -> None:
+    less = """
+import os
+from cache_pipeline.training import data
+data.memory_budget = lambda device, most: 10_000 if os.environ["RANK"] == "1" else 1 << 30
+"""
+    options = config(tmp_path / "run", cache, steps=1)
+    ended = ranks.start("train", json.dumps(options.to_json()), before=less + SAY_ORDER)
+    assert [status for status, _ in ended] == [0, 0], ended
+    orders = [next(line for line in text.splitlines() if "SourcePlan" in line) for _, text in ended]
+    assert orders[0] == orders[1]
+    assert "streamed" in orders[0]

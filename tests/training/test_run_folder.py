@@ -198,7 +198,7 @@ def test_what_json_cannot_hold_is_one_line(tmp_path: Path) -> None:
         with run_folder(tmp_path / "lift", resume=False, overwrite=False) as folder:
             folder.start({"kind": float("nan")}, {})
 
-    with pytest.raises(CheckpointError, match="cannot write the run folder .*JSON"):
+    with pytest.raises(CheckpointError, match=r"cannot write the run folder .*JSON"):
         start()
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.training.order import Plan
+from cache_pipeline.training.sources.memory import fits, piece_rows
 from cache_pipeline.training.sources.source import SplitRows, take_rows
 
 READ_AHEAD, READERS = 4, 4
@@ -46,6 +47,17 @@ class DemoFrames(NamedTuple):
         runs = np.split(held, cuts)
         frames = [self._read_run(camera, int(run[0]), len(run)) for run in runs if len(run)]
         return np.concatenate(frames)[inverse.ravel()]
+
+    def load(self, camera: str, device: torch.device) -> Tensor:
+        """All frames, (N,H,W,3) uint8, read piece by piece into their place on the device."""
+        out = torch.empty(self.n_rows, *self.dataset.cameras[camera], dtype=torch.uint8, device=device)
+        step = piece_rows(len(out), out[:1].nbytes)
+        for demo, row in zip(self.demos, self.starts.tolist(), strict=True):
+            length = self.dataset.demos[demo].length
+            for start in range(0, length, step):
+                piece = torch.from_numpy(self.dataset.frames(demo, camera, start, min(length, start + step)))
+                out[row + start : row + start + len(piece)].copy_(piece)
+        return out
 
     def _read_run(self, camera: str, row: int, count: int) -> NDArray[np.uint8]:
         place = int(self._place(np.array([row]))[0])
@@ -90,7 +102,7 @@ class LiveSource:
         self._encode, self._hand_on_frames = encode, hand_on_frames
         self._splits = {False: train, True: valid}
         needed = frames.n_rows * sum(int(np.prod(frames.dataset.cameras[camera])) for camera in cameras)
-        kind = _ResidentFrames if needed <= budget else _ReadAheadFrames
+        kind = _ResidentFrames if fits(needed, budget) else _ReadAheadFrames
         self._frames: _Frames = kind(frames, self.cameras, device)
 
     def batches(self, plans: Iterable[Plan], *, valid: bool = False) -> Generator[Batch, None, None]:
@@ -123,8 +135,7 @@ class LiveSource:
 
 class _ResidentFrames:
     def __init__(self, frames: DemoFrames, cameras: Sequence[str], device: torch.device) -> None:
-        rows = np.arange(frames.n_rows)
-        self._frames = {camera: torch.from_numpy(frames.read(camera, rows)).to(device) for camera in cameras}
+        self._frames = {camera: frames.load(camera, device) for camera in cameras}
         self._device = device
 
     def batches(self, plans: Iterable[Plan], split: SplitRows) -> Iterator[tuple[Plan, dict[str, Tensor]]]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.training.order import Plan
+from cache_pipeline.training.sources.memory import PIECES, piece_rows
 from cache_pipeline.training.sources.source import SplitRows, take_rows
 
-PREPARED_AT_ONCE = 4096
+PREPARED_AT_ONCE = 4096  # rows, and a small share of all of them
 
 Prepare = Callable[[dict[str, Tensor]], Tensor]
 """Obs, ``{camera: features (B,To,…), low-dim key: (B,To,…)}``, to what a policy makes of them row by row, (B,To,n)."""
@@ -46,7 +47,7 @@ class ResidentSource:
     ) -> None:
         self._splits = {False: train, True: valid}
         self._n, self._views, self._device = len(numbers), views, device
-        self._features = {camera: _load(cache, camera, numbers, views).to(device) for camera in cameras}
+        self._features = {camera: _load(cache, camera, numbers, views, device) for camera in cameras}
         self._prepare: Prepare | None = None
 
     @property
@@ -89,7 +90,8 @@ class ResidentSource:
     def _prepared(self, prepare: Prepare, split: SplitRows) -> Tensor:
         """(views·N, n), in the order of the features."""
         prepared = None
-        for places in torch.split(torch.arange(self.n_rows, device=self._device), PREPARED_AT_ONCE):
+        at_once = min(PREPARED_AT_ONCE, max(1, self.n_rows // PIECES))
+        for places in torch.split(torch.arange(self.n_rows, device=self._device), at_once):
             part = prepare(self._obs(split, places[None] % self._n, places[None])).squeeze(0)
             if prepared is None:
                 prepared = part.new_empty(self.n_rows, part.shape[1])
@@ -98,7 +100,15 @@ class ResidentSource:
         return prepared
 
 
-def _load(cache: FeatureCache, camera: str, numbers: NDArray[np.int64], views: int) -> Tensor:
-    """(views·N, …): view after view."""
-    parts = [torch.from_numpy(cache.features(camera, numbers, view)) for view in range(views)]
-    return parts[0] if views == 1 else torch.cat(parts)
+def _load(
+    cache: FeatureCache, camera: str, numbers: NDArray[np.int64], views: int, device: torch.device | None = None
+) -> Tensor:
+    """(views·N, …): view after view, read piece by piece into their place on the device."""
+    count, shape, dtype = len(numbers), cache.cameras[camera].feature_shape, np.dtype(cache.manifest.dtype)
+    out = torch.empty(views * count, *shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=device)
+    step = piece_rows(len(out), out[:1].nbytes)
+    for view in range(views):
+        for start in range(0, count, step):
+            piece = torch.from_numpy(cache.features(camera, numbers[start : start + step], view))
+            out[view * count + start : view * count + start + len(piece)].copy_(piece)
+    return out
