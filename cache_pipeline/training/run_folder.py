@@ -6,6 +6,7 @@ replaces another one is written in a hidden folder beside it, marked too, and ta
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -30,6 +31,8 @@ MARKER = "unfinished.json"
 MARK = "a run folder that is being written or replaced"
 UNFINISHED: Literal["unfinished"] = "unfinished"
 REPLACED: Literal["replaced"] = "replaced"
+# Of file systems of clusters that are mounted without locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # What rollout and report add to a run.
 ROLLOUTS, REPORT = "rollouts", "report.html"
 
@@ -59,9 +62,9 @@ class RunFolder:
             self.path.mkdir(exist_ok=True)
             _mark(self.path, UNFINISHED, self.place)
             _remove_run(self.path)
+            write_json(self.path / RUN_JSON, value)
             for file, encoder in encoders.items():
                 save_encoder(encoder, self.path / file)
-            write_json(self.path / RUN_JSON, value)
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot write the run folder {self.place} ({error})") from error
 
@@ -69,6 +72,7 @@ class RunFolder:
         """Has to follow each checkpoint: the first one brings the run to its place. Returns ``path``."""
         if self.path != self.place:
             replaced = self._take_place()
+            self.path = self.place
             _unmark(self.path)
             if replaced is not None:
                 _clear_replaced(replaced, self.place)
@@ -77,18 +81,17 @@ class RunFolder:
 
     def _take_place(self) -> Path | None:
         """Lets the run and the one at its place change places; where the latter lies now."""
-        hidden, self.path = self.path, self.place
         if not self.place.exists():
-            os.rename(hidden, self.place)
+            os.rename(self.path, self.place)
             return None
         _mark(self.place, REPLACED, self.place)
-        if not exchange(hidden, self.place):
-            aside = _hidden(self.place)
-            os.rename(self.place, aside)
-            os.rename(hidden, self.place)
-            hidden = aside
+        replaced = self.path
+        if not exchange(self.path, self.place):
+            replaced = _hidden(self.place)
+            os.rename(self.place, replaced)
+            os.rename(self.path, self.place)
         sync_folder(self.place.parent)
-        return hidden
+        return replaced
 
     def give_up(self) -> None:
         """Removes a run that has not come to its place: it saved nothing, and the one there stays."""
@@ -114,7 +117,7 @@ def run_folder(out: Path, *, resume: bool, overwrite: bool, writes: bool = True)
     with ExitStack() as held:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            held.enter_context(writer_lock(place, RunLockedError))
+            _lock(place, held)
             _put_in_order(place)
             unsaved = _state(place) == UNFINISHED
             if not unsaved:
@@ -124,6 +127,15 @@ def run_folder(out: Path, *, resume: bool, overwrite: bool, writes: bool = True)
         folder = RunFolder(place, unsaved=unsaved)
         held.callback(folder.give_up)
         yield folder
+
+
+def _lock(place: Path, held: ExitStack) -> None:
+    try:
+        held.enter_context(writer_lock(place, RunLockedError))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning("%s lies on a file system without locks: let no other process write this run", place)
 
 
 def is_run(path: Path) -> bool:

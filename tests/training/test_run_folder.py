@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from collections.abc import Callable
 from dataclasses import replace
@@ -312,3 +314,34 @@ def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path, monkeypatc
     monkeypatch.setattr(os, "open", refused)
     with pytest.raises(CheckpointError, match="Permission denied"):
         write(tmp_path / "lift", 1)
+
+
+def test_a_file_system_without_locks_is_warned_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def none(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    write(tmp_path / "lift", 1)
+    assert "without locks" in caplog.text
+    assert mark_of(tmp_path / "lift") == 1
+
+
+def test_a_run_that_cannot_take_its_place_is_one_line_and_the_old_one_stays(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "lift", 1)
+
+    def busy(*args: Any) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder_module, "exchange", lambda one, other: False)
+        patch.setattr(os, "rename", busy)
+        with pytest.raises(CheckpointError, match="busy"):
+            write(tmp_path / "lift", 2, overwrite=True)
+    assert mark_of(tmp_path / "lift") == 1
+    write(tmp_path / "lift", 3, overwrite=True)
+    assert mark_of(tmp_path / "lift") == 3
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["lift"]
