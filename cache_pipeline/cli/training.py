@@ -281,14 +281,15 @@ def _emit(run: Callable[[], TrainResult], json: bool) -> None:
 def resuming_command() -> str:
     """This command line with --resume."""
     program, *words = sys.argv
-    if not program.endswith(".py"):
-        start = [Path(program).name]
-    elif "LOCAL_WORLD_SIZE" in os.environ:
+    named = ["-m", "cache_pipeline"] if Path(program).name == "__main__.py" else [program]
+    if "LOCAL_WORLD_SIZE" in os.environ:
         nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
         start = ["torchrun", *(["--nnodes", nodes] if nodes != "1" else [])]
-        start += ["--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], program]
+        start += ["--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], *named]
+    elif program.endswith(".py"):
+        start = ["python", *named]
     else:
-        start = ["python", program]
+        start = [Path(program).name]
     return shlex.join([*start, *(word for word in words if word not in ("--overwrite", "--resume")), "--resume"])
 
 

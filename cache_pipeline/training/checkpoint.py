@@ -94,10 +94,10 @@ class CheckpointFolder:
     Args:
         run: the run folder.
         keep_best: how many checkpoints with the least held-out action error are kept beside the latest.
-        saved: called after each save; where the run lies from then on.
+        saved: called after each save with its step; where the run lies from then on.
     """
 
-    def __init__(self, run: Path, keep_best: int, saved: Callable[[], Path] | None = None) -> None:
+    def __init__(self, run: Path, keep_best: int, saved: Callable[[int], Path] | None = None) -> None:
         self._run, self._keep, self._saved = run, keep_best, saved
         self._index = read_index(run)
 
@@ -140,7 +140,7 @@ class CheckpointFolder:
             place_folder(partial, folder / name)
             self._enter(name, step, error)
             if self._saved is not None:
-                self._run = self._saved()
+                self._run = self._saved(step)
         except (OSError, ValueError) as error_:
             raise CheckpointError(f"cannot save step {step} in {self._run} ({error_}); {self.kept()}") from error_
         finally:

@@ -129,7 +129,7 @@ class Journal:
         if self._folder is None or self._measure is None:
             return
         with self._clock_stopped():
-            error = self._evaluate(0)
+            error = self._evaluate(self._folder, 0)
             self.metrics[START_ERROR] = error
             if error is not None and self._folder.is_among_best(error):
                 self.checkpoint = self._folder.save(0, self._learner, self.metrics, self._carried._asdict(), error)

@@ -40,7 +40,7 @@ class MetricsLog:
 
     def __init__(self, run: Path, start: int, wandb: str | None = None, place: Path | None = None) -> None:
         self._path = run / CSV_NAME
-        rows = read_metrics(run) if start else []
+        rows = read_metrics(run)
         self._before = [row for row in rows if row["step"] <= start]
         self._later = [row for row in rows if row["step"] > start]
         try:

@@ -68,8 +68,13 @@ class RunFolder:
         except (OSError, ValueError) as error:
             raise CheckpointError(f"cannot write the run folder {self.place} ({error})") from error
 
-    def saved(self) -> Path:
-        """Has to follow each checkpoint: the first one brings the run to its place. Returns ``path``."""
+    def saved(self, step: int) -> Path:
+        """Has to follow each checkpoint: the first one brings the run to its place. Returns ``path``.
+
+        A checkpoint of step 0 holds what the run began with, and replaces nothing.
+        """
+        if self.path != self.place and step == 0:
+            return self.path
         if self.path != self.place:
             replaced = self._take_place()
             self.path = self.place

@@ -78,6 +78,7 @@ def test_a_run_that_replaces_another_one_is_resumed_not_replaced_again(
     [
         ("/usr/bin/cache-pipeline", {}, "cache-pipeline train"),
         ("cli.py", {}, "python cli.py train"),
+        ("/there/cache_pipeline/__main__.py", {}, "python -m cache_pipeline train"),
         ("cli.py", {"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "1"}, "torchrun --nproc-per-node 2 cli.py train"),
         ("cli.py", {"LOCAL_WORLD_SIZE": "2", "GROUP_WORLD_SIZE": "3"}, "torchrun --nnodes 3 --nproc-per-node 2 cli.py"),
     ],

@@ -204,6 +204,17 @@ def test_what_json_cannot_hold_is_one_line(tmp_path: Path) -> None:
         start()
 
 
+def test_what_a_run_begins_with_replaces_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "lift", 1)
+    value = read_run(tmp_path / "lift") | {"mark": 2}
+    with run_folder(tmp_path / "lift", resume=False, overwrite=True) as folder:
+        folder.start(value, {"encoder.safetensors": ENCODER})
+        checkpoints = CheckpointFolder(folder.path, 1, folder.saved)
+        for step, there in ((0, 1), (1, 2)):
+            assert checkpoints.save(step, FakeLearner(2), {}, {}, None).is_dir()
+            assert mark_of(tmp_path / "lift") == there
+
+
 def test_folders_that_only_look_like_ours_are_left_alone(tmp_path: Path) -> None:
     for name in (".lift.0123abcd.run", ".lift.old", "lift.new"):
         (tmp_path / name).mkdir()
