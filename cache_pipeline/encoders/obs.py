@@ -6,10 +6,12 @@ import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from cache_pipeline.errors import EncoderError, available
+from cache_pipeline.encoders.preprocess import RANGE_SLACK
+from cache_pipeline.errors import ConfigError, EncoderError, available
 
 
 class ObsShapes(NamedTuple):
@@ -54,36 +56,154 @@ def _image_size(key: str, shape: tuple[int, ...]) -> tuple[int, int]:
     raise EncoderError(f"shape_meta: {key} has the shape {shape}; an rgb obs is (3, H, W) or (H, W, 3)")
 
 
-def take(obs: Mapping[str, Tensor], key: str) -> Tensor:
-    """``obs[key]``; raises ``EncoderError`` with the keys that are there."""
-    if key not in obs:
-        raise EncoderError(f"the obs {key!r} is missing; {available(obs, key)}")
-    return torch.as_tensor(obs[key])
-
-
-def camera_frames(obs: Mapping[str, Tensor], camera: str, size: tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
-    """Frames of one camera as (M,H,W,3), and the leading dimensions (B,) or (B,T) that make up M.
-
-    Images are (…,3,H,W) or (…,H,W,3), uint8 or float on 0–1; ``size`` tells the layouts apart.
+def take(obs: Mapping[str, Any], key: str) -> Tensor:
+    """``obs[key]``, a NumPy array or anything else that torch takes, as a tensor.
 
     Raises:
-        EncoderError: the camera is missing, or its images have another shape.
+        EncoderError: the key is missing, or its values are not numbers.
+    """
+    if key not in obs:
+        raise EncoderError(f"the obs {key!r} is missing; {available(obs, key)}")
+    values = obs[key]
+    if isinstance(values, Tensor):
+        return values
+    try:
+        # torch takes no negative strides (images[..., ::-1]) and warns of memory that it may not write.
+        array = np.ascontiguousarray(values)
+        return torch.as_tensor(array if array.flags.writeable else array.copy())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise EncoderError(
+            f"{key}: the values are {type(values).__name__}, not numbers ({_first_line(error)}); "
+            "give a NumPy array or a tensor"
+        ) from error
+
+
+def camera_frames(obs: Mapping[str, Any], camera: str, size: tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
+    """Frames of one camera as (M,H,W,3), and the leading dimensions (B,) or (B,T) that make up M.
+
+    Images are NumPy arrays or tensors, (…,3,H,W) or (…,H,W,3), uint8 or any float on 0–1; frames are uint8 or float32.
+    ``size`` tells the layouts apart.
+
+    Raises:
+        EncoderError: the camera is missing, or its images have another shape, dtype or range.
     """
     images = take(obs, camera)
     height, width = size
     tail = tuple(images.shape[-3:])
     if images.dim() not in (4, 5) or tail not in ((3, height, width), (height, width, 3)):
         raise EncoderError(
-            f"{camera}: images have the shape {tuple(images.shape)}; (B,…) or (B,T,…) of {(3, height, width)} or "
-            f"{(height, width, 3)} are needed, as shape_meta says"
+            f"{camera}: images have the shape {tuple(images.shape)}; (B,…) or (B,T,…) of {(height, width, 3)} or "
+            f"{(3, height, width)} are needed{_shape_advice(tuple(images.shape), size)}"
         )
+    if images.dtype != torch.uint8:
+        images = images if images.dtype == torch.float32 else _as_float(images, camera)
+        _check_range(images, camera)
     leading, frames = tuple(images.shape[:-3]), images.reshape(-1, *tail)
     # 3×3 pixels fit both: floats come channels first, as from torchvision, and uint8 as it lies in a file.
     channels_first = tail == (3, height, width) and (tail != (height, width, 3) or images.is_floating_point())
     return (frames.permute(0, 2, 3, 1) if channels_first else frames), leading
 
 
-def low_dim_rows(obs: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+def _shape_advice(shape: tuple[int, ...], size: tuple[int, int]) -> str:
+    height, width = size
+    if len(shape) == 3:
+        return "; add the batch axis, as in images[None]"
+    for channels in (1, 4):
+        if shape[-3:] in ((height, width, channels), (channels, height, width)):
+            kind = "grey" if channels == 1 else "RGBA"
+            return f"; these are {kind} images, and the encoder takes RGB"
+    if len(shape) in (4, 5) and 3 in (shape[-1], shape[-3]):
+        return f"; resize them to {height}×{width}, the size of the frames in the data"
+    return ""
+
+
+def _as_float(images: Tensor, camera: str) -> Tensor:
+    if not images.is_floating_point():
+        kind = str(images.dtype).removeprefix("torch.")
+        raise EncoderError(f"{camera}: images are {kind}; give uint8 (0–255), or float on 0–1")
+    return images.float()
+
+
+def _check_range(images: Tensor, camera: str) -> None:
+    if not images.numel():
+        return
+    low, high = (float(value) for value in images.aminmax())
+    if low >= -RANGE_SLACK and high <= 1 + RANGE_SLACK:
+        return
+    if low >= 0 and 1 < high <= 255:
+        advice = "divide them by 255, or give them as uint8"
+    elif -1 - RANGE_SLACK <= low < 0 and high <= 1 + RANGE_SLACK:
+        advice = "map -1…1 to 0…1 by (images + 1) / 2"
+    else:
+        advice = "undo their normalisation, for the encoder does its own"
+    raise EncoderError(
+        f"{camera}: float images range from {low:.4g} to {high:.4g}, but float pixels lie on 0–1; {advice}"
+    )
+
+
+def acting_obs(
+    obs: Mapping[str, Any],
+    cameras: Mapping[str, tuple[int, int]],
+    features: Mapping[str, tuple[int, ...]],
+    low_dim: Mapping[str, tuple[int, ...]],
+    steps: int,
+) -> dict[str, Tensor]:
+    """Obs as a simulator or robot gives them, as a policy takes them; other keys are left out.
+
+    Args:
+        obs: by camera images as in :func:`camera_frames`, or features at the cut; by low-dim key numbers of any type.
+        cameras: camera → (H, W). features: camera → shape of a feature. low_dim: key → shape of one row.
+        steps: To.
+
+    Returns:
+        By camera (B,To,H,W,3) uint8 or float32 on 0–1, or (B,To,…) features; by low-dim key (B,To,…) float32.
+
+    Raises:
+        ConfigError: another number of obs steps.
+        EncoderError: a key is missing, or has another shape, dtype or range.
+    """
+    taken: dict[str, Tensor] = {}
+    for camera, (height, width) in cameras.items():
+        values = take(obs, camera)
+        if not is_frames(values, features[camera]):
+            taken[camera] = values
+            continue
+        frames, leading = camera_frames({camera: values}, camera, (height, width))
+        if len(leading) != 2:
+            raise EncoderError(
+                f"{camera}: images have the shape {tuple(values.shape)}, with no batch or no time axis; this policy "
+                f"takes (B, {steps}, {height}, {width}, 3): add the axis, as in images[None]"
+            )
+        taken[camera] = frames.reshape(*leading, height, width, 3)
+    for key, shape in low_dim.items():
+        values = take(obs, key)
+        if values.is_complex() or values.dim() < 2 or math.prod(values.shape[2:]) != math.prod(shape):
+            raise EncoderError(
+                f"{key}: low-dim obs have the shape {tuple(values.shape)}; (B, {steps}, {math.prod(shape)}) is needed"
+            )
+        taken[key] = values.reshape(*values.shape[:2], *shape).float()
+    for key, values in taken.items():
+        if values.shape[1] != steps:
+            raise ConfigError(f"{key} has {values.shape[1]} obs steps; this policy sees {steps}")
+    one_lead({key: tuple(values.shape[:2]) for key, values in taken.items()})
+    return taken
+
+
+def is_frames(values: Tensor, feature_shape: tuple[int, ...]) -> bool:
+    """Whether a camera's values are images, rather than features (…, *feature_shape) at the cut."""
+    tail = tuple(values.shape[values.dim() - len(feature_shape) :])
+    return values.dtype == torch.uint8 or not (
+        values.is_floating_point()
+        and values.dim() in (len(feature_shape) + 1, len(feature_shape) + 2)
+        and tail == tuple(feature_shape)
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+def low_dim_rows(obs: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
     """Values of one low-dim key as (M, n), and the leading dimensions (B,) or (B,T) that make up M.
 
     Raises:
@@ -92,7 +212,7 @@ def low_dim_rows(obs: Mapping[str, Tensor], key: str, shape: tuple[int, ...]) ->
     return _rows(take(obs, key), shape, key, "low-dim obs")
 
 
-def feature_rows(features: Mapping[str, Tensor], camera: str, shape: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
+def feature_rows(features: Mapping[str, Any], camera: str, shape: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
     """Features of one camera as (M, D) or (M, D, h, w), and the leading dimensions (B,) or (B,T) that make up M.
 
     Raises:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.image_encoder import ImageEncoder
+from cache_pipeline.encoders.obs import acting_obs, is_frames
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import CheckpointError, ConfigError, available
 from cache_pipeline.policies.robomimic_bridge import (
@@ -110,16 +111,19 @@ class RobomimicPolicy:
         self.algo.set_train()
 
     @torch.no_grad()
-    def act(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
+    def act(self, obs: Mapping[str, Any], generator: torch.Generator | None = None) -> Tensor:
         """The action (B,1,A) for the last obs step.
 
         Args:
-            obs: ``{camera: uint8 (B,To,H,W,3)}`` or features at the cut, and ``{low-dim key: (B,To,…)}``.
+            obs: NumPy arrays or tensors: by camera images (B,To,H,W,3) or (B,To,3,H,W), uint8 or float on 0–1, or
+                features at the cut; by low-dim key (B,To,…) of any number type. Other keys are not looked at.
             generator: of what the policy draws; torch's own by default.
 
         Raises:
-            ConfigError: a key is missing or has another number of steps.
+            ConfigError: another number of steps.
+            EncoderError: a key is missing, or has another shape, dtype or range.
         """
+        obs = acting_obs(obs, self.cameras, self._features, self.low_dim, self.obs_horizon)
         seen = self.prepare(obs, self.obs_horizon)
         batch = len(next(iter(seen.values())))
         if batch != self._last_batch:
@@ -196,7 +200,7 @@ class RobomimicPolicy:
         return actions
 
     def _encoded(self, key: str, values: Tensor) -> Tensor:
-        if key not in self._features or values.dtype != torch.uint8:
+        if key not in self._features or not is_frames(values, self._features[key]):
             return values
         if key not in self._frozen:
             preprocess = Preprocess.from_json(self._spec.preprocess[key])

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cache_pipeline.encoders.frozen import FrozenEncoder
-from cache_pipeline.encoders.obs import camera_frames
+from cache_pipeline.encoders.obs import acting_obs, camera_frames, is_frames
 from cache_pipeline.encoders.obs_encoder import MultiImageObsEncoder
 from cache_pipeline.encoders.preprocess import preprocess
 from cache_pipeline.encoders.views import ViewSpec
@@ -180,23 +180,21 @@ class VisuomotorPolicy(nn.Module):
 
     @torch.no_grad()
     def act(
-        self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None, *, noise: Tensor | None = None
+        self, obs: Mapping[str, Any], generator: torch.Generator | None = None, *, noise: Tensor | None = None
     ) -> Tensor:
         """Actions (B,Ta,A) in the units of the dataset, for the steps from the last obs on.
 
         Args:
-            obs: ``{camera: uint8 (B,To,H,W,3)}`` or features at the cut, and ``{low-dim key: (B,To,…)}``; other keys
-                are not looked at.
+            obs: NumPy arrays or tensors: by camera images (B,To,H,W,3) or (B,To,3,H,W), uint8 or float on 0–1, or
+                features at the cut; by low-dim key (B,To,…) of any number type. Other keys are not looked at.
             generator: of the policy's noise; torch's own by default.
             noise: (B, *noise_shape) in place of drawn noise; the actions are then a function of ``obs`` and it.
 
         Raises:
             ConfigError: another number of obs steps, or noise of another shape or for a policy that takes none.
-            EncoderError: a key is missing or has another shape.
+            EncoderError: a key is missing, or has another shape, dtype or range.
         """
-        for key in (*self.cameras, *self.low_dim):
-            if key in obs and obs[key].shape[1] != self.obs_horizon:
-                raise ConfigError(f"{key} has {obs[key].shape[1]} obs steps; this policy sees {self.obs_horizon}")
+        obs = acting_obs(obs, self.cameras, self.obs_encoder.feature_shapes, self.low_dim, self.obs_horizon)
         if noise is not None and tuple(noise.shape[1:]) != self.noise_shape:
             wanted = "none" if self.noise_shape is None else f"(B, {', '.join(map(str, self.noise_shape))})"
             raise ConfigError(f"noise has the shape {tuple(noise.shape)}; this policy takes {wanted}")
@@ -247,9 +245,9 @@ class VisuomotorPolicy(nn.Module):
         return self._disturbed(self.inputs(rows), draws), leading
 
     def _features(self, obs: Mapping[str, Tensor], draws: Draws) -> Mapping[str, Tensor]:
-        if not any(camera in obs and obs[camera].dtype == torch.uint8 for camera in self.cameras):
-            return obs
-        return {camera: self._encoded(camera, obs, draws) for camera in self.cameras}
+        shapes = self.obs_encoder.feature_shapes
+        seen = [camera for camera in self.cameras if camera in obs and is_frames(obs[camera], shapes[camera])]
+        return {**obs, **{camera: self._encoded(camera, obs, draws) for camera in seen}} if seen else obs
 
     def _encoded(self, camera: str, obs: Mapping[str, Tensor], draws: Draws) -> Tensor:
         frames, leading = camera_frames(obs, camera, self.cameras[camera])

@@ -20,7 +20,7 @@ from training_runs import extracted, losses
 from cache_pipeline.cache.export import export_robomimic, feature_key
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
-from cache_pipeline.errors import CheckpointError, ConfigError
+from cache_pipeline.errors import CheckpointError, ConfigError, EncoderError
 from cache_pipeline.policies.robomimic_bridge import ALGORITHMS
 from cache_pipeline.training import robomimic as module
 from cache_pipeline.training.checkpoint import find_checkpoint, inspect_run, load_policy
@@ -222,6 +222,21 @@ def test_a_recurrent_policy_remembers_within_an_episode_and_forgets_at_its_start
     assert torch.equal(policy.act(part(obs, 0, 1)), first)
     policy.start_episode()
     assert not torch.equal(policy.act(part(obs, 1, 2)), second)
+
+
+def test_images_of_every_kind_give_the_same_action_and_others_are_told(
+    cache: Path, dataset: Path, tmp_path: Path
+) -> None:
+    result = train(config(tmp_path / "run", cache, small(tmp_path / "mine.json", "bc")), progress=False)
+    policy, obs = load_policy(result.run), frames_of(dataset, 0, 0, 1)
+    expected = policy.act(obs)
+    as_numpy = {key: np.asarray(value) for key, value in obs.items()}
+    as_float = {key: value / 255 if key in CAMERAS else value.astype(np.float64) for key, value in as_numpy.items()}
+    first = {key: np.moveaxis(value, -1, -3) if key in CAMERAS else value for key, value in as_float.items()}
+    for given in (as_numpy, as_float, first):
+        torch.testing.assert_close(policy.act(given), expected, atol=1e-5, rtol=0)
+    with pytest.raises(EncoderError, match="divide them by 255"):
+        policy.act({key: value.astype(np.float32) for key, value in as_numpy.items()})
 
 
 def test_the_held_out_error_of_a_recurrent_policy_is_that_of_its_own_steps(
