@@ -8,6 +8,7 @@ from typing import Any, Literal, NamedTuple
 from cache_pipeline.cache.folder import folder_bytes
 from cache_pipeline.cache.ledger import read_record
 from cache_pipeline.cache.manifest import Manifest, is_cache, read_manifest, read_pending
+from cache_pipeline.cache.stillness import still_cameras
 from cache_pipeline.errors import CorruptCacheError, IncompleteCacheError, NotACacheError
 
 State = Literal["complete", "incomplete", "corrupt"]
@@ -23,6 +24,7 @@ class CacheSummary(NamedTuple):
         bytes: of all files.
         dead_rows: rows that ``cache compact`` gives back.
         manifest: of the complete cache, or what an unfinished one is to become; None when it cannot be read.
+        notes: what is odd and allowed, such as a camera that is black through a demo.
     """
 
     path: str
@@ -33,10 +35,16 @@ class CacheSummary(NamedTuple):
     bytes: int
     dead_rows: int
     manifest: Manifest | None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def problems(self) -> tuple[str, ...]:
+        """What makes the cache unsound; an unfinished extension does not, for what was there is whole."""
+        return () if self.state == "complete" else (self.problem,)
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object: state, sizes, cameras with their identity, demos."""
-        value: dict[str, Any] = {**self._asdict(), "kind": "cache"}
+        value: dict[str, Any] = {**self._asdict(), "notes": list(self.notes), "kind": "cache"}
         manifest = value.pop("manifest")
         if manifest is None:
             return value
@@ -75,7 +83,7 @@ class CacheSummary(NamedTuple):
             lines.append(f"  {self.units_done} of {self.units} units are done")
         if self.manifest is not None:
             lines += [f"  {line}" for line in _manifest_lines(self.manifest, self.dead_rows)]
-        return lines
+        return [*lines, *(f"  note: {note}" for note in self.notes)]
 
 
 def inspect_cache(path: str | Path) -> CacheSummary:
@@ -106,7 +114,8 @@ def inspect_cache(path: str | Path) -> CacheSummary:
         problem = "units are missing from the ledger; run the extract-features command again to make them anew"
     shown = manifest or target
     dead = _dead_rows(manifest) if manifest else 0
-    return CacheSummary(str(path), state, problem, done, len(units), folder_bytes(path), dead, shown)
+    notes = still_cameras(path, manifest) if manifest and state == "complete" else ()
+    return CacheSummary(str(path), state, problem, done, len(units), folder_bytes(path), dead, shown, notes)
 
 
 def _dead_rows(manifest: Manifest) -> int:

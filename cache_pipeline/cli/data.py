@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cache_pipeline.cli import options as o
 from cache_pipeline.errors import CheckFailedError, ConfigError
+
+if TYPE_CHECKING:
+    from cache_pipeline.reports.inspection import Inspection
 
 cache_app = typer.Typer(help="Look after a cache.", no_args_is_help=True)
 
@@ -105,7 +108,7 @@ def inspect(
     ] = None,
     json: o.Json = False,
 ) -> None:
-    """Say what a dataset, a cache or a run holds, and whether it is sound."""
+    """Say what a dataset, a cache or a run holds, and whether it is sound; exit 3 when it is not."""
     from cache_pipeline.reports.inspection import inspect_path
 
     if views is not None:
@@ -114,8 +117,15 @@ def inspect(
         sheet = write_view_sheet(path, views)
         o.emit(json, {"picture": str(sheet)}, [f"picture: {sheet}"])
         return
-    summary = inspect_path(path)
-    o.emit(json, summary.to_json(), summary.lines())
+    _tell(path, inspect_path(path), json)
+
+
+def _tell(path: Path, found: Inspection, json: bool) -> None:
+    """Prints what was found; exits with 3 where it is not sound."""
+    o.emit(json, found.to_json(), found.lines())
+    if found.problems:
+        more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
+        raise CheckFailedError(f"{path} is not sound: {found.problems[0]}{more}")
 
 
 def verify(
@@ -156,11 +166,12 @@ def verify(
 
 @cache_app.command("inspect")
 def cache_inspect(path: Annotated[Path, typer.Argument(help="A cache.")], json: o.Json = False) -> None:
-    """Say what a cache holds, what made it and whether it is complete."""
+    """Say what a cache holds, what made it and whether it is complete; exit 3 when it is not."""
     from cache_pipeline.cache.summary import inspect_cache
+    from cache_pipeline.reports.inspection import Inspection
 
     summary = inspect_cache(path)
-    o.emit(json, summary.to_json(), summary.lines())
+    _tell(path, Inspection(summary, summary.problems), json)
 
 
 @cache_app.command("compact")

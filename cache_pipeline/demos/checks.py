@@ -5,16 +5,19 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import h5py
 import numpy as np
 
-from cache_pipeline.demos.hdf5 import READ_ERRORS, ArrayInfo, DemoInfo, FileInfo
+from cache_pipeline.demos.choice import Choice, choose_from
+from cache_pipeline.demos.hdf5 import READ_ERRORS, ArrayInfo, DemoInfo, FileInfo, demo_order
 from cache_pipeline.errors import DatasetError, available
 
-PROPRIOCEPTION = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos")
+# Of every arm: robot0_eef_pos, robot1_eef_pos, robot0_right_eef_pos, left_eef_pos, eef_pos.
+PROPRIOCEPTION = re.compile(r"((?:robot\d+_)?(?:left_|right_)?)(eef_pos|eef_quat|gripper_q?pos)")
 PRIVILEGED = "object"
 
 
@@ -36,13 +39,28 @@ def find_low_dim(demos: Iterable[DemoInfo]) -> tuple[str, ...]:
 
 
 def default_low_dim(demos: Iterable[DemoInfo], with_cameras: bool) -> tuple[str, ...]:
-    """The keys of robomimic's own configs that are there, else every low-dim key.
+    """Position, orientation and gripper of every arm as robomimic and robosuite name them, else every low-dim key.
 
     ``object`` is what a camera has to find out for itself: beside cameras it is left out, alone it is taken.
     """
     found = [key for key in find_low_dim(demos) if key != PRIVILEGED or not with_cameras]
-    usual = [key for key in (*PROPRIOCEPTION, PRIVILEGED) if key in found]
-    return tuple(usual if set(usual) & set(PROPRIOCEPTION) else found)
+    arms = {key: match.groups() for key in found if (match := PROPRIOCEPTION.fullmatch(key))}
+    usual = sorted(arms, key=lambda key: (demo_order(arms[key][0]), arms[key][1]))
+    return tuple([*usual, *(key for key in found if key == PRIVILEGED)] if usual else found)
+
+
+def choice_of(demos: Sequence[DemoInfo], wanted: Wanted) -> Choice:
+    """What is taken of demos, and what is left out."""
+    cameras, low_dim = find_cameras(demos), find_low_dim(demos)
+    everything = sorted({key for demo in demos for key in demo.obs})
+    return Choice(
+        wanted.cameras,
+        wanted.low_dim,
+        choose_from(cameras, wanted.cameras),
+        choose_from(low_dim, wanted.low_dim),
+        choose_from(everything, (*cameras, *low_dim, *wanted.low_dim)),
+        tuple(sorted({key for demo in demos for key in demo.other_actions})),
+    )
 
 
 def select_demos(info: FileInfo, filter_key: str | None) -> tuple[DemoInfo, ...]:
@@ -66,6 +84,12 @@ def select_demos(info: FileInfo, filter_key: str | None) -> tuple[DemoInfo, ...]
     if not present:
         raise DatasetError(f"filter key {filter_key!r} of {info.path} names no demos; {available(info.masks)}")
     return tuple(demo for demo in info.demos if demo.name in present)
+
+
+def skipped_demos(info: FileInfo) -> str:
+    """One sentence that names the demos without steps."""
+    names = ", ".join(info.empty[:5]) + (", …" if len(info.empty) > 5 else "")
+    return f"{len(info.empty)} of {len(info.empty) + len(info.demos)} demos have no steps and are skipped ({names})"
 
 
 def structure_problems(demos: Sequence[DemoInfo], wanted: Wanted) -> Iterator[str]:
@@ -99,8 +123,8 @@ def _obs_problems(demo: DemoInfo, key: str, kind: str) -> Iterator[str]:
         yield f"{demo.name} lacks the {kind} {key!r}; {available(demo.obs, key)}"
     elif kind == "camera" and not info.is_image:
         yield f"{demo.name}: obs/{key} is {info}; a camera must be uint8 (T, H, W, 3){_image_advice(info)}"
-    elif kind != "camera" and not info.is_low_dim:
-        yield f"{demo.name}: obs/{key} is {info}; a low-dim key must be numbers (T, width)"
+    elif kind != "camera" and not info.is_numbers:
+        yield f"{demo.name}: obs/{key} is {info}; a low-dim key must be numbers (T, …) and no image"
     elif info.shape[0] != demo.length:
         yield f"{demo.name}: obs/{key} has {info.shape[0]} frames, but there are {demo.length} actions"
     elif 0 in info.shape[1:]:
@@ -117,11 +141,16 @@ def _image_advice(info: ArrayInfo) -> str:
     return ""
 
 
-def unused_images(demos: Iterable[DemoInfo]) -> Iterator[str]:
-    """Obs that look like rgb images of a wrong type or order: found as no camera, so they would be left out unsaid."""
+def unused_images(demos: Sequence[DemoInfo]) -> Iterator[str]:
+    """Obs that look like rgb images of a wrong type or order, and are therefore no cameras.
+
+    Beside cameras, floats may well be normals, and are left out with the rest; bytes with channels first are images.
+    """
+    beside_cameras = bool(find_cameras(demos))
     for demo in demos:
         for key, info in demo.obs.items():
-            if len(info.shape) == 4 and not info.is_image and 3 in (info.shape[1], info.shape[3]):
+            meant = not beside_cameras or (info.dtype == np.uint8 and info.shape[1:2] == (3,))
+            if meant and len(info.shape) == 4 and not info.is_image and 3 in (info.shape[1], info.shape[3]):
                 yield (
                     f"{demo.name}: obs/{key} is {info}, not uint8 (T, H, W, 3){_image_advice(info)}, "
                     "or name the cameras to be used"

@@ -7,6 +7,8 @@ dataset.rows(0)["actions"]                  # (T, 7) float32
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,18 +24,22 @@ import numpy as np
 from cache_pipeline.demos.checks import (
     Wanted,
     agreement_problems,
+    choice_of,
     content_problems,
     default_low_dim,
     find_cameras,
     find_low_dim,
     read_numbers,
     select_demos,
+    skipped_demos,
     structure_problems,
     unused_images,
 )
 from cache_pipeline.demos.frames import INFLATE_THREADS, start_reading
 from cache_pipeline.demos.hdf5 import DemoInfo, FileInfo, damage_told, open_file, scan_file
 from cache_pipeline.errors import DatasetError, available
+
+logger = logging.getLogger("cache_pipeline")
 
 Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
@@ -63,8 +69,9 @@ class Dataset:
         files: the files, in the order given.
         demos: in numeric order, file by file.
         cameras: name → (H, W, 3).
-        low_dim: key → shape per step; a plain number per step counts as one of width 1.
+        low_dim: key → (width,): what has more axes per step is flattened, as robomimic's networks do.
         action_dim: A.
+        choice: what was taken of the files and what was left out.
         masks: filter key → indices into ``demos``, for the keys that every file has and whose demos are all here.
         env_args, render_flags: the files' JSON attributes where all files agree, else ``None``.
     """
@@ -74,7 +81,8 @@ class Dataset:
         self.demos = tuple(Demo(i, demo.name, demo.length) for i, demos in enumerate(chosen) for demo in demos)
         first = chosen[0][0]
         self.cameras = {camera: _image_size(first.obs[camera].shape) for camera in wanted.cameras}
-        self.low_dim = {key: first.obs[key].shape[1:] or (1,) for key in wanted.low_dim}
+        self.low_dim = {key: (math.prod(first.obs[key].shape[1:]),) for key in wanted.low_dim}
+        self.choice = choice_of(list(chain.from_iterable(chosen)), wanted)
         self.action_dim: int = first.arrays["actions"].shape[1]
         self.masks = _combine_masks(infos, self.demos)
         self.env_args: dict[str, Any] | None = _common([info.env_args for info in infos])
@@ -95,14 +103,18 @@ class Dataset:
         Args:
             paths: one path or several; several must have the same cameras, keys and action dim.
             cameras: rgb obs keys; by default every obs that is uint8 (T, H, W, 3). ``()`` reads no images.
-            low_dim_keys: by default ``robot0_eef_pos``, ``robot0_eef_quat`` and ``robot0_gripper_qpos`` as far as they
-                are there, else every low-dim key. ``object`` is privileged: it is left out beside cameras.
+            low_dim_keys: by default position, orientation and gripper of every arm (``robot0_eef_pos``,
+                ``robot0_eef_quat``, ``robot0_gripper_qpos``, …) as far as they are there, else every low-dim key.
+                ``object`` is privileged: it is left out beside cameras.
             filter_key: take only the demos of this key of each file's ``mask`` group; by default every demo.
 
         Raises:
             DatasetError: the first thing found wrong.
         """
         infos = [scan_file(path) for path in distinct_paths(paths)]
+        for info in infos:
+            if info.empty:
+                logger.warning("%s: %s", info.path, skipped_demos(info))
         chosen = [select_demos(info, filter_key) for info in infos]
         demos = list(chain.from_iterable(chosen))
         wanted = _choose(infos, demos, cameras, low_dim_keys)

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ from cache_pipeline.errors import DatasetError
 # What h5py raises for damaged objects, broken links and types that NumPy does not have.
 READ_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError)
 STEP_ARRAYS = ("actions", "rewards", "dones")
+# Arrays of more than one axis per step are taken as low-dim without being named up to this many numbers: poses and
+# key points, not depth images.
+MOST_FLAT = 256
 
 
 class ArrayInfo(NamedTuple):
@@ -41,9 +45,25 @@ class ArrayInfo(NamedTuple):
         return self.dtype == np.uint8 and len(self.shape) == 4 and self.shape[-1] == 3
 
     @property
+    def is_picture(self) -> bool:
+        """Whether it has the shape of images, (T, H, W, channels) or (T, channels, H, W)."""
+        return len(self.shape) == 4 and (self.shape[-1] in (1, 3, 4) or self.shape[1] in (1, 3, 4))
+
+    @property
+    def is_numbers(self) -> bool:
+        """Whether it is numbers per step that are no rgb image: what can be a low-dim key when named."""
+        return self.dtype.kind in "fiub" and len(self.shape) >= 1 and not self.is_image
+
+    @property
     def is_low_dim(self) -> bool:
-        """Whether it is a number or a row of numbers per step."""
-        return self.dtype.kind in "fiub" and len(self.shape) in (1, 2)
+        """Whether it is a number, a row or a small block of numbers per step; blocks are flattened to rows."""
+        flat = len(self.shape) <= 2 or (not self.is_picture and self.width <= MOST_FLAT)
+        return self.is_numbers and flat
+
+    @property
+    def width(self) -> int:
+        """Numbers per step."""
+        return math.prod(self.shape[1:])
 
     def __str__(self) -> str:
         return f"{self.dtype} ({', '.join(map(str, self.shape))})"
@@ -55,6 +75,8 @@ class DemoInfo(NamedTuple):
     name: str
     arrays: dict[str, ArrayInfo]
     num_samples: int | None
+    other_actions: tuple[str, ...] = ()
+    """Arrays and groups beside ``actions`` that hold actions by their name, such as ``actions_abs``."""
 
     @property
     def obs(self) -> dict[str, ArrayInfo]:
@@ -67,9 +89,17 @@ class DemoInfo(NamedTuple):
         actions = self.arrays.get("actions")
         return actions.shape[0] if actions is not None and actions.shape else 0
 
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing in it: no array has a step."""
+        return all(info.shape[:1] == (0,) for info in self.arrays.values())
+
 
 class FileInfo(NamedTuple):
-    """One file: demos in numeric order, filter keys as they stand, unreadable items, odd items."""
+    """One file: demos in numeric order, filter keys as they stand, unreadable items, odd items.
+
+    ``empty`` names demos without steps; they are in neither ``demos`` nor ``masks``.
+    """
 
     path: Path
     size: int
@@ -81,6 +111,7 @@ class FileInfo(NamedTuple):
     total: int | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    empty: tuple[str, ...] = ()
 
     def present(self, key: str) -> tuple[str, ...]:
         """The demos of a filter key that are in the file, in the order of the demos."""
@@ -168,18 +199,27 @@ def scan_file(path: str | Path) -> FileInfo:
                 problems.append(f"{name}: data/{name} is no group, so it is no demo")
         if not demos:
             raise DatasetError(f"{path} holds no demos: its group 'data' is empty; collect demos first")
+        empty = tuple(demo.name for demo in demos if demo.empty and not _told(demo, problems))
+        if len(empty) == len(demos):
+            raise DatasetError(f"{path} holds no steps: all of its {len(demos)} demos are empty; collect demos first")
         return FileInfo(
             path=path,
             size=stat.st_size,
             mtime_ns=stat.st_mtime_ns,
-            demos=tuple(demos),
-            masks=_scan_masks(file, notes),
+            demos=tuple(demo for demo in demos if demo.name not in empty),
+            masks=_scan_masks(file, set(empty), notes),
             env_args=_json_attribute(data, "env_args", notes),
             render_flags=_json_attribute(data, "render_flags", notes),
             total=_int_attribute(data, "total"),
             problems=tuple(problems),
             notes=tuple(notes),
+            empty=empty,
         )
+
+
+def _told(demo: DemoInfo, problems: list[str]) -> bool:
+    """Whether arrays of the demo could not be read: it is damaged rather than empty."""
+    return any(problem.startswith(f"{demo.name}: ") for problem in problems)
 
 
 def _get(group: h5py.Group, name: str) -> Any:
@@ -201,7 +241,8 @@ def _scan_demo(group: h5py.Group, name: str, problems: list[str]) -> DemoInfo:
                 arrays[path] = _scan_array(item)
         except READ_ERRORS as error:
             problems.append(f"{name}: {path} cannot be read ({error})")
-    return DemoInfo(name, arrays, _int_attribute(group, "num_samples"))
+    others = tuple(key for key in group if "action" in key and key != "actions")
+    return DemoInfo(name, arrays, _int_attribute(group, "num_samples"), others)
 
 
 def _scan_array(item: h5py.Dataset) -> ArrayInfo:
@@ -220,7 +261,7 @@ def _scan_array(item: h5py.Dataset) -> ArrayInfo:
     return ArrayInfo(shape, item.dtype, chunks, compression, stored, bool(written))
 
 
-def _scan_masks(file: h5py.File, notes: list[str]) -> dict[str, tuple[str, ...]]:
+def _scan_masks(file: h5py.File, empty: set[str], notes: list[str]) -> dict[str, tuple[str, ...]]:
     group = _get(file, "mask")
     if not isinstance(group, h5py.Group):
         return {}
@@ -231,7 +272,7 @@ def _scan_masks(file: h5py.File, notes: list[str]) -> dict[str, tuple[str, ...]]
             if members.ndim != 1:
                 raise ValueError(f"its shape is {members.shape}, not a list of names")
             names = [name.decode() if isinstance(name, bytes) else str(name) for name in members.tolist()]
-            masks[key] = tuple(sorted(set(names), key=demo_order))
+            masks[key] = tuple(sorted(set(names) - empty, key=demo_order))
         except (*READ_ERRORS, AttributeError) as error:
             notes.append(f"filter key {key!r} cannot be read and is left out: {error}")
     return masks

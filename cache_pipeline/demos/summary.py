@@ -13,6 +13,7 @@ import numpy as np
 from cache_pipeline.demos import checks
 from cache_pipeline.demos.dataset import Paths, distinct_paths
 from cache_pipeline.demos.hdf5 import READ_ERRORS, DemoInfo, FileInfo, open_file, scan_file
+from cache_pipeline.demos.stillness import still_cameras
 
 SHOWN = 12
 
@@ -107,6 +108,11 @@ class DatasetSummary:
         """Whether ``Dataset.open`` takes the files."""
         return not self.problems and not any(file.problems for file in self.files)
 
+    @property
+    def all_problems(self) -> tuple[str, ...]:
+        """Those of the files, each with its path, and those between files."""
+        return (*(f"{file.path}: {problem}" for file in self.files for problem in file.problems), *self.problems)
+
     def to_json(self) -> dict[str, Any]:
         """JSON values, no NaN."""
         return {"sound": self.sound, "demos": self.demos, "steps": self.steps, **dataclasses.asdict(self)}
@@ -121,7 +127,7 @@ class DatasetSummary:
 
 
 def inspect_dataset(paths: Paths) -> DatasetSummary:
-    """Looks at everything but the pixels of one or several robomimic files.
+    """Looks at everything but the pixels of one or several robomimic files, and at two frames of each demo.
 
     Raises:
         DatasetError: a file cannot be opened as HDF5 or has no demos; all else that is wrong is told in the result.
@@ -164,7 +170,15 @@ def _summarise(info: FileInfo, wanted: checks.Wanted) -> FileSummary:
         env_args=info.env_args,
         render_flags=info.render_flags,
         problems=tuple(problems),
-        notes=(*info.notes, *_metadata_notes(info), *_numbering_notes(info), *_action_notes(actions), *optional),
+        notes=(
+            *info.notes,
+            *([checks.skipped_demos(info)] if info.empty else []),
+            *_still_notes(info, wanted),
+            *_metadata_notes(info),
+            *_numbering_notes(info),
+            *_action_notes(actions),
+            *optional,
+        ),
     )
 
 
@@ -192,6 +206,11 @@ def _camera_line(name: str, camera: CameraSummary) -> str:
 def _low_dim_width(key: str, demos: Iterable[DemoInfo]) -> int:
     shape = next(info.shape for demo in demos if (info := demo.obs.get(key)) is not None and info.is_low_dim)
     return int(np.prod(shape[1:], dtype=np.int64))
+
+
+def _still_notes(info: FileInfo, wanted: checks.Wanted) -> list[str]:
+    with open_file(info.path) as file:
+        return list(still_cameras(file, info.demos, wanted.cameras))
 
 
 def _action_summary(info: FileInfo) -> ActionSummary | None:

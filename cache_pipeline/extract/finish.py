@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
@@ -9,11 +10,14 @@ from numpy.typing import NDArray
 
 from cache_pipeline.cache.arrays import StoredArray, array_names
 from cache_pipeline.cache.manifest import DemoRows, Manifest
+from cache_pipeline.cache.stillness import still_cameras
 from cache_pipeline.errors import DatasetError
 from cache_pipeline.extract.matching import array_digest
 from cache_pipeline.extract.prepare import Prepared
 from cache_pipeline.extract.units import UnitCheck
 from cache_pipeline.files import digest
+
+logger = logging.getLogger("cache_pipeline")
 
 
 def is_up_to_date(prepared: Prepared) -> bool:
@@ -34,6 +38,8 @@ def finish(prepared: Prepared, metadata: dict[str, str]) -> Manifest:
     _check_sources(prepared)
     units = _recorded_units(prepared)
     demos = _with_digests(prepared)
+    for sentence in still_cameras(prepared.path, prepared.manifest):
+        logger.warning("%s; a policy learns from frames that show nothing: render them again", sentence)
     return replace(prepared.manifest, demos=demos, units=units, metadata=metadata)
 
 

@@ -72,6 +72,8 @@ def prepare(config: ExtractConfig, *, change: bool = True) -> Prepared:
     with ThreadPoolExecutor(1, thread_name_prefix="build") as background:
         building = background.submit(build_encoders, config)
         dataset = _open_dataset(config, old)
+    for line in dataset.choice.lines():
+        logger.info("%s", line)
     check_names(config, dataset)
     encoders = for_cameras(building.result(), config, dataset, old or pending)
     pending = _check_stale(config, path, old, pending, encoders, change=change)

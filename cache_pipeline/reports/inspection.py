@@ -1,11 +1,12 @@
-"""What lies at a path: a dataset, a cache or a run."""
+"""What lies at a path, a dataset, a cache or a run, and whether it is sound."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from cache_pipeline.errors import DatasetError
+from cache_pipeline.errors import CheckpointError, DatasetError
 
 
 class Summary(Protocol):
@@ -16,24 +17,108 @@ class Summary(Protocol):
     def lines(self) -> list[str]: ...
 
 
-def inspect_path(path: Path) -> Summary:
-    """Summarises the dataset, cache or run at ``path``.
+class Broken(NamedTuple):
+    """Something too damaged to be summarised."""
+
+    path: str
+    kind: str
+    problem: str
+
+    def to_json(self) -> dict[str, Any]:
+        return {"path": self.path, "kind": self.kind}
+
+    def lines(self) -> list[str]:
+        """For people."""
+        return [f"{self.kind} {self.path}", f"  PROBLEM  {self.problem}"]
+
+
+class Inspection(NamedTuple):
+    """A summary, and what makes its subject unsound: nothing when it is sound."""
+
+    summary: Summary
+    problems: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The summary's fields, with ``sound`` and ``problems``."""
+        return {**self.summary.to_json(), "sound": not self.problems, "problems": list(self.problems)}
+
+    def lines(self) -> list[str]:
+        """The summary's lines."""
+        return self.summary.lines()
+
+
+def inspect_path(path: Path) -> Inspection:
+    """Summarises the dataset, cache or run at ``path``; what is wrong with it is told, not raised.
 
     Raises:
         DatasetError: nothing is there, or it is none of the three.
     """
     if path.is_dir():
         if any((path / name).exists() for name in ("run.json", "checkpoint.json")):
-            from cache_pipeline.training.checkpoint import inspect_run
-
-            return inspect_run(path)
+            return _inspect_run(path)
         if any((path / name).exists() for name in ("manifest.json", "ledger", "zarr.json")):
             from cache_pipeline.cache.summary import inspect_cache
 
-            return inspect_cache(path)
+            cache = inspect_cache(path)
+            return Inspection(cache, cache.problems)
         raise DatasetError(
             f"{path}: neither a cache nor a run; give a robomimic .hdf5 file, a cache folder or a run folder"
         )
-    from cache_pipeline.demos.summary import inspect_dataset
+    return _inspect_dataset(path)
 
-    return inspect_dataset((path,))
+
+def _inspect_dataset(path: Path) -> Inspection:
+    from cache_pipeline.demos.summary import holds_dataset, inspect_dataset
+
+    try:
+        dataset = inspect_dataset((path,))
+    except DatasetError as error:
+        if not holds_dataset(path):
+            raise
+        return Inspection(Broken(str(path), "dataset", str(error)), (str(error),))
+    return Inspection(dataset, dataset.all_problems)
+
+
+def _inspect_run(path: Path) -> Inspection:
+    from cache_pipeline.training.checkpoint import inspect_run
+
+    try:
+        summary = inspect_run(path)
+    except CheckpointError as error:
+        return Inspection(Broken(str(path), "run", str(error)), (str(error),))
+    names = dict.fromkeys([*summary.best, *([summary.latest] if summary.latest else [])])
+    problems = tuple(_run_problems(summary.run, list(names)))
+    return Inspection(_Told(summary, problems), problems)
+
+
+class _Told(NamedTuple):
+    """A summary with the problems that it does not tell itself."""
+
+    summary: Summary
+    problems: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return self.summary.to_json()
+
+    def lines(self) -> list[str]:
+        return [*self.summary.lines(), *(f"PROBLEM  {problem}" for problem in self.problems)]
+
+
+def _run_problems(run: Path, checkpoints: list[str]) -> Iterator[str]:
+    """Checkpoints and encoder files that cannot be read. Nothing that the run names is executed."""
+    from safetensors import SafetensorError, safe_open
+
+    from cache_pipeline.policies.spec import PolicySpec
+    from cache_pipeline.training.checkpoint import CHECKPOINTS, read_checkpoint, read_run
+
+    for name in checkpoints:
+        try:
+            read_checkpoint(run / CHECKPOINTS / name)
+        except CheckpointError as error:
+            yield str(error)
+    for file in dict.fromkeys(PolicySpec.from_json(read_run(run)["policy"]).encoder_files.values()):
+        try:
+            with safe_open(run / file, "np"):
+                pass
+        except (SafetensorError, OSError) as error:
+            yield f"{run / file} cannot be read ({error}); train again"

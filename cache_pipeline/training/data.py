@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.cache.stillness import still_cameras
+from cache_pipeline.demos.choice import Choice, choose_from
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.split import Split
 from cache_pipeline.demos.windows import WindowSpec
@@ -96,6 +98,18 @@ class RunData(NamedTuple):
         return [Path(source.path) for source in self.cache.manifest.files]
 
     @property
+    def choice(self) -> Choice:
+        """What is taken of the cache or the files, and what is left out."""
+        if self.cache is None:
+            assert self.dataset is not None
+            return self.dataset.choice
+        left = (
+            choose_from(self.cache.cameras, tuple(self.cameras)),
+            choose_from(self.cache.low_dim, tuple(self.low_dim)),
+        )
+        return Choice(tuple(self.cameras), tuple(self.low_dim), *left)
+
+    @property
     def mean_action(self) -> NDArray[np.float32]:
         """(A,) over the train split."""
         mean: NDArray[np.float32] = self.rows.actions[: self.rows.train_rows].mean(0, dtype=np.float64)
@@ -109,6 +123,15 @@ class RunData(NamedTuple):
             SplitRows(train, self.rows, device),
             None if valid is None else SplitRows(valid, self.rows, device),
         )
+
+
+def tell_choice(data: RunData) -> None:
+    """Logs the cameras, low-dim keys and action key that a run takes and leaves out, and warns of cameras that show
+    nothing through whole demos."""
+    for line in data.choice.lines():
+        logger.info("%s", line)
+    for sentence in still_cameras(data.cache.path, data.cache.manifest) if data.cache is not None else ():
+        logger.warning("%s", sentence)
 
 
 def open_cache_data(

@@ -41,6 +41,7 @@ from cache_pipeline.training.data import (
     open_dataset_data,
     open_live,
     plan_source,
+    tell_choice,
 )
 from cache_pipeline.training.distributed import Ranks, current_ranks, joined_ranks
 from cache_pipeline.training.learner import PolicyLearner
@@ -123,6 +124,7 @@ class FinetuneSession:
         spec = PolicySpec.from_json(self._origin.get("policy"))
         self.data = self._open(spec, config.cache)
         check_fits(spec, self.data, folder)
+        tell_choice(self.data)
         self._start_from = read_checkpoint(find_checkpoint(run, latest=True)[1] if config.resume else folder)
         self._encoders = run_encoders(run if config.resume else base, spec)
         self.spec = self._retarget(spec)

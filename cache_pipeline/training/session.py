@@ -36,6 +36,7 @@ from cache_pipeline.training.data import (
     open_dataset_data,
     open_live,
     plan_source,
+    tell_choice,
 )
 from cache_pipeline.training.learner import Learner, PolicyLearner
 from cache_pipeline.training.mixed_precision import set_precision
@@ -84,6 +85,7 @@ def open_session(config: TrainConfig, run: Path) -> TrainSession:
     bridge = robomimic_config(config) if config.robomimic else None
     data = _open(config if bridge is None else _with_keys(config, bridge), run)
     check_cameras(data.cameras)
+    tell_choice(data)
     before = check_resumed(run, config, data.identity) if config.resume else None
     spec, encoders = _resumed(run, before) if before is not None else _fresh(config, bridge, data)
     opened = _open_own if bridge is None else _open_robomimic

@@ -1,7 +1,8 @@
 import json
 
+import h5py
 import pytest
-from cache_fakes import CAMERA, extract
+from cache_fakes import CAMERA, OTHER, extract
 from fakes import make_dataset
 
 from cache_pipeline.cache.manifest import MANIFEST
@@ -44,6 +45,22 @@ def test_a_corrupt_cache_is_told_not_raised(cache):
 def test_a_lost_record_is_told(cache):
     (cache / "ledger/rows/0.json").unlink()
     assert inspect_cache(cache).state == "corrupt"
+
+
+def test_cameras_that_are_black_or_frozen_through_a_demo_are_told_by_extraction_and_by_the_summary(tmp_path, caplog):
+    dataset = make_dataset(tmp_path / "still.hdf5", lengths=(7, 5, 9))
+    with h5py.File(dataset, "r+") as file:
+        file[f"data/demo_0/obs/{CAMERA}"][:] = 0
+        file[f"data/demo_2/obs/{OTHER}"][:] = file[f"data/demo_2/obs/{OTHER}"][4]
+    extract(tmp_path / "cache.zarr", dataset)
+    told = (
+        f"camera {CAMERA} is black through 1 whole demo (demo_0)",
+        f"camera {OTHER} is frozen on one frame through 1 whole demo (demo_2)",
+    )
+    summary = inspect_cache(tmp_path / "cache.zarr")
+    assert (summary.notes, summary.problems) == (told, ())
+    warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert all(any(sentence in message for message in warned) for sentence in told)
 
 
 def test_what_is_no_cache_raises(tmp_path):

@@ -224,12 +224,24 @@ def test_nan_in_a_demo_that_the_filter_key_leaves_out_does_not_matter(path):
     assert len(Dataset.open(path, filter_key="train").demos) == 2
 
 
-def test_float_images_are_unsound_though_another_camera_is_right(path):
+def test_float_images_beside_a_camera_are_left_out_with_a_note_and_unsound_when_asked_for_or_alone(path):
     for number, length in enumerate((7, 5, 9)):
         change(path, f"data/demo_{number}/obs/{EYE}", np.zeros((length, 24, 24, 3), np.float32))
-    unsound(path, "demo_0", f"obs/{EYE} is float32 (7, 24, 24, 3)", "store images as uint8")
-    assert list(Dataset.open(path, cameras=[CAMERA]).cameras) == [CAMERA]
+    dataset = Dataset.open(path)
+    assert (list(dataset.cameras), dataset.choice.other_obs) == ([CAMERA], (EYE,))
+    summary = inspect_dataset(path)
+    assert summary.sound
+    assert any(f"{EYE} float32 (7, 24, 24, 3)" in note for note in summary.files[0].notes)
     refused(path, f"obs/{EYE} is float32", "store images as uint8", cameras=[EYE])
+    for number in range(3):
+        change(path, f"data/demo_{number}/obs/{CAMERA}")
+    unsound(path, "demo_0", f"obs/{EYE} is float32 (7, 24, 24, 3)", "store images as uint8")
+
+
+def test_bytes_with_channels_first_are_unsound_though_another_camera_is_right(path):
+    for number, length in enumerate((7, 5, 9)):
+        change(path, f"data/demo_{number}/obs/{EYE}", np.zeros((length, 3, 24, 24), np.uint8))
+    unsound(path, "demo_0", f"obs/{EYE} is uint8 (7, 3, 24, 24)", "move the channels last")
 
 
 def test_images_with_channels_first_are_unsound(tmp_path):
@@ -265,8 +277,27 @@ def test_actions_that_are_not_rows_of_numbers_are_unsound(path, values):
     unsound(path, "demo_1: actions is", "numbers (T, action dim)")
 
 
-def test_a_demo_of_no_steps_is_unsound(tmp_path):
-    unsound(make_dataset(tmp_path / "empty.hdf5", lengths=(4, 0)), "demo_1 has no steps")
+def test_demos_without_steps_are_skipped_with_a_warning_that_names_them(tmp_path, caplog):
+    path = make_dataset(tmp_path / "empty.hdf5", lengths=(4, 0, 5, 3), masks={"train": ["demo_0", "demo_1", "demo_2"]})
+    with h5py.File(path, "r+") as file:
+        del file["data/demo_2"]
+        file.create_group("data/demo_2").attrs["num_samples"] = 0
+    dataset = Dataset.open(path)
+    assert [demo.name for demo in dataset.demos] == ["demo_0", "demo_3"]
+    assert dataset.masks == {"train": (0,)}
+    told = "2 of 4 demos have no steps and are skipped (demo_1, demo_2)"
+    assert [record.levelname for record in caplog.records if told in record.message] == ["WARNING"]
+    assert any(told in note for note in inspect_dataset(path).files[0].notes)
+    assert [demo.name for demo in Dataset.open(path, filter_key="train").demos] == ["demo_0"]
+
+
+def test_a_demo_without_actions_whose_obs_have_steps_is_damaged_and_not_empty(path):
+    change(path, "data/demo_1/actions", np.zeros((0, 7)))
+    unsound(path, "demo_1 has no steps: its actions have length 0")
+
+
+def test_a_file_whose_demos_are_all_empty_is_refused(tmp_path):
+    refused(make_dataset(tmp_path / "empty.hdf5", lengths=(0, 0)), "all of its 2 demos are empty")
 
 
 def test_images_of_two_sizes_under_one_camera_are_unsound(path):

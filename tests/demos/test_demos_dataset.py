@@ -61,6 +61,19 @@ def test_cameras_and_keys_come_in_the_order_asked(tmp_path):
         (("joints", "object", "force"), None, "force joints"),
         (("joints", "object"), (), "joints object"),
         (("object",), None, ""),
+        (
+            ("robot1_eef_pos", "robot0_gripper_qpos", "robot0_eef_pos", "robot1_joint_pos", "robot1_gripper_qpos"),
+            None,
+            "robot0_eef_pos robot0_gripper_qpos robot1_eef_pos robot1_gripper_qpos",
+        ),
+        (
+            ("robot0_right_eef_pos", "robot0_left_eef_quat", "robot0_left_gripper_qpos", "robot0_left_joint_pos"),
+            None,
+            "robot0_left_eef_quat robot0_left_gripper_qpos robot0_right_eef_pos",
+        ),
+        (("right_eef_pos", "left_eef_pos", "object"), (), "left_eef_pos right_eef_pos object"),
+        (("eef_pos", "gripper_pos", "cube_positions"), None, "eef_pos gripper_pos"),
+        (("robot10_eef_pos", "robot2_eef_pos", "robot2_eef_pos_rel"), None, "robot2_eef_pos robot10_eef_pos"),
     ],
 )
 def test_default_low_dim_keys_are_proprioception_and_object_only_without_cameras(tmp_path, there, cameras, expected):
@@ -119,6 +132,42 @@ def test_a_number_per_step_is_read_as_a_row_of_width_one(tmp_path):
     dataset = Dataset.open(path, low_dim_keys=["phase"])
     assert dataset.low_dim == {"phase": (1,)}
     assert dataset.rows(1)["low_dim/phase"].tolist() == [[0], [1], [2], [3], [4]]
+
+
+@pytest.mark.parametrize("shape", [(1, 4), (4, 4), (2, 3, 2), (1,), (7, 1)])
+def test_low_dim_arrays_of_any_shape_per_step_are_flattened_to_rows(tmp_path, shape):
+    path, width = make_dataset(tmp_path / "lift.hdf5"), int(np.prod(shape))
+    with h5py.File(path, "r+") as file:
+        for demo in file["data"].values():
+            demo["obs/pose"] = np.arange(len(demo["actions"]) * width).reshape(-1, *shape)
+    dataset = Dataset.open(path, low_dim_keys=["pose"])
+    assert dataset.low_dim == {"pose": (width,)}
+    assert np.array_equal(dataset.rows(1)["low_dim/pose"], stored(path, "data/demo_1/obs/pose").reshape(5, width))
+    assert "pose" in Dataset.open(path).choice.other_low_dim
+
+
+def test_depth_is_low_dim_only_when_it_is_named(tmp_path):
+    path = make_dataset(tmp_path / "lift.hdf5", low_dim={})
+    with h5py.File(path, "r+") as file:
+        for demo in file["data"].values():
+            demo["obs/depth"] = np.ones((len(demo["actions"]), 24, 24, 1), np.float32)
+            demo["obs/far"] = np.ones((len(demo["actions"]), 24, 24), np.float32)
+    dataset = Dataset.open(path)
+    assert (dataset.low_dim, dataset.choice.other_obs) == ({}, ("depth", "far"))
+    assert Dataset.open(path, low_dim_keys=["depth"]).low_dim == {"depth": (576,)}
+
+
+def test_what_is_taken_and_what_is_left_out_is_said_in_two_lines(tmp_path):
+    path = make_dataset(tmp_path / "lift.hdf5")
+    with h5py.File(path, "r+") as file:
+        for demo in file["data"].values():
+            demo["actions_abs"] = demo["actions"][()]
+            demo["action_dict/abs_pos"] = demo["actions"][()]
+    assert Dataset.open(path, cameras=[CAMERA]).choice.lines() == [
+        f"taken: cameras {CAMERA}; low-dim keys robot0_eef_pos, robot0_gripper_qpos; action key actions",
+        f"left out: cameras {EYE}; low-dim keys object; action keys action_dict, actions_abs "
+        "(--cameras and --low-dim-keys choose)",
+    ]
 
 
 def test_rewards_that_are_not_there_are_nan_and_never_zeros(tmp_path):

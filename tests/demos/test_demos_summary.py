@@ -139,6 +139,23 @@ def test_obs_that_are_neither_images_nor_low_dim_are_told(path):
     assert notes_of(path) == ("obs that are neither an rgb image nor low-dim: depth float32 (7, 24, 24, 1)",)
 
 
+def test_cameras_that_are_black_or_frozen_through_a_demo_are_named_and_one_odd_frame_is_enough_not_to_be(tmp_path):
+    path = make_dataset(tmp_path / "still.hdf5", lengths=(7, 5, 9, 8, 1), masks={})
+    with h5py.File(path, "r+") as file:
+        obs = [file[f"data/demo_{i}/obs"] for i in range(4)]
+        obs[0]["agentview_image"][:] = 0
+        obs[1]["agentview_image"][:] = obs[1]["agentview_image"][:1]
+        obs[1]["robot0_eye_in_hand_image"][:] = 9
+        obs[2]["agentview_image"][:] = obs[2]["agentview_image"][:1]
+        obs[2]["agentview_image"][3] = 1
+        obs[3]["agentview_image"][:] = 0
+    assert notes_of(path) == (
+        "camera agentview_image is black through 2 whole demos (demo_0, demo_3)",
+        "camera agentview_image is frozen on one frame through 1 whole demo (demo_1)",
+        "camera robot0_eye_in_hand_image is frozen on one frame through 1 whole demo (demo_1)",
+    )
+
+
 def test_a_file_without_cameras_is_sound_and_told(tmp_path):
     assert "no cameras" in notes_of(make_dataset(tmp_path / "low_dim.hdf5", cameras={}))[0]
 

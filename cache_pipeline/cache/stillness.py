@@ -1,0 +1,44 @@
+"""Cameras that are black or frozen through a whole demo, told by the stored digests of their frames."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from cache_pipeline.cache.arrays import StoredArray
+from cache_pipeline.cache.manifest import Manifest
+from cache_pipeline.errors import CacheError
+from cache_pipeline.files import digest
+
+NAMED = 5
+
+
+def still_cameras(path: Path, manifest: Manifest) -> tuple[str, ...]:
+    """One sentence for each camera that is black or frozen through whole demos, with the demos' names.
+
+    Frames are equal where their digests are. Digests that cannot be read are left to the integrity check.
+    """
+    sentences = []
+    for camera, entry in manifest.cameras.items():
+        black = np.frombuffer(bytes.fromhex(digest(bytes(int(np.prod(entry.image_shape))))), np.uint8)
+        found: dict[str, list[str]] = {"black": [], "frozen on one frame": []}
+        try:
+            stored = StoredArray(path, f"frame_digests/{camera}")
+            digests = stored.spans([(demo.row, demo.row + demo.length) for demo in manifest.demos])
+        except (CacheError, OSError):
+            continue
+        ends = np.cumsum([demo.length for demo in manifest.demos])
+        for demo, part in zip(manifest.demos, np.split(digests, ends[:-1]), strict=True):
+            still = len(part) > 0 and bool((part == part[0]).all())
+            if still and np.array_equal(part[0], black):
+                found["black"].append(demo.name)
+            elif still and len(part) > 1:
+                found["frozen on one frame"].append(demo.name)
+        sentences += [_sentence(camera, state, names) for state, names in found.items() if names]
+    return tuple(sentences)
+
+
+def _sentence(camera: str, state: str, names: list[str]) -> str:
+    shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+    return f"camera {camera} is {state} through {len(names)} whole demo{'s' * (len(names) > 1)} ({shown})"

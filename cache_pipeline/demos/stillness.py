@@ -1,0 +1,54 @@
+"""Cameras that show nothing, or the same frame, through a whole demo: faults of rendering or recording."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import h5py
+import numpy as np
+
+from cache_pipeline.demos.hdf5 import READ_ERRORS, DemoInfo
+
+MOST_DEMOS = 1000
+"""Demos that are looked at, spread over the file."""
+FRAMES_AT_ONCE = 64
+NAMED = 5
+
+
+def still_cameras(file: h5py.File, demos: Sequence[DemoInfo], cameras: Sequence[str]) -> Iterator[str]:
+    """One sentence for each camera that is black or frozen through whole demos, with the demos' names.
+
+    Two frames of a demo are compared; only where they are equal are all frames read.
+    """
+    places = np.unique(np.linspace(0, len(demos) - 1, min(len(demos), MOST_DEMOS)).round().astype(int))
+    for camera in cameras:
+        found: dict[str, list[str]] = {"black": [], "frozen on one frame": []}
+        for demo in (demos[place] for place in places.tolist()):
+            info = demo.obs.get(camera)
+            if info is None or not info.is_image or not info.written:
+                continue
+            state = _state(file[f"data/{demo.name}/obs/{camera}"])
+            if state:
+                found[state].append(demo.name)
+        yield from (still_sentence(camera, state, names) for state, names in found.items() if names)
+
+
+def still_sentence(camera: str, state: str, names: Sequence[str]) -> str:
+    """What is told of a camera that is black or frozen in these demos."""
+    shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
+    return f"camera {camera} is {state} through {len(names)} whole demo{'s' * (len(names) > 1)} ({shown})"
+
+
+def _state(images: h5py.Dataset) -> str:
+    try:
+        count = len(images)
+        first = images[0]
+        black = not first.any()
+        if (count < 2 and not black) or not np.array_equal(first, images[count // 2]):
+            return ""
+        for start in range(0, count, FRAMES_AT_ONCE):
+            if not (images[start : start + FRAMES_AT_ONCE] == first).all():
+                return ""
+    except READ_ERRORS:
+        return ""  # bytes that cannot be read are told by whoever needs them
+    return "black" if black else "frozen on one frame"
