@@ -57,6 +57,10 @@ class ConfigError(CachePipelineError, ValueError):
     """Options that do not fit together or are out of range."""
 
 
+class OptionError(ConfigError):
+    """An option that would have no effect, or contradicts another; the command line exits with 2."""
+
+
 class CheckpointError(CachePipelineError, ValueError):
     """A run or checkpoint is missing, damaged, or does not fit the data it is used with."""
 

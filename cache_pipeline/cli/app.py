@@ -13,9 +13,10 @@ from typer.core import TyperGroup
 
 from cache_pipeline import __version__
 from cache_pipeline.cli import data, reports, simulation, training
-from cache_pipeline.errors import CachePipelineError, CheckFailedError
+from cache_pipeline.cli.effects import CheckedCommand
+from cache_pipeline.errors import CachePipelineError, CheckFailedError, OptionError
 
-EXIT_ERROR, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 3, 130
+EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 class ErrorGroup(TyperGroup):
@@ -27,12 +28,18 @@ class ErrorGroup(TyperGroup):
         except CachePipelineError as error:
             message = " ".join(str(error).split())
             typer.echo(f"error: {message}", err=True)
-            raise typer.Exit(EXIT_CHECK_FAILED if isinstance(error, CheckFailedError) else EXIT_ERROR) from error
+            raise typer.Exit(_exit_code(error)) from error
         except KeyboardInterrupt as interrupt:
             if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks
                 said = str(interrupt) or "the same command goes on where this one stopped"
                 typer.echo(f"interrupted: {said}", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _exit_code(error: CachePipelineError) -> int:
+    if isinstance(error, OptionError):
+        return EXIT_USAGE
+    return EXIT_CHECK_FAILED if isinstance(error, CheckFailedError) else EXIT_ERROR
 
 
 app = typer.Typer(
@@ -69,16 +76,16 @@ def configure(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
-app.command("quickstart")(reports.quickstart)
-app.command("extract-features")(data.extract_features)
-app.command("inspect")(data.inspect)
-app.command("verify")(data.verify)
+app.command("quickstart", cls=CheckedCommand)(reports.quickstart)
+app.command("extract-features", cls=CheckedCommand)(data.extract_features)
+app.command("inspect", cls=CheckedCommand)(data.inspect)
+app.command("verify", cls=CheckedCommand)(data.verify)
 app.add_typer(data.cache_app, name="cache")
-app.command("train")(training.train)
-app.command("finetune")(training.finetune)
-app.command("rollout")(simulation.rollout)
-app.command("collect")(simulation.collect)
-app.command("probe")(reports.probe)
-app.command("export")(training.export)
-app.command("bench")(reports.bench)
-app.command("report")(reports.report)
+app.command("train", cls=CheckedCommand)(training.train)
+app.command("finetune", cls=CheckedCommand)(training.finetune)
+app.command("rollout", cls=CheckedCommand)(simulation.rollout)
+app.command("collect", cls=CheckedCommand)(simulation.collect)
+app.command("probe", cls=CheckedCommand)(reports.probe)
+app.command("export", cls=CheckedCommand)(training.export)
+app.command("bench", cls=CheckedCommand)(reports.bench)
+app.command("report", cls=CheckedCommand)(reports.report)

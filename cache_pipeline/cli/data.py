@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from cache_pipeline.cli import options as o
+from cache_pipeline.cli.effects import CheckedCommand
 from cache_pipeline.errors import CheckFailedError, ConfigError
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def extract_features(
     preprocess = o.preprocessing(
         resize_shape=resize_shape, crop_shape=crop_shape, imagenet_norm=imagenet_norm, spec=spec
     )
-    encoders, preprocessing = o.camera_encoders(camera_encoder, spec, preprocess, imagenet_norm)
+    encoders, preprocessing = o.camera_encoders(camera_encoder, spec, preprocess, imagenet_norm, cut)
     if encoder_from is not None:
         from cache_pipeline.training.tuned_encoder import encoders_of_run
 
@@ -164,7 +165,7 @@ def verify(
         )
 
 
-@cache_app.command("inspect")
+@cache_app.command("inspect", cls=CheckedCommand)
 def cache_inspect(path: Annotated[Path, typer.Argument(help="A cache.")], json: o.Json = False) -> None:
     """Say what a cache holds, what made it and whether it is complete; exit 3 when it is not."""
     from cache_pipeline.cache.summary import inspect_cache
@@ -174,7 +175,7 @@ def cache_inspect(path: Annotated[Path, typer.Argument(help="A cache.")], json: 
     _tell(path, Inspection(summary, summary.problems), json)
 
 
-@cache_app.command("compact")
+@cache_app.command("compact", cls=CheckedCommand)
 def cache_compact(path: Annotated[Path, typer.Argument(help="A cache.")], json: o.Json = False) -> None:
     """Give back the space of rows whose demos were removed or changed."""
     from cache_pipeline.cache.compact import compact
@@ -183,7 +184,7 @@ def cache_compact(path: Annotated[Path, typer.Argument(help="A cache.")], json: 
     o.emit(json, result.to_json(), result.lines())
 
 
-@cache_app.command("export")
+@cache_app.command("export", cls=CheckedCommand)
 def cache_export(
     path: Annotated[Path, typer.Argument(help="A cache.")],
     out: Annotated[Path, typer.Option("--out", help="A .hdf5 file in robomimic's layout, or an .npz file.")],

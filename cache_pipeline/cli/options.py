@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cache_pipeline.errors import ConfigError
+from cache_pipeline.errors import ConfigError, OptionError
 
 if TYPE_CHECKING:
     from cache_pipeline.encoders.image_encoder import EncoderSpec
@@ -64,7 +64,7 @@ def preprocessing(
 
 
 def camera_encoders(
-    chosen: list[str] | None, spec: EncoderSpec, preprocess: Preprocess, imagenet_norm: bool | None
+    chosen: list[str] | None, spec: EncoderSpec, preprocess: Preprocess, imagenet_norm: bool | None, cut: str
 ) -> tuple[EncoderSpec | dict[str, EncoderSpec], Preprocess | dict[str, Preprocess]]:
     """``CAMERA=MODEL[@WEIGHTS]`` for some cameras, ``spec`` and ``preprocess`` for all others.
 
@@ -80,7 +80,9 @@ def camera_encoders(
         if match is None:
             raise ConfigError(f"--camera-encoder {text!r}: write CAMERA=MODEL or CAMERA=MODEL@WEIGHTS")
         camera, model, weights = match.groups()
-        specs[camera] = replace(spec, rgb_model_name=model, weights=weights or "imagenet", factory=None)
+        if camera in specs:
+            raise OptionError(f"--camera-encoder names {camera} twice and only one would count: give it once")
+        specs[camera] = replace(spec, rgb_model_name=model, weights=weights or "imagenet", cut=cut, factory=None)
         norm = specs[camera].weights != "random" if imagenet_norm is None else imagenet_norm
         preprocesses[camera] = replace(preprocess, imagenet_norm=norm)
     return specs, preprocesses

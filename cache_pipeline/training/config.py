@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
-from cache_pipeline.errors import CheckpointError, ConfigError, available
+from cache_pipeline.errors import CheckpointError, ConfigError, OptionError, available
 from cache_pipeline.policies.robomimic_bridge import PREFIX, check_name
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class TrainConfig:
     cache: Path | None = None
     """A finished feature cache. Cameras, encoder and preprocessing are those that it was made with."""
     datasets: tuple[Path, ...] = ()
-    """robomimic HDF5 files; needed for live encoding, ignored by a cached run."""
+    """robomimic HDF5 files; needed for live encoding."""
     cameras: tuple[str, ...] | None = None
     """rgb obs keys; all by default."""
     low_dim_keys: tuple[str, ...] | None = None
@@ -172,9 +172,10 @@ class TrainConfig:
         if self.cache is not None and self.source == "live" and not self.datasets:
             raise ConfigError("source live reads frames from HDF5: give --dataset FILE")
         if self.cache is None and self.source in ("resident", "streamed"):
-            raise ConfigError(f"source {self.source} reads a cache: give --from-cache CACHE")
+            raise OptionError(f"source {self.source} reads a cache: give --from-cache CACHE")
         if not self.freeze_encoder and self.live is False:
-            raise ConfigError("a cache holds frozen features: to train the encoder give --dataset FILE alone")
+            raise OptionError("a cache holds frozen features: to train the encoder give --dataset FILE alone")
+        _check_encoder_options(self)
         for name in ("emb_dim", "obs_horizon", "action_horizon"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
@@ -256,7 +257,15 @@ class FinetuneConfig:
         if self.batch_size % self.accumulate:
             raise ConfigError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
         if self.cache is None and self.source in ("resident", "streamed"):
-            raise ConfigError(f"source {self.source} reads a frontier cache: give --from-cache CACHE")
+            raise OptionError(f"source {self.source} reads a frontier cache: give --from-cache CACHE")
+        if self.cache is not None and self.source == "live":
+            raise OptionError(
+                "source live encodes every frame, and --from-cache is not read: give --live-encoder alone"
+            )
+        if self.unfreeze_schedule is not None and self.unfreeze != FinetuneConfig.unfreeze:
+            raise OptionError(
+                "unfreeze has no effect beside unfreeze_schedule, which says which layers learn from when"
+            )
         _one_of("batchnorm", self.batchnorm, ("frozen", "update"))
 
     def to_json(self) -> dict[str, Any]:
@@ -292,29 +301,45 @@ def _check_shared(config: TrainConfig | FinetuneConfig) -> None:
     _one_of("precision", config.precision, get_args(Precision))
     if isinstance(config, TrainConfig):
         _one_of("action_normalization", config.action_normalization, get_args(ActionNormalization))
-    if config.order == "block" and config.cache is None:
-        raise ConfigError("order block is for reading a cache in pieces; leave it out with live encoding")
+    if config.order == "block" and (config.cache is None or config.source == "live"):
+        raise OptionError("order block is for reading a cache in pieces; leave it out with live encoding")
     if config.max_memory is not None:
         _at_least("max_memory", config.max_memory, 1)
     if config.resume and config.overwrite:
-        raise ConfigError("--resume continues the run and --overwrite replaces it: give one of them")
+        raise OptionError("--resume continues the run and --overwrite replaces it: give one of them")
+
+
+def _check_encoder_options(config: TrainConfig) -> None:
+    """Raises OptionError for options of an encoder that a cache has made already, or that does not learn."""
+    if config.cache is not None and (config.encoder is not None or config.preprocess is not None):
+        raise OptionError("encoder and preprocess are those that the cache was made with: leave them out")
+    if config.live and config.augment:
+        raise OptionError("views are drawn from a cache: extract with --views K and train --from-cache")
+    if not config.freeze_encoder:
+        return
+    for name in ("share_rgb_model", "encoder_lr"):
+        if getattr(config, name) != getattr(TrainConfig, name):
+            raise OptionError(
+                f"{name} has no effect: the encoder is frozen, and the same for all cameras; "
+                "--no-freeze-encoder (with --dataset alone) trains it"
+            )
 
 
 def _check_robomimic(config: TrainConfig) -> None:
-    """Raises ConfigError for options of our own policies and encoders, which robomimic's algorithms do not have."""
+    """Raises OptionError for options of our own policies and encoders, which robomimic's algorithms do not have."""
     if config.policy.startswith(ROBOMIMIC_PREFIX):
         check_name(config.policy)
     elif config.policy != TrainConfig.policy:
-        raise ConfigError(f"policy {config.policy!r} is not robomimic's: give it, or --robomimic-config, not both")
+        raise OptionError(f"policy {config.policy!r} is not robomimic's: give it, or --robomimic-config, not both")
     plain = TrainConfig(cache=config.cache, datasets=config.datasets)
     for name in OWN_POLICY_OPTIONS:
         if getattr(config, name) != getattr(plain, name):
-            raise ConfigError(
+            raise OptionError(
                 f"{name} is for the policies {', '.join(POLICIES)}; robomimic's algorithms have theirs in the JSON of "
                 f"--robomimic-config, such as algo.optim_params"
             )
     if not config.freeze_encoder:
-        raise ConfigError("robomimic's algorithms learn from frozen features: leave --no-freeze-encoder out")
+        raise OptionError("robomimic's algorithms learn from frozen features: leave --no-freeze-encoder out")
 
 
 def _one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

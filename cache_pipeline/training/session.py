@@ -267,8 +267,6 @@ def _prepare_rows(
 
 def _views(config: TrainConfig, data: RunData) -> int:
     if data.cache is None:
-        if config.augment:
-            raise ConfigError("views are drawn from a cache: extract with --views K and train --from-cache")
         return 1
     views = min(data.cache.cameras[camera].views for camera in data.cameras)
     if config.augment and views == 1:

@@ -1,0 +1,135 @@
+"""Options that would have no effect beside others: refused before any work, with the reason.
+
+``RULES`` says it for each command; ``CheckedCommand`` looks at what was typed, so a value that equals the default is
+told too. What follows from values alone is checked by the configs, for Python as well.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from typer.core import TyperCommand
+
+from cache_pipeline.errors import OptionError
+
+Values = Mapping[str, Any]
+
+
+class Rule(NamedTuple):
+    """``options`` (names of parameters) have no effect ``when`` the command's values are so, because of ``why``."""
+
+    options: tuple[str, ...]
+    when: Callable[[Values], Any]
+    why: str
+
+
+NETWORK = ("rgb_model_name", "pretrained", "weights")
+PREPROCESSING = ("imagenet_norm", "resize_shape", "crop_shape")
+OWN_POLICIES = ("lr", "emb_dim", "action_normalization", "feature_noise", "feature_dropout", "rotation_6d")
+
+
+def _robomimic(values: Values) -> bool:
+    return values["robomimic_config"] is not None or values["policy"].startswith("robomimic:")
+
+
+ENCODER = (
+    Rule(NETWORK, lambda v: v["encoder"], "--encoder brings its own network and weights"),
+    Rule(("cut",), lambda v: v["encoder"] and v["cut"] != "output", "only ResNets are cut, --encoder gives its output"),
+    Rule(("pretrained",), lambda v: v["weights"] and not v["pretrained"], "--weights takes the weights of a file"),
+)
+
+RULES: dict[str, tuple[Rule, ...]] = {
+    "extract-features": (
+        Rule(
+            (*NETWORK, *PREPROCESSING, "camera_encoder"),
+            lambda v: v["encoder_from"],
+            "--encoder-from takes encoder and preprocessing of a run",
+        ),
+        *ENCODER,
+        Rule(("deep",), lambda v: v["overwrite"], "--overwrite reads every frame anyway"),
+    ),
+    "verify": (
+        Rule(
+            ("dataset", "rows", "device", "seed"),
+            lambda v: v["integrity"],
+            "--integrity reads every stored byte and encodes nothing",
+        ),
+    ),
+    "train": (
+        Rule(
+            (*NETWORK, *PREPROCESSING, "cut"),
+            lambda v: v["from_cache"],
+            "a cache holds the output of the frozen encoder that extract-features was given; "
+            "encode live with --dataset alone, or extract again",
+        ),
+        *ENCODER,
+        Rule(
+            ("share_rgb_model", "encoder_lr"),
+            lambda v: v["freeze_encoder"],
+            "the encoder is frozen, and the same for all cameras; --no-freeze-encoder trains it",
+        ),
+        Rule(
+            ("augment",),
+            lambda v: not v["from_cache"] or v["source"] == "live",
+            "views are drawn from a cache made with --views K",
+        ),
+        Rule(
+            OWN_POLICIES,
+            _robomimic,
+            "robomimic's algorithms take it from the JSON of --robomimic-config",
+        ),
+        Rule(
+            ("precision",),
+            lambda v: _robomimic(v) and v["from_cache"] and v["precision"] not in ("auto", "fp32"),
+            "robomimic's networks compute in fp32, and nothing is encoded",
+        ),
+    ),
+    "finetune": (
+        Rule(
+            ("live_encoder",),
+            lambda v: v["from_cache"],
+            "--from-cache trains on the features of a cache while it can; give one of the two",
+        ),
+        Rule(("unfreeze",), lambda v: v["unfreeze_schedule"], "--unfreeze-schedule says which layers learn from when"),
+    ),
+    "rollout": (Rule(("videos",), lambda v: not v["video"], "nothing is filmed without --video FOLDER"),),
+}
+
+
+class CheckedCommand(TyperCommand):
+    """A command that refuses options given twice and options without effect."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _, _, order = self.make_parser(ctx).parse_args(args=list(args))
+        counts = Counter(parameter for parameter in order if not _repeatable(parameter))
+        for parameter, count in counts.items():
+            if count > 1:
+                raise OptionError(f"{parameter.opts[0]} is given {count} times and only one would count: give it once")
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        refuse_without_effect(ctx)
+        return super().invoke(ctx)
+
+
+def refuse_without_effect(ctx: Any) -> None:
+    """Raises OptionError for the first option on the command line that has no effect beside the others."""
+    for rule in RULES.get(ctx.command.name, ()):
+        if not rule.when(ctx.params):
+            continue
+        for parameter in ctx.command.params:
+            if parameter.name in rule.options and ctx.get_parameter_source(parameter.name).name == "COMMANDLINE":
+                flag = _flag(parameter, ctx.params[parameter.name])
+                raise OptionError(f"{flag} has no effect: {rule.why}; leave {flag} out")
+
+
+def _repeatable(parameter: Any) -> bool:
+    return parameter.multiple if parameter.param_type_name == "option" else True
+
+
+def _flag(parameter: Any, value: Any) -> str:
+    """As it was typed: ``--no-augment`` of a flag that was switched off."""
+    flags = parameter.secondary_opts if value is False and parameter.secondary_opts else parameter.opts
+    return str(flags[0])
