@@ -21,7 +21,7 @@ from cache_pipeline.encoders.identity import collapse_warning, feature_statistic
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import load_encoder, save_encoder
-from cache_pipeline.errors import ConfigError, available
+from cache_pipeline.errors import ConfigError, OptionError, available
 from cache_pipeline.extract.config import OTHERS, ExtractConfig
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.files import digest
@@ -29,6 +29,11 @@ from cache_pipeline.files import digest
 logger = logging.getLogger("cache_pipeline")
 
 SAMPLE = 16
+FLAGS = {
+    "factory": "--encoder",
+    "weights": "--weights or --no-pretrained-encoder",
+    "rgb_model_name": "--rgb-model-name",
+}
 
 
 class CameraEncoder(NamedTuple):
@@ -98,6 +103,15 @@ def check_names(config: ExtractConfig, dataset: Dataset) -> None:
         for camera in chosen if isinstance(chosen, Mapping) else ():
             if camera != OTHERS and camera not in dataset.cameras:
                 raise ConfigError(f"an encoder is given for {camera!r}; {available(dataset.cameras, camera)}")
+    chosen = config.encoders
+    if isinstance(chosen, Mapping) and OTHERS in chosen and all(camera in chosen for camera in dataset.cameras):
+        plain, others = EncoderSpec(), chosen[OTHERS]
+        for name, flag in FLAGS.items():
+            if getattr(others, name) != getattr(plain, name):
+                raise OptionError(
+                    f"{flag} ({getattr(others, name)}) has no effect: every camera has an encoder of its own "
+                    f"({', '.join(dataset.cameras)}); leave it out"
+                )
 
 
 def _sample(dataset: Dataset, camera: str) -> NDArray[np.uint8]:

@@ -55,6 +55,8 @@ class ExtractConfig:
         object.__setattr__(self, "datasets", tuple(Path(path) for path in given))
         if not self.datasets:
             raise ConfigError("no dataset is given; type: extract-features DATASET.hdf5 --out NAME.zarr")
+        if self.cameras == ():
+            raise ConfigError("no cameras are left; name at least one with --cameras, or leave it out for all")
         for name, value in (("views", self.views), ("batch-size", self.batch_size), ("shard-rows", self.shard_rows)):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} is {value}; it must be at least 1")

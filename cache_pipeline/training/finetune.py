@@ -17,7 +17,7 @@ from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.precision import resolve_precision
 from cache_pipeline.encoders.views import ViewSpec
-from cache_pipeline.errors import CacheError, CheckpointError, ConfigError, DatasetError, EncoderError
+from cache_pipeline.errors import CacheError, CheckpointError, ConfigError, DatasetError, EncoderError, OptionError
 from cache_pipeline.policies.spec import PolicySpec, build_policy
 from cache_pipeline.policies.visuomotor import ENCODERS, VisuomotorPolicy
 from cache_pipeline.training.agreement import check_encoders, check_features, check_fits
@@ -59,6 +59,7 @@ from cache_pipeline.training.train import begins_anew, complete, measurement
 from cache_pipeline.training.unfreezing import (
     Unfreezing,
     above_cut,
+    check_freeze,
     check_layers,
     frozen_cut,
     parse_unfreezing,
@@ -131,6 +132,8 @@ class FinetuneSession:
         self._precision = self._choose_precision()
         self.policy = self._build()
         check_layers(self.policy, self._unfreezing)
+        check_freeze(self.policy, self._unfreezing, config.freeze)
+        self._check_augment()
         if config.cache is not None and not config.resume:
             assert self.data.cache is not None
             check_encoders(self.policy, self.data.cache)
@@ -236,8 +239,21 @@ class FinetuneSession:
             spec = replace(spec, cut=cuts.pop())
             _cut(self._encoders, spec.cut)
         if any(name.startswith(ENCODERS) for name in self._start_from.model):
+            if self._config.share_rgb_model and not spec.share_rgb_model:
+                raise OptionError("--share-rgb-model has no effect: the run's cameras have encoders tuned apart")
             return spec
+        if self._config.share_rgb_model and len({id(encoder) for encoder in self._encoders.values()}) > 1:
+            raise OptionError("--share-rgb-model has no effect: the run's cameras have encoders of their own")
         return replace(spec, share_rgb_model=self._config.share_rgb_model)
+
+    def _check_augment(self) -> None:
+        """Raises OptionError if frames are to be augmented and none will be read."""
+        last = self._layers(self._config.steps)
+        if self._config.augment and self._config.cache and above_cut(self.policy, last, self.spec.cut):
+            raise OptionError(
+                f"--augment has no effect: all that learns lies above the cut of {self._config.cache}, so no frames "
+                "are read; give --live-encoder instead of --from-cache"
+            )
 
     def _build(self) -> VisuomotorPolicy:
         config = self._config

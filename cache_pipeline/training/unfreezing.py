@@ -10,7 +10,7 @@ from torch import nn
 
 from cache_pipeline.encoders.cut import CUTS, STAGES, head_stages
 from cache_pipeline.encoders.image_encoder import ImageEncoder
-from cache_pipeline.errors import ConfigError, available
+from cache_pipeline.errors import ConfigError, OptionError, available
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 
 ALL = "all"
@@ -67,6 +67,21 @@ def check_layers(policy: VisuomotorPolicy, unfreezing: tuple[Unfreezing, ...]) -
                     )
 
 
+def check_freeze(policy: VisuomotorPolicy, unfreezing: tuple[Unfreezing, ...], freeze: str | None) -> None:
+    """Raises OptionError for a pattern that holds nothing still, or if the patterns leave nothing to learn."""
+    layers = {layer for item in unfreezing for layer in item.layers}
+    names = dict.fromkeys(_inner(name) for name, _ in policy.encoder_parameters())
+    learning = [name for name in names if ALL in layers or name.split(".")[0] in layers]
+    patterns = _names(freeze) if freeze else ()
+    for pattern in patterns:
+        if not any(fnmatch(name, pattern) for name in learning):
+            raise OptionError(
+                f"--freeze {pattern} has no effect: it matches no parameter that is to learn; {available(learning)}"
+            )
+    if learning and all(any(fnmatch(name, pattern) for pattern in patterns) for name in learning):
+        raise OptionError(f"--freeze {freeze} leaves nothing of the encoder to learn; take train --from-cache for that")
+
+
 def above_cut(policy: VisuomotorPolicy, layers: tuple[str, ...], cut: str) -> bool:
     """Whether features cached at ``cut`` stay right while ``layers`` learn: all of them lie above it."""
     encoders = policy.obs_encoder.key_model_map.distinct()
@@ -96,12 +111,16 @@ def unfreeze(
             module.requires_grad_(True)
     patterns = _names(freeze) if freeze else ()
     for name, parameter in policy.encoder_parameters():
-        inner = name.split(".net.", 1)[-1]
-        if any(fnmatch(inner, pattern) for pattern in patterns):
+        if any(fnmatch(_inner(name), pattern) for pattern in patterns):
             parameter.requires_grad_(False)
         elif parameter.requires_grad:
             yield name, parameter
     policy.train(policy.training)
+
+
+def _inner(name: str) -> str:
+    """A parameter's name within its encoder."""
+    return name.split(".net.", 1)[-1]
 
 
 def _layers(encoder: ImageEncoder) -> list[str]:

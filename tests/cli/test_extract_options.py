@@ -4,6 +4,7 @@ import json
 
 import matplotlib.image
 import pytest
+from cache_fakes import TINY
 from fakes import make_dataset
 from typer.testing import CliRunner
 
@@ -50,6 +51,31 @@ def test_an_encoder_for_an_unknown_camera_lists_the_cameras(dataset, tmp_path):
     assert result.exit_code == 1
     assert "agentview_image" in result.stderr
     assert not (tmp_path / "x.zarr").exists()
+
+
+def test_an_encoder_for_all_others_is_refused_where_every_camera_has_its_own(dataset, tmp_path):
+    own = [f"{camera}=resnet34@random" for camera in ("agentview_image", "robot0_eye_in_hand_image")]
+    each = ["--camera-encoder", own[0], "--camera-encoder", own[1]]
+    for flag, options in (("--no-pretrained-encoder", []), ("--rgb-model-name", ["resnet50"])):
+        result = run("extract-features", dataset, "--out", tmp_path / "x.zarr", flag, *options, *each)
+        assert result.exit_code == 2
+        assert f"{flag} (" in result.stderr
+        assert "every camera has an encoder of its own" in result.stderr
+    assert not (tmp_path / "x.zarr").exists()
+
+
+def test_an_encoder_of_the_users_own_beside_a_resnet_for_one_camera(dataset, tmp_path):
+    out = tmp_path / "mixed.zarr"
+    options = ["--encoder", TINY.factory, "--camera-encoder", "agentview_image=resnet18@random", "--device", "cpu"]
+    done(run("extract-features", dataset, "--out", out, *options))
+    cuts = {camera: entry.identity["cut"] for camera, entry in FeatureCache(out).cameras.items()}
+    assert cuts == {"agentview_image": "avgpool", "robot0_eye_in_hand_image": "output"}
+
+
+def test_no_cameras_at_all_is_refused(dataset, tmp_path):
+    result = run("extract-features", dataset, "--out", tmp_path / "x.zarr", *RANDOM, "--cameras", "")
+    assert result.exit_code == 1
+    assert "no cameras are left" in result.stderr
 
 
 def test_a_tuned_encoder_is_cached_again_and_its_old_cache_is_stale_for_it(dataset, tmp_path):

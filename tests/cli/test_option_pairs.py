@@ -164,7 +164,7 @@ def effective(config: Any) -> dict[str, Any]:
     """What of a config can change what is computed, kept or said."""
     value = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     if isinstance(config, FinetuneConfig):
-        value["unfreeze"] = parse_unfreezing(value["unfreeze"], value.pop("unfreeze_schedule"))
+        value["unfreeze"] = parse_unfreezing(value["unfreeze"], value.pop("unfreeze_schedule"), config.steps)
         return value
     if isinstance(config, TrainConfig):
         learns = config.live and not config.freeze_encoder

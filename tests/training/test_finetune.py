@@ -18,7 +18,7 @@ from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.precision import cpu_has_bf16
-from cache_pipeline.errors import CheckpointError, ConfigError, StaleCacheError
+from cache_pipeline.errors import CheckpointError, ConfigError, OptionError, StaleCacheError
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.training import learner as learner_module
 from cache_pipeline.training.checkpoint import load_policy, read_run
@@ -241,6 +241,33 @@ def test_fine_tuning_is_resumed_in_the_order_that_it_began_with_whatever_the_mem
             finetune(tuning(base, tmp_path / "stopped", **options, order="block", max_memory=small), progress=False)
     again = tuning(base, tmp_path / "stopped", **options, order="block", max_memory=large, resume=True)
     assert losses(finetune(again, progress=False).run) == losses(block.run)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"freeze": "layer9.*"}, r"--freeze layer9\.\* has no effect: it matches no parameter that is to learn"),
+        ({"freeze": "layer3.*", "unfreeze": "layer4"}, r"--freeze layer3\.\* has no effect"),
+        ({"freeze": "*"}, "leaves nothing of the encoder to learn"),
+    ],
+)
+def test_patterns_that_hold_nothing_or_everything_still_are_refused(
+    options: dict[str, Any], told: str, base: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=told):
+        finetune(tuning(base, tmp_path / "run", **options), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_augmentation_of_frames_that_are_never_read_is_refused(base: Path, frontier: Path, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="--augment has no effect"):
+        finetune(tuning(base, tmp_path / "run", cache=frontier, unfreeze="layer4", augment=True), progress=False)
+
+
+def test_encoders_tuned_apart_cannot_be_shared(base: Path, tmp_path: Path) -> None:
+    tuned = finetune(tuning(base, tmp_path / "tuned", steps=1), progress=False).run
+    with pytest.raises(OptionError, match="encoders tuned apart"):
+        finetune(tuning(tuned, tmp_path / "run", share_rgb_model=True), progress=False)
 
 
 def test_a_layer_that_the_encoder_does_not_have_is_refused_with_the_right_names(base: Path, tmp_path: Path) -> None:

@@ -338,8 +338,8 @@ def test_only_as_many_best_checkpoints_are_kept_as_asked(cache: Path, tmp_path: 
     assert summary.best[0] == f"step_{min(errors, key=errors.get):07d}"
 
 
-def test_the_config_survives_json(cache: Path, tmp_path: Path) -> None:
-    first = replace(config(tmp_path, cache), encoder=EncoderSpec(weights="random"), preprocess=Preprocess((32, 32)))
+def test_the_config_survives_json(dataset: Path, tmp_path: Path) -> None:
+    first = replace(live(tmp_path, dataset), encoder=EncoderSpec(weights="random"), preprocess=Preprocess((32, 32)))
     again = TrainConfig.from_json(json.loads(json.dumps(first.to_json())))
     assert again.to_json() == first.to_json()
     assert replace(again, preprocess=first.preprocess) == first
