@@ -94,6 +94,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(("unfreeze",), lambda v: v["unfreeze_schedule"], "--unfreeze-schedule says which layers learn from when"),
     ),
+    "bench": (
+        Rule(
+            ("batch_size",),
+            lambda v: v["cases"] and not {"train", "finetune", "frontier"} & set(v["cases"]),
+            "only train, finetune and frontier train on windows",
+        ),
+    ),
     "rollout": (Rule(("videos",), lambda v: not v["video"], "nothing is filmed without --video FOLDER"),),
 }
 

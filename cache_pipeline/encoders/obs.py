@@ -172,7 +172,7 @@ def acting_obs(
         if len(leading) != 2:
             raise EncoderError(
                 f"{camera}: images have the shape {tuple(values.shape)}, with no batch or no time axis; this policy "
-                f"takes (B, {steps}, {height}, {width}, 3): add the axis, as in images[None]"
+                f"takes (B, {steps}, {height}, {width}, 3); images[None] adds the batch, images[:, None] the time axis"
             )
         taken[camera] = frames.reshape(*leading, height, width, 3)
     for key, shape in low_dim.items():

@@ -146,6 +146,10 @@ class MultiImageObsEncoder(nn.Module):
         options = {"weights": source, "seed": seed, "cut": cut, "use_group_norm": use_group_norm}
         self.key_model_map = CameraEncoders(_build(rgb_model_name, cameras, share_rgb_model, options), share_rgb_model)
         self.random_crop = random_crop
+        if preprocess is not None and any(x is not None for x in (resize_shape, crop_shape, imagenet_norm)):
+            raise EncoderError(
+                "preprocess says resize, crop and normalisation: leave resize_shape, crop_shape and imagenet_norm out"
+            )
         given = _per_camera("preprocess", preprocess, cameras)
         sizes = _per_camera("resize_shape", resize_shape, cameras)
         crops = _per_camera("crop_shape", crop_shape, cameras)
@@ -362,6 +366,8 @@ def _build(
 
 
 def _one(model: Any, options: Mapping[str, Any]) -> ImageEncoder:
+    if options["weights"] not in ("imagenet", "random") and (not isinstance(model, str) or ":" in model):
+        raise EncoderError(f"weights {options['weights']}: the encoder that was given has its own; leave weights out")
     if isinstance(model, ImageEncoder):
         return model
     if isinstance(model, EncoderSpec):

@@ -76,6 +76,8 @@ def prepare(config: ExtractConfig, *, change: bool = True) -> Prepared:
         logger.info("%s", line)
     check_names(config, dataset)
     encoders = for_cameras(building.result(), config, dataset, old or pending)
+    if old is not None and config.views < (views := max(entry.views for entry in old.cameras.values())):
+        logger.info("%s: its %d views of every frame are kept", out, views)
     pending = _check_stale(config, path, old, pending, encoders, change=change)
     matching = match_demos(old, dataset, deep=config.deep)
     manifest = _target(config, dataset, encoders, old, pending, matching)

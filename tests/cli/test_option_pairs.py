@@ -282,6 +282,7 @@ def _allowed(words, name, beside):
         ("finetune --checkpoint r --live-encoder --source streamed", "source streamed reads a frontier cache"),
         ("verify c --integrity --rows 3", "--rows has no effect: --integrity reads"),
         ("verify c --integrity --dataset d", "--dataset has no effect"),
+        ("bench encode load --batch-size 8", "--batch-size has no effect: only train"),
         ("rollout r --videos 3", "--videos has no effect: nothing is filmed"),
     ],
 )

@@ -6,6 +6,7 @@ from torch import nn
 
 from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
 from cache_pipeline.encoders.obs_encoder import MultiImageObsEncoder
+from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.resnet import get_resnet
 from cache_pipeline.errors import EncoderError
 
@@ -252,6 +253,17 @@ def small_features(encoder, images):
     p = encoder.preprocessing["agentview_image"]
     mean, std = (torch.tensor(value)[:, None, None] for value in p.normalization)
     return encoder.key_model_map["agentview_image"].trunk((images - mean) / std)
+
+
+@pytest.mark.parametrize("option", [{"resize_shape": (20, 20)}, {"crop_shape": (8, 8)}, {"imagenet_norm": False}])
+def test_options_that_a_given_preprocessing_overrides_are_refused(option):
+    with pytest.raises(EncoderError, match="preprocess says resize, crop and normalisation"):
+        MultiImageObsEncoder(shape_meta(), pretrained=False, preprocess=Preprocess(), **option)
+
+
+def test_weights_for_an_encoder_that_brings_its_own_are_refused():
+    with pytest.raises(EncoderError, match="leave weights out"):
+        MultiImageObsEncoder(shape_meta(), torch.nn.Flatten(), weights="mine.safetensors")
 
 
 def test_random_crop_needs_a_crop_shape():
