@@ -19,7 +19,9 @@ def still_cameras(path: Path, manifest: Manifest) -> tuple[str, ...]:
 
     Frames are equal where their digests are. Digests that cannot be read are left to the integrity check.
     """
-    sentences = []
+    sentences: list[str] = []
+    if not manifest.demos:
+        return ()
     for camera, entry in manifest.cameras.items():
         black = np.frombuffer(bytes.fromhex(digest(bytes(int(np.prod(entry.image_shape))))), np.uint8)
         found: dict[str, list[str]] = {"black": [], "frozen on one frame": []}

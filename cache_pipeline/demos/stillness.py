@@ -25,9 +25,9 @@ def still_cameras(file: h5py.File, demos: Sequence[DemoInfo], cameras: Sequence[
         found: dict[str, list[str]] = {"black": [], "frozen on one frame": []}
         for demo in (demos[place] for place in places.tolist()):
             info = demo.obs.get(camera)
-            if info is None or not info.is_image or not info.written:
+            if info is None or not info.is_image or not info.written or 0 in info.shape:
                 continue
-            state = _state(file[f"data/{demo.name}/obs/{camera}"])
+            state = _state(file, f"data/{demo.name}/obs/{camera}")
             if state:
                 found[state].append(demo.name)
         yield from (still_sentence(camera, state, names) for state, names in found.items() if names)
@@ -39,8 +39,9 @@ def still_sentence(camera: str, state: str, names: Sequence[str]) -> str:
     return f"camera {camera} is {state} through {len(names)} whole demo{'s' * (len(names) > 1)} ({shown})"
 
 
-def _state(images: h5py.Dataset) -> str:
+def _state(file: h5py.File, path: str) -> str:
     try:
+        images = file[path]
         count = len(images)
         first = images[0]
         black = not first.any()

@@ -1,4 +1,5 @@
 import json
+import shutil
 
 import h5py
 import pytest
@@ -61,6 +62,11 @@ def test_cameras_that_are_black_or_frozen_through_a_demo_are_told_by_extraction_
     assert (summary.notes, summary.problems) == (told, ())
     warned = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert all(any(sentence in message for message in warned) for sentence in told)
+
+
+def test_digests_of_frames_that_cannot_be_read_are_left_to_the_integrity_check(cache):
+    shutil.rmtree(cache / "frame_digests")
+    assert inspect_cache(cache).notes == ()
 
 
 def test_what_is_no_cache_raises(tmp_path):

@@ -22,6 +22,7 @@ from cache_pipeline.cli import app
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import ConfigError, OptionError
+from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.training.config import OWN_POLICY_OPTIONS, FinetuneConfig, TrainConfig
 from cache_pipeline.training.unfreezing import parse_unfreezing
 
@@ -29,6 +30,18 @@ GROUP: Any = typer.main.get_command(app)
 
 # A value that is not the default for each option, as it is typed.
 SAMPLES: dict[str, list[str]] = {
+    "action_steps": ["--action-steps", "2"],
+    "demos": ["--demos", "3"],
+    "env_args": ["--env-args", "env.json"],
+    "episodes": ["--episodes", "3"],
+    "horizon": ["--horizon", "9"],
+    "image_size": ["--image-size", "32"],
+    "integrity": ["--integrity"],
+    "rows": ["--rows", "9"],
+    "seconds": ["--seconds", "0.5"],
+    "task": ["--task", "Stack"],
+    "video": ["--video", "films"],
+    "videos": ["--videos", "2"],
     "accumulate": ["--accumulate", "2"],
     "action_horizon": ["--action-horizon", "5"],
     "action_normalization": ["--action-normalization", "gaussian"],
@@ -80,7 +93,7 @@ SAMPLES: dict[str, list[str]] = {
     "shard_rows": ["--shard-rows", "64"],
     "share_rgb_model": ["--share-rgb-model"],
     "source": ["--source", "streamed"],
-    "steps": ["--steps", "3"],
+    "steps": ["--steps", "30"],
     "store_dtype": ["--store-dtype", "float32"],
     "unfreeze": ["--unfreeze", "layer4"],
     "unfreeze_schedule": ["--unfreeze-schedule", "layer4@0"],
@@ -99,7 +112,26 @@ BASES = {
     "train robomimic": ["train", "--from-cache", "a.zarr", "--policy", "robomimic:bc"],
     "finetune live": ["finetune", "--checkpoint", "run", "--live-encoder"],
     "finetune on a cache": ["finetune", "--checkpoint", "run", "--from-cache", "a.zarr"],
+    "verify": ["verify", "a.zarr"],
+    "rollout": ["rollout", "run"],
+    "collect": ["collect", "--out", "a.hdf5"],
+    "probe": ["probe", "a.zarr"],
+    "bench": ["bench"],
+    "quickstart": ["quickstart"],
 }
+FUNCTIONS = (
+    "extract.pipeline.extract_features",
+    "extract.plan.plan_extraction",
+    "extract.verify.verify",
+    "cache.integrity.check_integrity",
+    "training.train.train",
+    "training.finetune.finetune",
+    "sim.rollout.rollout",
+    "sim.collect.collect",
+    "reports.probe.probe_cache",
+    "reports.bench.run_bench",
+    "reports.quickstart.run_quickstart",
+)
 # Allowed where they change nothing: ``--seed`` is a promise about whatever is random, kept where nothing is;
 # ``--no-imagenet-norm`` is what random weights have anyway; ``--encoder`` beside a cache or a run names the factory
 # whose code may be run.
@@ -109,6 +141,8 @@ NAMES_A_FACTORY = {("train", "from_cache"), ("extract-features", "encoder_from")
 
 
 class Result(NamedTuple):
+    ok: bool = True
+
     def to_json(self):
         return {}
 
@@ -131,7 +165,7 @@ def outcome():
     called: list[tuple[str, Any]] = []
 
     def fake(name):
-        return lambda config, **_: called.append((name, config)) or Result()
+        return lambda *given, **options: called.append((name, (given, options))) or Result()
 
     def run(words):
         called.clear()
@@ -143,15 +177,14 @@ def outcome():
                 command.main(words[1:], standalone_mode=False, prog_name=words[0])
         except ConfigError as error:
             return Outcome(refused=str(error))
-        (name, config) = called[-1]
-        return Outcome(name, effective(config), printed.getvalue())
+        name, (given, options) = called[-1]
+        config = effective(given[0]) if dataclasses.is_dataclass(given[0]) else (given, options)
+        return Outcome(name, config, printed.getvalue())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("cache_pipeline.extract.pipeline.extract_features", fake("extract"))
-        patch.setattr("cache_pipeline.extract.plan.plan_extraction", fake("plan"))
+        for name in FUNCTIONS:
+            patch.setattr(f"cache_pipeline.{name}", fake(name))
         patch.setattr("cache_pipeline.training.tuned_encoder.encoders_of_run", encoders_of_run)
-        patch.setattr("cache_pipeline.training.train.train", fake("train"))
-        patch.setattr("cache_pipeline.training.finetune.finetune", fake("finetune"))
         yield run
 
 
@@ -178,6 +211,8 @@ def effective(config: Any) -> dict[str, Any]:
         value = {name: item for name, item in value.items() if name not in dropped}
         if "encoder" in value:
             value["encoder"], value["preprocess"] = _network(config.encoder), _pixels(config.preprocess)
+        return value
+    if not isinstance(config, ExtractConfig):
         return value
     if config.views == 1:
         del value["view_spec"]
@@ -215,10 +250,10 @@ def options_of(base: list[str]) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("command", ["extract-features", "train", "finetune"])
+@pytest.mark.parametrize("command", sorted({words[0] for words in BASES.values()}))
 def test_every_option_has_a_sample(command):
     unknown = set(options_of([command])) - set(SAMPLES)
-    assert not unknown - {"checkpoint"}, f"give a value to try for {unknown} in SAMPLES"
+    assert not unknown - {"checkpoint", "help"}, f"give a value to try for {unknown} in SAMPLES"
 
 
 @pytest.mark.parametrize("base", BASES)

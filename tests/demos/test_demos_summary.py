@@ -156,6 +156,17 @@ def test_cameras_that_are_black_or_frozen_through_a_demo_are_named_and_one_odd_f
     )
 
 
+def test_cameras_without_frames_or_with_damaged_ones_are_not_called_still(path):
+    with h5py.File(path, "r+") as file:
+        obs = file["data/demo_1/obs"]
+        del obs["agentview_image"], obs["robot0_eye_in_hand_image"]
+        obs["agentview_image"] = np.zeros((0, 24, 24, 3), np.uint8)
+        obs["robot0_eye_in_hand_image"] = h5py.SoftLink("/nowhere")
+    summary = inspect_dataset(path)
+    assert not summary.sound
+    assert not any("through" in note for note in summary.files[0].notes)
+
+
 def test_a_file_without_cameras_is_sound_and_told(tmp_path):
     assert "no cameras" in notes_of(make_dataset(tmp_path / "low_dim.hdf5", cameras={}))[0]
 
