@@ -75,7 +75,7 @@ def extract_features(
     if encoder_from is not None:
         from cache_pipeline.training.tuned_encoder import encoders_of_run
 
-        encoders, preprocessing = encoders_of_run(encoder_from, cut)
+        encoders, preprocessing = encoders_of_run(encoder_from, cut, encoder=encoder)
     config = ExtractConfig(
         datasets=paths,
         out=Path(out),
@@ -138,6 +138,7 @@ def verify(
     ] = False,
     device: o.Device = "auto",
     seed: o.Seed = 0,
+    encoder: o.StoredEncoder = None,
     json: o.Json = False,
 ) -> None:
     """Encode random rows live and compare them with the cache, or check every stored byte; exit 3 when they differ."""
@@ -155,7 +156,9 @@ def verify(
         return
     from cache_pipeline.extract.verify import verify
 
-    result = verify(cache, datasets=tuple(dataset) if dataset else None, rows=rows, seed=seed, device=device)
+    result = verify(
+        cache, datasets=tuple(dataset) if dataset else None, rows=rows, seed=seed, device=device, encoder=encoder
+    )
     o.emit(json, result.to_json(), result.lines())
     if not result.ok:
         raise CheckFailedError(

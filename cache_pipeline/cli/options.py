@@ -118,6 +118,10 @@ Weights = Annotated[Path | None, typer.Option("--weights", help="Encoder weights
 Encoder = Annotated[
     str | None, typer.Option("--encoder", help="Any encoder: module_or_file.py:factory returning an nn.Module.")
 ]
+StoredEncoder = Annotated[
+    str | None,
+    typer.Option("--encoder", help="The encoder's factory, for those made by one: it runs only if it is named here."),
+]
 ImagenetNorm = Annotated[
     bool | None,
     typer.Option("--imagenet-norm/--no-imagenet-norm", help="ImageNet mean and std; on unless the weights are random."),

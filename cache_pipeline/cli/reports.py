@@ -30,12 +30,13 @@ def quickstart(
 def report(
     run: Annotated[Path, typer.Argument(help="A run.")],
     out: Annotated[Path | None, typer.Option("--out", help="The page; RUN/report.html by default.")] = None,
+    encoder: o.StoredEncoder = None,
     json: o.Json = False,
 ) -> None:
     """Draw a run: curves, actions, features, views, stage times and rollouts on one HTML page."""
     from cache_pipeline.reports.run_report import write_report
 
-    page = write_report(run, out)
+    page = write_report(run, out, encoder=encoder)
     o.emit(json, {"report": str(page)}, [f"report: {page}"])
 
 

@@ -45,6 +45,7 @@ def rollout(
     env_args: Annotated[
         Path | None, typer.Option("--env-args", help="JSON of the environment, for datasets that carry none.")
     ] = None,
+    encoder: o.StoredEncoder = None,
     device: o.Device = "auto",
     seed: o.Seed = 0,
     json: o.Json = False,
@@ -61,6 +62,7 @@ def rollout(
         video=video,
         videos=videos,
         env_args=env_args,
+        encoder=encoder,
         device=device,
         seed=seed,
     )

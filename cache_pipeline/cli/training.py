@@ -129,6 +129,7 @@ def train(
         low_dim_keys=o.names(low_dim_keys),
         filter_key=filter_key,
         valid_key=valid_key,
+        encoder_factory=encoder if from_cache is not None else None,
         freeze_encoder=freeze_encoder,
         share_rgb_model=share_rgb_model,
         policy=policy,
@@ -172,6 +173,7 @@ def finetune(
         typer.Option("--from-cache", help="A cache cut below the layers to unfreeze, such as --cut layer3."),
     ] = None,
     dataset: o.Datasets = None,
+    encoder: o.StoredEncoder = None,
     out: Annotated[Path | None, typer.Option("--out", help="The run folder; RUN_finetune by default.")] = None,
     filter_key: o.FilterKey = None,
     valid_key: o.ValidKey = None,
@@ -224,6 +226,7 @@ def finetune(
         checkpoint=checkpoint,
         datasets=tuple(dataset or ()),
         cache=from_cache,
+        encoder_factory=encoder,
         filter_key=filter_key,
         valid_key=valid_key,
         unfreeze=unfreeze,
@@ -256,13 +259,14 @@ def finetune(
 def export(
     run: Annotated[Path, typer.Argument(help="A run or one of its checkpoints.")],
     out: Annotated[Path, typer.Option("--out", help="The file: .onnx, or .pt2 (torch.export).")],
+    encoder: o.StoredEncoder = None,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
     """Write one file that takes raw images and low-dim obs and gives the action chunk."""
     from cache_pipeline.training.export import export_policy
 
-    result = export_policy(run, out, overwrite=overwrite)
+    result = export_policy(run, out, overwrite=overwrite, encoder=encoder)
     o.emit(json, result.to_json(), result.lines())
 
 

@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cache_pipeline.encoders.cut import CUTS, check_cut, head_stages, run_stages, trunk_stages
 from cache_pipeline.encoders.factory import call_factory, structure_digest
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.resnet import RESNETS, ResNet, get_resnet
-from cache_pipeline.encoders.weights import state_digest
+from cache_pipeline.encoders.weights import imagenet_sha256, state_digest
 from cache_pipeline.errors import EncoderError, available
 
 OUTPUT = "output"
@@ -33,7 +35,8 @@ class EncoderSpec:
     cut: str = "avgpool"
     """``avgpool``, ``layer4``, ``layer3``, ``layer2``, ``layer1``; for a factory always its ``output``."""
     factory: str | None = None
-    """``module:factory`` or ``file.py:factory`` in place of a ResNet; it brings its own weights."""
+    """``module:factory`` or ``file.py:factory`` in place of a ResNet; it brings its own weights, or those of a file of
+    ``save_encoder`` in ``weights``. Building the spec runs it."""
     use_group_norm: bool = False
     """GroupNorm in place of BatchNorm; for random weights."""
 
@@ -63,9 +66,10 @@ class EncoderSpec:
             raise EncoderError(
                 f"--no-pretrained-encoder with --encoder {self.factory}: draw random weights in the factory"
             )
-        if self.weights not in ("imagenet", "factory"):
+        if self.weights in ("imagenet", "factory"):
+            object.__setattr__(self, "weights", "factory")
+        elif not self.weights.endswith(".safetensors"):
             raise EncoderError(f"--weights {self.weights} with --encoder {self.factory}: load them in the factory")
-        object.__setattr__(self, "weights", "factory")
 
     @property
     def source(self) -> str:
@@ -93,16 +97,23 @@ class ImageEncoder(nn.Module):
         net: a ``ResNet``, or any module from (B,3,h,w) to (B,D) or (B,D,h',w').
         cut: where trunk and head part; for other modules than a ``ResNet`` the output.
         source: where the weights come from, for people.
-        spec: how ``net`` can be made again; ``None`` for a ready module, which cannot be loaded from a file.
+        spec: how ``net`` can be made again; ``None`` for a ready module, for which a factory must be named to load it.
+        factory_source: the factory's file, as ``call_factory`` names it.
     """
 
     def __init__(
-        self, net: nn.Module, cut: str = "avgpool", *, source: str = "a ready module", spec: EncoderSpec | None = None
+        self,
+        net: nn.Module,
+        cut: str = "avgpool",
+        *,
+        source: str = "a ready module",
+        spec: EncoderSpec | None = None,
+        factory_source: str | None = None,
     ):
         super().__init__()
         self.net = net
         self.cut = _cut_of(net, cut)
-        self.source, self.spec = source, spec
+        self.source, self.spec, self._factory_source = source, spec, factory_source
         self.gradient_checkpointing = False
         self.train_batch_norm = False
         self._feature_shapes: dict[tuple[str, int, int], tuple[int, ...]] = {}
@@ -239,8 +250,10 @@ class ImageEncoder(nn.Module):
         return state_digest({name: value for name, value in self.state_dict().items() if not name.startswith(above)})
 
     def structure(self) -> str | None:
-        """Digest of what a module of the user's own computes apart from its weights; ``None`` for a ResNet."""
-        return None if self.is_resnet else structure_digest(self.net)
+        """Digest of what a module of the user's own computes apart from its weights, its factory's file included;
+        ``None`` for a ResNet of torchvision.
+        """
+        return None if self.is_resnet else structure_digest(self.net, self._factory_source)
 
 
 def keep_frozen_in_eval(module: nn.Module, train_batch_norm: bool) -> None:
@@ -287,12 +300,27 @@ def build_encoder(spec: EncoderSpec) -> ImageEncoder:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         if spec.factory is not None:
-            encoder = ImageEncoder(call_factory(spec.factory), spec.cut, source=spec.source, spec=spec)
+            made = call_factory(spec.factory)
+            encoder = ImageEncoder(made.net, spec.cut, source=spec.source, spec=spec, factory_source=made.source)
+            if spec.weights != "factory":
+                load_saved(encoder, spec.weights)
         else:
             weights = None if spec.weights == "random" else spec.weights
             net = get_resnet(spec.rgb_model_name, weights, use_group_norm=spec.use_group_norm)
-            encoder = ImageEncoder(net, spec.cut, source=spec.source, spec=spec)
+            checked = f", sha256 {imagenet_sha256(spec.rgb_model_name)}" if weights == "imagenet" else ""
+            encoder = ImageEncoder(net, spec.cut, source=spec.source + checked, spec=spec)
     return encoder.eval()
+
+
+def load_saved(encoder: ImageEncoder, path: str | Path) -> None:
+    """Puts the weights of a file of ``save_encoder`` into an encoder; raises EncoderError if they do not fit."""
+    try:
+        encoder.load_state_dict(load_file(path))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise EncoderError(f"cannot read the encoder's weights from {path} ({error})") from error
+    except RuntimeError as error:
+        reason = str(error).splitlines()[-1].strip()
+        raise EncoderError(f"{path} does not hold the weights of {encoder.architecture} ({reason})") from error
 
 
 def make_preprocess(

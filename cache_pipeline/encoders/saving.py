@@ -1,4 +1,9 @@
-"""An encoder's weights on disk, from which it can be made again without the file or download they came from."""
+"""An encoder's weights on disk, from which it can be made again without the file or download they came from.
+
+Weights and, as metadata, the spec are data: nothing in the file is run. An encoder of the user's own is made again by a
+factory that the user names, and only if that factory's source and structure are those that were saved. Its weights are
+the saved ones, whatever the factory loads.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +14,28 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
-from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder
+from cache_pipeline.encoders.factory import Factories, choose_factory, named_factories
+from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder, load_saved
 from cache_pipeline.encoders.resnet import get_resnet
 from cache_pipeline.errors import EncoderError
 from cache_pipeline.files import atomic_path
 
 
 def save_encoder(encoder: ImageEncoder, path: str | Path) -> None:
-    """Writes all weights of an encoder as safetensors, atomically, with its spec in the file's metadata."""
+    """Writes all weights of an encoder as safetensors, atomically, with its spec in the file's metadata, and for a
+    module of the user's own the digest of its structure.
+    """
     state = {name: value.detach().contiguous() for name, value in encoder.state_dict().items()}
-    spec = None if encoder.spec is None else encoder.spec.to_json()
+    saved = {"spec": None if encoder.spec is None else encoder.spec.to_json(), "source": encoder.source}
+    structure = encoder.structure()
+    if structure is not None:
+        saved["structure"] = structure
     # One key: safetensors writes several in random order, and files of the same encoder are to be the same bytes.
-    metadata = {"encoder": json.dumps({"spec": spec, "source": encoder.source})}
     with atomic_path(path) as partial:
-        save_tensors(state, partial, metadata)
+        save_tensors(state, partial, {"encoder": json.dumps(saved)})
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
@@ -36,35 +46,103 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
         raise OSError(f"{path}: {error}") from error
 
 
-def load_encoder(spec: EncoderSpec | Mapping[str, Any] | None, path: str | Path) -> ImageEncoder:
-    """Makes an encoder again from its spec and the file of ``save_encoder``, wherever its weights first came from.
-
-    Args:
-        spec: the spec or its JSON; ``None`` takes the one in the file.
-        path: the weights.
+def saved_spec(path: str | Path) -> EncoderSpec | None:
+    """The spec in a file of ``save_encoder``, ``None`` for a ready module. Runs nothing.
 
     Raises:
-        EncoderError: the file is missing or damaged, does not fit, or no spec is to be had.
+        EncoderError: the file is missing or damaged.
     """
+    return _spec_of(_read_metadata(path), path)
+
+
+def load_encoder(
+    spec: EncoderSpec | Mapping[str, Any] | None,
+    path: str | Path,
+    encoder: Factories = None,
+    structure: str | None = None,
+) -> ImageEncoder:
+    """Makes an encoder again from the file of ``save_encoder``, wherever its weights first came from.
+
+    Args:
+        spec: the caller's own spec or its JSON, whose factory is run; ``None`` takes the one in the file, whose factory
+            is not.
+        path: the weights.
+        encoder: the factories that the user names: a saved encoder of the user's own is made by one of them.
+        structure: digest that the encoder's structure must have, for files that do not hold it.
+
+    Raises:
+        EncoderError: the file is missing, damaged or does not fit; a factory is needed and not named; or the one named
+            is not the one that was saved.
+    """
+    saved = _read_metadata(path)
+    if spec is None:
+        stored = _spec_of(saved, path)
+        if stored is None or stored.factory is not None:
+            factory = choose_factory(None if stored is None else stored.factory, encoder, path)
+            spec = EncoderSpec(factory=factory)
+        else:
+            spec = stored
+    made = _structure(spec if isinstance(spec, EncoderSpec) else EncoderSpec.from_json(spec))
+    _check_structure(made, saved.get("structure") or structure, path)
+    made.source = saved.get("source", made.source)
+    load_saved(made, path)
+    return made.eval()
+
+
+def load_encoders(
+    files: Mapping[str, Path], encoder: Factories = None, structures: Mapping[str, str] | None = None
+) -> dict[str, ImageEncoder]:
+    """Camera → encoder; cameras with the same file share one module.
+
+    Args:
+        files: camera → file of ``save_encoder``.
+        encoder: as in ``load_encoder``.
+        structures: camera → digest of the structure, for files that do not hold it.
+
+    Raises:
+        EncoderError: as ``load_encoder``; or factories are named and no encoder is of the user's own.
+    """
+    loaded: dict[Path, ImageEncoder] = {}
+    for camera, file in files.items():
+        if file not in loaded:
+            loaded[file] = load_encoder(None, file, encoder, (structures or {}).get(camera))
+    named = named_factories(encoder)
+    if named and all(made.is_resnet for made in loaded.values()):
+        file, made = next(iter(loaded.items()))
+        raise EncoderError(f"--encoder {named[0]} has no effect: {file} holds a {made.architecture}; leave it out")
+    return {camera: loaded[file] for camera, file in files.items()}
+
+
+def _read_metadata(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("encoder", "{}"))
-        state = load_file(path)
-    except (OSError, ValueError, SafetensorError) as error:
+            value = json.loads((file.metadata() or {}).get("encoder", "{}"))
+    except (OSError, ValueError, SafetensorError, RecursionError) as error:
         raise EncoderError(f"cannot read the encoder's weights from {path} ({error})") from error
-    spec = spec if spec is not None else metadata.get("spec")
-    if spec is None:
-        raise EncoderError(
-            f"{path} was saved from a ready module, which cannot be made again; give it as --encoder FILE:FACTORY"
-        )
-    encoder = _structure(spec if isinstance(spec, EncoderSpec) else EncoderSpec.from_json(spec))
-    encoder.source = metadata.get("source", encoder.source)
+    if not isinstance(value, dict):
+        raise EncoderError(f"cannot read the encoder's weights from {path} (its metadata are no JSON object)")
+    return value
+
+
+def _spec_of(saved: Mapping[str, Any], path: str | Path) -> EncoderSpec | None:
+    value = saved.get("spec")
     try:
-        encoder.load_state_dict(state)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[-1].strip()
-        raise EncoderError(f"{path} does not hold the weights of {encoder.architecture} ({reason})") from error
-    return encoder.eval()
+        spec = None if value is None else EncoderSpec.from_json(value)
+    except (TypeError, AttributeError) as error:
+        raise EncoderError(f"{path} names an encoder that this version does not know ({error})") from error
+    if spec is not None and spec.factory is not None and not isinstance(spec.factory, str):
+        raise EncoderError(f"{path} names an encoder that this version does not know ({spec.factory!r})")
+    return spec
+
+
+def _check_structure(made: ImageEncoder, recorded: str | None, path: str | Path) -> None:
+    now = made.structure()
+    if recorded is not None and now is not None and recorded != now:
+        raise EncoderError(
+            f"{made.source} is not the encoder that {path} was saved from: its source or structure has changed (digest "
+            f"{recorded[:12]} then, {now[:12]} now); put the factory's file back as it was, or extract and train "
+            f"anew with this one"
+        )
 
 
 def _structure(spec: EncoderSpec) -> ImageEncoder:

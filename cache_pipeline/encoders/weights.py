@@ -27,13 +27,16 @@ COUNTER = "num_batches_tracked"
 def imagenet_state(name: str) -> dict[str, Tensor]:
     """torchvision's IMAGENET1K_V1 weights of a ResNet, downloaded once into torch's hub folder.
 
-    Raises:
-        EncoderError: they cannot be downloaded; the message names the ways out.
-    """
-    from torchvision.models import get_model_weights
+    torchvision writes the first digits of a file's SHA-256 into its name. A file that lies in the folder already is
+    held against them before it is read; torch itself checks downloads alone.
 
-    url = get_model_weights(name)["IMAGENET1K_V1"].url
+    Raises:
+        EncoderError: they cannot be downloaded, or the file in the folder is another one; the message names the ways
+            out.
+    """
+    url = _imagenet_url(name)
     folder = Path(torch.hub.get_dir()) / "checkpoints"
+    _check_sha256(folder / os.path.basename(url), imagenet_sha256(name), name)
     try:
         return torch.hub.load_state_dict_from_url(url, progress=False, check_hash=True, weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
@@ -42,6 +45,30 @@ def imagenet_state(name: str) -> dict[str, Tensor]:
             f"cannot get torchvision's {name} weights from {url} ({_first_line(error)}); give them by --weights FILE, "
             f"or place {file} in {folder}, or start from random weights with --no-pretrained-encoder --seed N"
         ) from error
+
+
+def imagenet_sha256(name: str) -> str:
+    """The first digits of the SHA-256 of torchvision's IMAGENET1K_V1 file of a ResNet, from its name."""
+    return Path(_imagenet_url(name)).stem.rpartition("-")[2]
+
+
+def _imagenet_url(name: str) -> str:
+    from torchvision.models import get_model_weights
+
+    url: str = get_model_weights(name)["IMAGENET1K_V1"].url
+    return url
+
+
+def _check_sha256(path: Path, start: str, name: str) -> None:
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()
+    if not found.startswith(start):
+        raise EncoderError(
+            f"{path} is not torchvision's {name}: its SHA-256 begins with {found[: len(start)]}, not {start}; "
+            f"remove it, to have it downloaded, or use it under its own name with --weights FILE"
+        )
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,13 +14,15 @@ import torch
 from numpy.typing import NDArray
 
 from cache_pipeline.cache.manifest import CameraEntry, Manifest
+from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.device import resolve_device
+from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.encoders.frozen import TOLERATED_ERROR, FrozenEncoder, relative_error
 from cache_pipeline.encoders.identity import collapse_warning, feature_statistics
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
-from cache_pipeline.encoders.saving import load_encoder, save_encoder
+from cache_pipeline.encoders.saving import load_encoders, save_encoder
 from cache_pipeline.errors import ConfigError, OptionError, available
 from cache_pipeline.extract.config import OTHERS, ExtractConfig
 from cache_pipeline.extract.encode import BatchEncoder
@@ -181,9 +183,22 @@ def save_weights(path: Path, cameras: Mapping[str, CameraEncoder], known: Mappin
             save_encoder(camera.encoder, file)
 
 
-def restore_encoder(file: Path, entry: CameraEntry, device: torch.device) -> FrozenEncoder:
-    """The frozen encoder that made a camera's features, from the weights that the cache carries."""
-    preprocess = entry.identity["preprocess"]
-    return FrozenEncoder(
-        load_encoder(None, file), Preprocess.from_json(preprocess), device, entry.identity["precision"]["compute"]
-    )
+def restore_encoders(
+    cache: FeatureCache, encoder: Factories = None, cameras: Sequence[str] | None = None
+) -> dict[str, ImageEncoder]:
+    """The encoder of each camera, as it made the features, from the weights that the cache carries.
+
+    Args:
+        cache: the cache.
+        encoder: the factories that the user names; one that the cache names alone is not run.
+        cameras: some of its cameras; all by default.
+
+    Raises:
+        EncoderError: the cache was made by a factory that is not named, or that has changed.
+    """
+    identities = {name: cache.cameras[name].identity for name in (cache.cameras if cameras is None else cameras)}
+    structures = {camera: value["structure"] for camera, value in identities.items() if "structure" in value}
+    encoders = load_encoders({camera: cache.encoder_file(camera) for camera in identities}, encoder, structures)
+    for camera, made in encoders.items():
+        made.cut = identities[camera]["cut"]
+    return encoders

@@ -10,12 +10,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from cache_pipeline.cache.manifest import CameraEntry
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.device import resolve_device
+from cache_pipeline.encoders.factory import Factories
+from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.encoders.image_encoder import ImageEncoder
+from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.views import ViewSpec, view_parameters
 from cache_pipeline.errors import DatasetError
-from cache_pipeline.extract.camera_encoders import restore_encoder
+from cache_pipeline.extract.camera_encoders import restore_encoders
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.freshness import require_same_demos
 
@@ -62,6 +67,7 @@ def verify(
     rows: int = 64,
     seed: int = 0,
     device: str = "auto",
+    encoder: Factories = None,
 ) -> VerifyResult:
     """Encodes random rows of every camera and view again and compares.
 
@@ -71,11 +77,14 @@ def verify(
         rows: random rows per camera and view.
         seed: of the choice of rows.
         device: to encode on.
+        encoder: the factory of a cache that was made by one: ``file.py:factory``. It runs only if it is named here.
 
     Raises:
+        EncoderError: the cache was made by a factory that is not named, or that has changed.
         DatasetError: the source files are not there, or a demo of the cache is not in them unchanged.
     """
     cache = FeatureCache(cache_path)
+    encoders = restore_encoders(cache, encoder)
     dataset = _source(cache, datasets)
     sources = require_same_demos(cache, dataset)
     rng = np.random.default_rng(seed)
@@ -85,7 +94,7 @@ def verify(
     pairs, tolerance = [], 0.0
     batches = BatchEncoder(cache.manifest.batch_size, "float32")
     for camera, entry in cache.cameras.items():
-        encoder = restore_encoder(cache.encoder_file(camera), entry, resolve_device(device))
+        frozen = _frozen(encoders[camera], entry, device)
         pieces = [dataset.frames(sources[d], camera, t, t + 1) for d, t in zip(demos, offsets, strict=True)]
         frames = np.concatenate(pieces)
         spec = ViewSpec.from_json(entry.view_spec or {})
@@ -93,9 +102,14 @@ def verify(
         for view in range(entry.views):
             views = [view_parameters(spec, key, camera, view) for key in keys] if view else None
             stored = cache.features(camera, cache.starts[demos] + offsets, view)
-            pairs.append((stored, batches(encoder, frames, views)))
+            pairs.append((stored, batches(frozen, frames, views)))
         tolerance = max(tolerance, TOLERANCE[entry.identity["precision"]["compute"]])
     return _compare(pairs, tolerance + STORE_TOLERANCE[cache.manifest.dtype])
+
+
+def _frozen(encoder: ImageEncoder, entry: CameraEntry, device: str) -> FrozenEncoder:
+    preprocess = Preprocess.from_json(entry.identity["preprocess"])
+    return FrozenEncoder(encoder, preprocess, resolve_device(device), entry.identity["precision"]["compute"])
 
 
 def _source(cache: FeatureCache, datasets: Sequence[str | Path] | None) -> Dataset:

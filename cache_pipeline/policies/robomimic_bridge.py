@@ -42,6 +42,15 @@ KNOWN_WARNING = r".*TanhWrappedDistribution.* does not define `arg_constraints`"
 BC_PARTS = ("rnn", "transformer", "gaussian", "gmm", "vae")
 OBS_MODALITIES = ("rgb", "low_dim")
 
+# robomimic evaluates the names of backbone and pooling classes as Python (``eval`` in models/obs_core.py). Settings
+# that end in ``_class`` may name these alone: classes of robomimic that neither download nor unpickle anything.
+CLASSES: dict[str, tuple[str, ...]] = {
+    "core_class": ("VisualCore", "ScanCore"),
+    "backbone_class": ("ResNet18Conv", "ShallowConv"),
+    "pool_class": ("SpatialSoftmax", "SpatialMeanPool"),
+    "obs_randomizer_class": ("CropRandomizer", "ColorRandomizer", "GaussianNoiseRandomizer"),
+}
+
 # How robomimic answers to a config that it cannot use: it has no error classes of its own.
 CONFIG_ERRORS = (RuntimeError, NotImplementedError, AssertionError, KeyError, TypeError, ValueError, AttributeError)
 
@@ -53,6 +62,7 @@ class RobomimicConfig:
     json: dict[str, Any]
 
     def __post_init__(self) -> None:
+        check_classes(self.json)
         for name in ("seq_length", "frame_stack", "batch_size"):
             value = self.json["train"][name]
             if not isinstance(value, int) or value < 1:
@@ -182,6 +192,7 @@ def read_config(path: Path) -> RobomimicConfig:
         given = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"cannot read the robomimic config {path} ({error})") from error
+    check_classes(given)
     algorithm = given.get("algo_name") if isinstance(given, dict) else None
     known = sorted({name for name, _ in ALGORITHMS.values()})
     if algorithm not in known:
@@ -194,6 +205,23 @@ def read_config(path: Path) -> RobomimicConfig:
             raise
         raise ConfigError(f"{path} is no config of robomimic 0.3 for {algorithm}: {_one_line(error)}") from error
     return config
+
+
+def check_classes(value: Any, place: str = "") -> None:
+    """Refuses a config in which a class is named that is not one of ``CLASSES``: robomimic would run the name as code.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        here = f"{place}.{key}" if place else str(key)
+        known = CLASSES.get(str(key), ())
+        if str(key).endswith("_class") and item is not None and item not in known:
+            raise ConfigError(
+                f"{here} is {str(item)[:60]!r}: robomimic would run it as code, so it is refused; {available(known)}"
+            )
+        check_classes(item, here)
 
 
 def with_horizons(

@@ -21,9 +21,9 @@ from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.split import split_demos
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.frozen import FrozenEncoder
-from cache_pipeline.encoders.image_encoder import build_encoder
+from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
-from cache_pipeline.encoders.saving import load_encoder
+from cache_pipeline.encoders.saving import saved_spec
 from cache_pipeline.errors import CacheError, CachePipelineError
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.files import atomic_path
@@ -107,7 +107,7 @@ def probe_cache(path: Path, *, picture: Path | None = None, seed: int = 0, devic
     if dataset is not None:
         targets |= _privileged(cache, dataset, train, valid)
     scores = [_score(name, x, target, y) for target, y in targets.items() for name, x in inputs.items()]
-    if dataset is not None:
+    if dataset is not None and _are_resnets(cache):
         rows = {"train": train, "valid": valid}
         encoded = {part: _encode_random(cache, dataset, r, seed, device) for part, r in rows.items()}
         scores += [_score(RANDOM, encoded, target, y) for target, y in targets.items()]
@@ -264,15 +264,20 @@ def _privileged(
     return {"object": (read(train), read(valid))}
 
 
+def _are_resnets(cache: FeatureCache) -> bool:
+    specs = {camera: saved_spec(cache.encoder_file(camera)) for camera in cache.cameras}
+    own = [camera for camera, spec in specs.items() if spec is None or spec.factory is not None]
+    if own:
+        logger.info("%s has an encoder of the user's own, so there is no baseline of random weights", own[0])
+    return not own
+
+
 def _encode_random(cache: FeatureCache, dataset: Dataset, rows: NDArray[np.int64], seed: int, device: str) -> Array:
     per_camera = []
     for camera, entry in cache.cameras.items():
-        saved = load_encoder(None, cache.encoder_file(camera))
-        if saved.spec is None or saved.spec.factory is not None:
-            raise CacheError(f"random weights are a baseline for ResNets; {camera} has {saved.architecture}")
-        spec = saved.spec.__class__(
-            rgb_model_name=saved.spec.rgb_model_name, weights="random", seed=seed, cut=saved.cut
-        )
+        saved = saved_spec(cache.encoder_file(camera))
+        assert saved is not None
+        spec = EncoderSpec(rgb_model_name=saved.rgb_model_name, weights="random", seed=seed, cut=entry.identity["cut"])
         preprocess = Preprocess.from_json(entry.identity["preprocess"])
         precision = entry.identity["precision"]["compute"]
         frozen = FrozenEncoder(build_encoder(spec), preprocess, resolve_device(device), precision)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.errors import CachePipelineError
 from cache_pipeline.files import read_json
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
@@ -41,13 +42,16 @@ class DemoObs(NamedTuple):
     actions: NDArray[np.float32]
 
 
-def write_report(run: Path, out: Path | None = None, *, stages: Mapping[str, float] | None = None) -> Path:
+def write_report(
+    run: Path, out: Path | None = None, *, stages: Mapping[str, float] | None = None, encoder: Factories = None
+) -> Path:
     """Writes the page of a run and returns its path.
 
     Args:
         run: a run, or one of its checkpoints.
         out: ``RUN/report.html`` by default.
         stages: seconds of extraction stages to show, where they are known.
+        encoder: as in ``load_policy``.
 
     Raises:
         CheckpointError: there is no run, or it cannot be read.
@@ -59,7 +63,7 @@ def write_report(run: Path, out: Path | None = None, *, stages: Mapping[str, flo
     _curves(page, folder, summary.mean_action_mse)
     data = _open_data(value)
     if data is not None:
-        _what_it_does(page, run, value, data)
+        _what_it_does(page, load_policy(run, encoder=encoder), value, data)
     if stages:
         page.heading("Where the time of extraction went")
         page.text("Stages run at the same time; the encoder should be the longest.")
@@ -109,11 +113,10 @@ def _open_data(value: Mapping[str, Any]) -> FeatureCache | Dataset | None:
         return None
 
 
-def _what_it_does(page: Page, run: Path, value: Mapping[str, Any], data: FeatureCache | Dataset) -> None:
+def _what_it_does(page: Page, policy: Any, value: Mapping[str, Any], data: FeatureCache | Dataset) -> None:
     held_out = value["data"]["valid"]
     demos = held_out or value["data"]["train"]
-    policy = load_policy(run)
-    demo = read_demo(data, policy, *demos[0])
+    demo = read_demo(data, policy, *demos[0][:2])
     page.heading("What it does")
     kind = "held-out" if held_out else "training"
     page.text(
@@ -123,7 +126,7 @@ def _what_it_does(page: Page, run: Path, value: Mapping[str, Any], data: Feature
     predicted = first_actions(policy, demo)
     page.picture(plots.actions(demo.actions, predicted, f"{kind} {demo.name}"), "actions of the policy and of the demo")
     if isinstance(data, FeatureCache):
-        chosen = [read_demo(data, policy, *name) for name in demos[:MAPPED_DEMOS]]
+        chosen = [read_demo(data, policy, *entry[:2]) for entry in demos[:MAPPED_DEMOS]]
         camera = next(iter(policy.cameras))
         page.heading("What the encoder sees")
         page.text(f"Features of {camera} over {len(chosen)} demos, on their two principal components.")
@@ -182,7 +185,7 @@ def _what_it_saw(page: Page, value: Mapping[str, Any]) -> None:
     except CachePipelineError as error:
         logger.info("the frames of the run are not drawn: %s", error)
         return
-    file, name = (data["valid"] or data["train"])[0]
+    file, name = (data["valid"] or data["train"])[0][:2]
     number = _number_of(dataset, file, name)
     rows = {}
     for camera in dataset.cameras:

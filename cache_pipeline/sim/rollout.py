@@ -88,6 +88,8 @@ class RolloutConfig:
     """How many of the first episodes are filmed."""
     env_args: Path | None = None
     """JSON file, or dataset, that describes the environment; it overrides what the run's own dataset says."""
+    encoder: str | None = None
+    """The factory of a run whose encoder is made by one: ``file.py:factory``. It runs only if it is named here."""
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -147,7 +149,7 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
     if policy is None:
         from cache_pipeline.training.checkpoint import load_policy
 
-        policy = load_policy(config.run, device)
+        policy = load_policy(config.run, device, encoder=config.encoder)
     environment = choose_environment(config, policy)
     cameras = {name: (shape[0], shape[1]) for name, shape in policy.cameras.items()}
     kwargs = environment.env_args.get("env_kwargs", {})

@@ -102,6 +102,8 @@ class TrainConfig:
     """The image encoder of a live run; pretrained resnet18 by default."""
     preprocess: Preprocess | None = None
     """Preprocessing of a live run; by default no resize or crop, and ImageNet normalisation with pretrained weights."""
+    encoder_factory: str | None = None
+    """``file.py:factory``: the factory that may run to make the encoder of the cache or of the resumed run again."""
     freeze_encoder: bool = True
     """Keep the encoder as it is. False trains it in a live run, at ``encoder_lr``."""
     share_rgb_model: bool = False
@@ -188,6 +190,11 @@ class TrainConfig:
         return self.robomimic_config is not None or self.policy.startswith(ROBOMIMIC_PREFIX)
 
     @property
+    def named_factory(self) -> str | None:
+        """The factory that the user names, and that may therefore run."""
+        return self.encoder_factory or (None if self.encoder is None else self.encoder.factory)
+
+    @property
     def live(self) -> bool:
         """Whether frames are encoded at every step."""
         return self.cache is None or self.source == "live"
@@ -211,6 +218,8 @@ class FinetuneConfig:
     """robomimic HDF5 files; those of the run by default."""
     cache: Path | None = None
     """A frontier cache, cut where the unfrozen part begins: everything below is read from it."""
+    encoder_factory: str | None = None
+    """``file.py:factory``: the factory that may run to make the run's encoder again."""
     filter_key: str | None = None
     valid_key: str | None = None
     unfreeze: str = "all"

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cache_pipeline import __version__
+from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.errors import CheckFailedError, ConfigError, MissingExtraError, available
 from cache_pipeline.files import atomic_path
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
@@ -89,7 +90,9 @@ class ExportResult(NamedTuple):
         ]
 
 
-def export_policy(run: Path, out: Path, *, overwrite: bool = False, device: str = "cpu") -> ExportResult:
+def export_policy(
+    run: Path, out: Path, *, overwrite: bool = False, device: str = "cpu", encoder: Factories = None
+) -> ExportResult:
     """Writes the policy of ``run`` to ``out``, loads the file again and compares its actions with the run's.
 
     Args:
@@ -97,6 +100,7 @@ def export_policy(run: Path, out: Path, *, overwrite: bool = False, device: str 
         out: the file; its ending is the format.
         overwrite: replace a file that is there.
         device: where a ``.pt2`` program runs; ``.onnx`` files are checked on the CPU and run anywhere.
+        encoder: as in ``load_policy``.
 
     Raises:
         ConfigError: an unknown ending, a file that is there, or a policy that cannot be exported.
@@ -108,7 +112,7 @@ def export_policy(run: Path, out: Path, *, overwrite: bool = False, device: str 
     run, out = Path(run), Path(out)
     check_target(out, overwrite)
     onnx = out.suffix == ".onnx"
-    policy = load_policy(run, "cpu" if onnx else device)
+    policy = load_policy(run, "cpu" if onnx else device, encoder=encoder)
     check_policy(policy, run)
     program, batch = trace(policy)
     out.parent.mkdir(parents=True, exist_ok=True)

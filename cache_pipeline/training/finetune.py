@@ -127,7 +127,7 @@ class FinetuneSession:
         check_fits(spec, self.data, folder)
         tell_choice(self.data)
         self._start_from = read_checkpoint(find_checkpoint(run, latest=True)[1] if config.resume else folder)
-        self._encoders = run_encoders(run if config.resume else base, spec)
+        self._encoders = run_encoders(run if config.resume else base, spec, config.encoder_factory)
         self.spec = self._retarget(spec)
         self._precision = self._choose_precision()
         self.policy = self._build()

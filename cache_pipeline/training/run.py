@@ -26,6 +26,7 @@ FREE_TO_CHANGE = {
     "saving",
     "device",
     "cuda_graph",
+    "encoder_factory",
     "max_memory",
     "source",
     "cache",

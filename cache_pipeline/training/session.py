@@ -16,8 +16,8 @@ from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder, make_preprocess
 from cache_pipeline.encoders.preprocess import Preprocess
-from cache_pipeline.encoders.saving import load_encoder
 from cache_pipeline.errors import ConfigError
+from cache_pipeline.extract.camera_encoders import restore_encoders
 from cache_pipeline.policies.robomimic_bridge import RobomimicConfig
 from cache_pipeline.policies.robomimic_policy import CONFIG, build_robomimic_policy
 from cache_pipeline.policies.spec import PolicySpec, build_policy
@@ -87,7 +87,7 @@ def open_session(config: TrainConfig, run: Path) -> TrainSession:
     check_cameras(data.cameras)
     tell_choice(data)
     before = check_resumed(run, config, data.identity) if config.resume else None
-    spec, encoders = _resumed(run, before) if before is not None else _fresh(config, bridge, data)
+    spec, encoders = _resumed(run, before, config.named_factory) if before is not None else _fresh(config, bridge, data)
     opened = _open_own if bridge is None else _open_robomimic
     splits, plan, source, learner, batch_size = opened(config, spec, encoders, data, device, before)
     resumed: Checkpoint | None = None
@@ -180,16 +180,17 @@ def _open(config: TrainConfig, run: Path) -> RunData:
     return open_cache_data(config.cache, config.cameras, config.low_dim_keys, names)
 
 
-def _resumed(run: Path, before: Mapping[str, Any]) -> tuple[PolicySpec, dict[str, ImageEncoder]]:
+def _resumed(run: Path, before: Mapping[str, Any], encoder: str | None) -> tuple[PolicySpec, dict[str, ImageEncoder]]:
     spec = PolicySpec.from_json(before.get("policy"))
-    return spec, run_encoders(run, spec)
+    return spec, run_encoders(run, spec, encoder)
 
 
 def _fresh(
     config: TrainConfig, bridge: RobomimicConfig | None, data: RunData
 ) -> tuple[PolicySpec, dict[str, ImageEncoder]]:
     if config.cache is not None:
-        encoders, preprocess = _cache_encoders(data.cache or FeatureCache(config.cache), tuple(data.cameras))
+        cache = data.cache or FeatureCache(config.cache)
+        encoders, preprocess = _cache_encoders(cache, tuple(data.cameras), config.named_factory)
     else:
         encoders, preprocess = _live_encoders(config, data)
     distinct = list(dict.fromkeys(id(encoder) for encoder in encoders.values()))
@@ -222,15 +223,11 @@ def _fresh(
 
 
 def _cache_encoders(
-    cache: FeatureCache, cameras: Sequence[str]
+    cache: FeatureCache, cameras: Sequence[str], encoder: str | None
 ) -> tuple[dict[str, ImageEncoder], dict[str, Preprocess]]:
-    files = {camera: cache.encoder_file(camera) for camera in cameras}
-    loaded = {file: load_encoder(None, file) for file in dict.fromkeys(files.values())}
-    entries = cache.cameras
-    preprocess = {camera: Preprocess.from_json(entries[camera].identity["preprocess"]) for camera in cameras}
-    for camera, file in files.items():
-        loaded[file].cut = entries[camera].identity["cut"]
-    return {camera: loaded[file] for camera, file in files.items()}, preprocess
+    entries = {camera: cache.cameras[camera] for camera in cameras}
+    preprocess = {camera: Preprocess.from_json(entry.identity["preprocess"]) for camera, entry in entries.items()}
+    return restore_encoders(cache, encoder, cameras), preprocess
 
 
 def _live_encoders(config: TrainConfig, data: RunData) -> tuple[dict[str, ImageEncoder], dict[str, Preprocess]]:

@@ -6,10 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
+from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import save_encoder
-from cache_pipeline.errors import CheckpointError
 from cache_pipeline.training.checkpoint import find_checkpoint, load_policy
 
 ENCODERS = "encoders"
@@ -22,7 +22,7 @@ class RunEncoders(NamedTuple):
     preprocess: dict[str, Preprocess]
 
 
-def encoders_of_run(run: Path, cut: str = "avgpool") -> RunEncoders:
+def encoders_of_run(run: Path, cut: str = "avgpool", *, encoder: Factories = None) -> RunEncoders:
     """The encoders of a run's best checkpoint, or of one checkpoint folder.
 
     Their weights are written to ``<checkpoint>/encoders/<camera>.safetensors``; a cache's identity holds their content,
@@ -30,25 +30,24 @@ def encoders_of_run(run: Path, cut: str = "avgpool") -> RunEncoders:
 
     Args:
         run: a run or one of its checkpoints.
-        cut: where the cache is to be cut.
+        cut: where the cache is to be cut; without effect on an encoder that a factory makes.
+        encoder: the factory of a run whose encoder is made by one. It runs only if it is named here.
 
     Raises:
-        CheckpointError: no run, or an encoder that only its own factory can make.
+        CheckpointError: no run, or an encoder whose factory is not named or has changed.
     """
     _, folder = find_checkpoint(run)
-    policy = load_policy(run)
+    policy = load_policy(run, encoder=encoder)
     specs, preprocess, written = {}, {}, {}
     for camera in policy.cameras:
-        encoder = policy.obs_encoder.key_model_map[camera]
-        if encoder.spec is None or encoder.spec.factory is not None:
-            raise CheckpointError(
-                f"{run}: the encoder of {camera} comes from a factory; extract with --encoder instead"
-            )
-        if id(encoder) not in written:
+        made = policy.obs_encoder.key_model_map[camera]
+        assert made.spec is not None
+        if id(made) not in written:
             path = folder / ENCODERS / f"{camera}.safetensors"
             path.parent.mkdir(exist_ok=True)
-            save_encoder(encoder, path)
-            written[id(encoder)] = path
-        specs[camera] = replace(encoder.spec, weights=str(written[id(encoder)]), cut=cut)
+            save_encoder(made, path)
+            written[id(made)] = path
+        chosen = made.cut if made.spec.factory is not None else cut
+        specs[camera] = replace(made.spec, weights=str(written[id(made)]), cut=chosen)
         preprocess[camera] = policy.obs_encoder.preprocessing[camera]
     return RunEncoders(specs, preprocess)

@@ -98,7 +98,16 @@ def test_a_file_placed_in_the_hub_folder_is_the_imagenet_source(tmp_path, monkey
     encoder = build_encoder(EncoderSpec(weights="imagenet"))
     assert seen
     assert seen[0].endswith("resnet18-f37072fd.pth")
-    assert encoder.source == "torchvision IMAGENET1K_V1"
+    assert encoder.source == "torchvision IMAGENET1K_V1, sha256 f37072fd"
+
+
+def test_another_file_under_torchvisions_name_is_refused_before_it_is_read(tmp_path, monkeypatch, state):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    placed = tmp_path / "hub" / "checkpoints" / "resnet18-f37072fd.pth"
+    placed.parent.mkdir(parents=True)
+    torch.save(state, placed)
+    with pytest.raises(EncoderError, match=r"is not torchvision's resnet18: its SHA-256 begins with [0-9a-f]{8}, not"):
+        build_encoder(EncoderSpec(weights="imagenet"))
 
 
 def test_random_weights_depend_on_the_seed_alone_and_leave_the_global_generator():

@@ -126,7 +126,7 @@ def test_a_saved_factory_encoder_gets_its_saved_weights(tmp_path, factory):
     encoder = build_encoder(EncoderSpec(factory=factory))
     nn.init.constant_(encoder.net.conv.weight, 0.5)
     save_encoder(encoder, tmp_path / "e.safetensors")
-    assert load_encoder(None, tmp_path / "e.safetensors").weights_digest() == encoder.weights_digest()
+    assert load_encoder(None, tmp_path / "e.safetensors", factory).weights_digest() == encoder.weights_digest()
 
 
 def test_the_same_encoder_is_saved_as_the_same_bytes(tmp_path, factory):

@@ -168,7 +168,7 @@ def test_onnx_without_its_packages_names_the_extra(tmp_path: Path, monkeypatch: 
 
 
 def test_a_policy_of_another_kind_is_refused(flow: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "load_policy", lambda run, device: object())
+    monkeypatch.setattr(export, "load_policy", lambda run, device, encoder: object())
     with pytest.raises(ConfigError, match="robomimic"):
         export_policy(flow, tmp_path / "policy.pt2")
     assert list(tmp_path.iterdir()) == []
@@ -204,7 +204,7 @@ def test_an_encoder_that_counts_its_images_fixes_the_batch_size_at_one_and_the_r
     encoder = EncoderSpec(factory=f"{tmp_path / 'counting.py'}:make")
     options = {"datasets": (dataset,), "encoder": encoder, "preprocess": PREPROCESS, "low_dim_keys": ()}
     run = train(config(tmp_path / "run", steps=1, **options), progress=False).run
-    result = export_policy(run, tmp_path / "policy.onnx")
+    result = export_policy(run, tmp_path / "policy.onnx", encoder=encoder.factory)
     assert result.batch == 1
     assert result.inputs["agentview_image"] == "uint8 (1, 2, 24, 24, 3)"
     assert any("batch size 1 only" in line for line in result.lines())
