@@ -118,7 +118,7 @@ def _record(
         demo, span = target.demos[segment.demo], (segment.start, segment.stop)
         content = digest(*(sink[name].spans([span]).tobytes() for name in inputs))
         source = target.files[demo.file]
-        recorded.append(RecordedSegment(*source, demo.name, segment.offset, *span, demo.view_key, content))
+        recorded.append(RecordedSegment(*source[:3], demo.name, segment.offset, *span, demo.view_key, content))
     base = unit.block * target.shard_rows
     rows = (base, base + target.shard_rows)
     return LedgerRecord(unit.name, rows, tuple(recorded), target.unit_inputs(unit), output, 0.0)

@@ -18,15 +18,27 @@ from cache_pipeline.files import json_digest, read_json, write_json
 FORMAT = 1
 MANIFEST = "manifest.json"
 PENDING = "pending.json"
+UNKNOWN = "?"
 STORE_DTYPES = ("float16", "float32")
 
 
 class SourceRecord(NamedTuple):
-    """A source file as it was when its frames were last read."""
+    """A source file as it was when its frames were last read, and those that it reads by links: (path, size, time)."""
 
     path: str
     size: int
     mtime_ns: int
+    linked: tuple[tuple[str, int, int], ...] = ()
+
+    def to_json(self) -> list[Any]:
+        """A list, without ``linked`` where there is none."""
+        return [*self[:3], [list(item) for item in self.linked]] if self.linked else list(self[:3])
+
+    @classmethod
+    def from_json(cls, value: Any) -> SourceRecord:
+        """The inverse of ``to_json``."""
+        path, size, mtime_ns, *linked = value
+        return cls(path, size, mtime_ns, tuple((p, s, t) for p, s, t in linked[0]) if linked else ())
 
 
 class CameraEntry(NamedTuple):
@@ -99,6 +111,10 @@ class Manifest:
     """Camera → path of its encoder's weights inside the cache."""
     units: dict[str, str] = field(default_factory=dict)
     """Unit name → digest of the stored bytes; the units of live rows, dead blocks left out."""
+    absent: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Filter key → names of its demos that are not in the cache."""
+    filter_key: str | None = None
+    """The filter key whose demos were extracted; ``None`` for all demos, ``UNKNOWN`` for caches that do not say."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Path of a file inside the cache that is neither a shard nor a ledger record → digest of its bytes."""
     format: int = FORMAT
@@ -156,9 +172,11 @@ class Manifest:
             },
             "low_dim": {key: list(shape) for key, shape in self.low_dim.items()},
             "action_dim": self.action_dim,
-            "files": [list(source) for source in self.files],
+            "files": [source.to_json() for source in self.files],
             "demos": [list(demo) for demo in self.demos],
             "masks": {key: list(demos) for key, demos in self.masks.items()},
+            "absent": {key: list(names) for key, names in self.absent.items()},
+            "filter_key": self.filter_key,
             "env_args": self.env_args,
             "render_flags": self.render_flags,
             "encoders": self.encoders,
@@ -191,9 +209,11 @@ class Manifest:
         converted = {
             "cameras": cameras,
             "low_dim": {key: tuple(shape) for key, shape in rest["low_dim"].items()},
-            "files": tuple(SourceRecord(*source) for source in rest["files"]),
+            "files": tuple(map(SourceRecord.from_json, rest["files"])),
             "demos": tuple(DemoRows(*demo) for demo in rest["demos"]),
             "masks": {key: tuple(demos) for key, demos in rest["masks"].items()},
+            "absent": {key: tuple(names) for key, names in rest.get("absent", {}).items()},
+            "filter_key": rest.get("filter_key", UNKNOWN),
         }
         return cls(**{**{key: item for key, item in rest.items() if key != "fingerprint"}, **converted})
 

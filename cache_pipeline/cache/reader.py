@@ -52,8 +52,13 @@ class FeatureCache:
 
     @property
     def masks(self) -> dict[str, tuple[int, ...]]:
-        """Filter key → indices into ``demos``, for the filter keys whose demos are all in the cache."""
+        """Filter key → indices into ``demos`` of those of its demos that are in the cache."""
         return self.manifest.masks
+
+    @property
+    def absent(self) -> dict[str, tuple[str, ...]]:
+        """Filter key → names of its demos that are not in the cache."""
+        return self.manifest.absent
 
     @property
     def low_dim(self) -> dict[str, tuple[int, ...]]:

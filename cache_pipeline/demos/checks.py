@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -14,7 +15,10 @@ import numpy as np
 
 from cache_pipeline.demos.choice import Choice, choose_from
 from cache_pipeline.demos.hdf5 import READ_ERRORS, ArrayInfo, DemoInfo, FileInfo, demo_order
+from cache_pipeline.demos.split import absent_demos
 from cache_pipeline.errors import DatasetError, available
+
+logger = logging.getLogger("cache_pipeline")
 
 # Of every arm: robot0_eef_pos, robot1_eef_pos, robot0_right_eef_pos, left_eef_pos, eef_pos.
 PROPRIOCEPTION = re.compile(r"((?:robot\d+_)?(?:left_|right_)?)(eef_pos|eef_quat|gripper_q?pos)")
@@ -64,25 +68,21 @@ def choice_of(demos: Sequence[DemoInfo], wanted: Wanted) -> Choice:
 
 
 def select_demos(info: FileInfo, filter_key: str | None) -> tuple[DemoInfo, ...]:
-    """The demos of a filter key, or all.
+    """The demos of a filter key that are in the file, with a warning where it names others too; or all demos.
 
     Raises:
-        DatasetError: there is no such key, it is empty, or it names demos that are not in the file.
+        DatasetError: there is no such key, it is empty, or none of its demos is in the file.
     """
     if filter_key is None:
         return info.demos
     if filter_key not in info.masks:
         raise DatasetError(f"{info.path} has no filter key {filter_key!r}; {available(info.masks, filter_key)}")
     absent, present = info.absent(filter_key), set(info.present(filter_key))
-    if absent:
-        names = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
-        raise DatasetError(
-            f"filter key {filter_key!r} of {info.path} names {len(absent)} demos that are not in the file ({names}); "
-            f"{len(present)} of {len(present) + len(absent)} are there: ask for no filter key to take every demo "
-            f"that is ({len(info.demos)})"
-        )
     if not present:
-        raise DatasetError(f"filter key {filter_key!r} of {info.path} names no demos; {available(info.masks)}")
+        why = f"names {len(absent)} demos, none of which is in the file" if absent else "names no demos"
+        raise DatasetError(f"filter key {filter_key!r} of {info.path} {why}; {available(info.masks)}")
+    if absent:
+        logger.warning("%s: %s", info.path, absent_demos(filter_key, absent, len(present) + len(absent)))
     return tuple(demo for demo in info.demos if demo.name in present)
 
 
@@ -101,7 +101,9 @@ def structure_problems(demos: Sequence[DemoInfo], wanted: Wanted) -> Iterator[st
         for key in wanted.low_dim:
             yield from _obs_problems(demo, key, "low-dim key")
         for path in ("rewards", "dones"):
-            if path in demo.arrays and demo.arrays[path].shape != (demo.length,):
+            if path in demo.arrays and demo.arrays[path].trouble:
+                yield f"{demo.name}: {path} {demo.arrays[path].trouble}"
+            elif path in demo.arrays and demo.arrays[path].shape != (demo.length,):
                 yield f"{demo.name}: {path} is {demo.arrays[path]}, but there are {demo.length} actions"
 
 
@@ -113,6 +115,8 @@ def _action_problems(demo: DemoInfo) -> Iterator[str]:
         yield f"{demo.name}: actions is {actions}; it must be numbers (T, action dim)"
     elif demo.length == 0:
         yield f"{demo.name} has no steps: its actions have length 0"
+    elif actions.trouble:
+        yield f"{demo.name}: actions {actions.trouble}"
     elif not actions.written:
         yield f"{demo.name}: actions was never written whole; write the file again"
 
@@ -129,6 +133,8 @@ def _obs_problems(demo: DemoInfo, key: str, kind: str) -> Iterator[str]:
         yield f"{demo.name}: obs/{key} has {info.shape[0]} frames, but there are {demo.length} actions"
     elif 0 in info.shape[1:]:
         yield f"{demo.name}: obs/{key} is {info}: empty frames"
+    elif info.trouble:
+        yield f"{demo.name}: obs/{key} {info.trouble}"
     elif not info.written:
         yield f"{demo.name}: obs/{key} was never written whole (parts of it are not in the file); write it again"
 

@@ -36,7 +36,8 @@ from cache_pipeline.demos.checks import (
     unused_images,
 )
 from cache_pipeline.demos.frames import INFLATE_THREADS, start_reading
-from cache_pipeline.demos.hdf5 import DemoInfo, FileInfo, damage_told, open_file, scan_file
+from cache_pipeline.demos.hdf5 import DemoInfo, FileInfo, FileStamp, damage_told, open_file, scan_file
+from cache_pipeline.demos.split import VALID_KEY
 from cache_pipeline.errors import DatasetError, available
 
 logger = logging.getLogger("cache_pipeline")
@@ -53,11 +54,22 @@ class Demo(NamedTuple):
 
 
 class SourceFile(NamedTuple):
-    """One HDF5 file as it was when it was opened; ``path`` is absolute."""
+    """One HDF5 file as it was when it was opened; ``path`` is absolute, ``linked`` are the files that it reads."""
 
     path: Path
     size: int
     mtime_ns: int
+    linked: tuple[FileStamp, ...] = ()
+
+    def check_unchanged(self) -> None:
+        """Raises DatasetError if this file or one that it reads is not as it was when it was opened."""
+        for then in (FileStamp(*self[:3]), *self.linked):
+            try:
+                now = FileStamp.of(then.path)
+            except FileNotFoundError as error:
+                raise DatasetError(f"{then.path} vanished while it was being read; put it back, run again") from error
+            if now != then:
+                raise DatasetError(f"{then.path} has changed since it was opened; run the same command again")
 
 
 class Dataset:
@@ -72,19 +84,21 @@ class Dataset:
         low_dim: key → (width,): what has more axes per step is flattened, as robomimic's networks do.
         action_dim: A.
         choice: what was taken of the files and what was left out.
-        masks: filter key → indices into ``demos``, for the keys that every file has and whose demos are all here.
+        masks: filter key → indices into ``demos`` of those of its demos that are here, for the keys that every file
+            has; and ``valid``, if only some files have it.
+        absent: filter key → names of its demos that are not here.
         env_args, render_flags: the files' JSON attributes where all files agree, else ``None``.
     """
 
     def __init__(self, infos: Sequence[FileInfo], chosen: Sequence[Sequence[DemoInfo]], wanted: Wanted) -> None:
-        self.files = tuple(SourceFile(info.path.absolute(), info.size, info.mtime_ns) for info in infos)
+        self.files = tuple(SourceFile(i.path.absolute(), i.size, i.mtime_ns, i.linked) for i in infos)
         self.demos = tuple(Demo(i, demo.name, demo.length) for i, demos in enumerate(chosen) for demo in demos)
         first = chosen[0][0]
         self.cameras = {camera: _image_size(first.obs[camera].shape) for camera in wanted.cameras}
         self.low_dim = {key: (math.prod(first.obs[key].shape[1:]),) for key in wanted.low_dim}
         self.choice = choice_of(list(chain.from_iterable(chosen)), wanted)
         self.action_dim: int = first.arrays["actions"].shape[1]
-        self.masks = _combine_masks(infos, self.demos)
+        self.masks, self.absent = _combine_masks(infos, self.demos)
         self.env_args: dict[str, Any] | None = _common([info.env_args for info in infos])
         self.render_flags: dict[str, Any] | None = _common([info.render_flags for info in infos])
         self._handles = _Handles(self.files)
@@ -233,10 +247,11 @@ class _Handles:
             if number not in self._open:
                 source = self._files[number]
                 handle = open_file(source.path)
-                stat = source.path.stat()
-                if (stat.st_size, stat.st_mtime_ns) != (source.size, source.mtime_ns):
+                try:
+                    source.check_unchanged()
+                except DatasetError:
                     handle.close()
-                    raise DatasetError(f"{source.path} has changed since it was opened; run the command again")
+                    raise
                 self._open[number] = handle
             return self._open[number]
 
@@ -324,14 +339,22 @@ def _check_agreement(infos: Sequence[FileInfo], chosen: Sequence[Sequence[DemoIn
         raise DatasetError(f"{problem}; several files must have the same cameras, keys and action dim")
 
 
-def _combine_masks(infos: Sequence[FileInfo], demos: Sequence[Demo]) -> dict[str, tuple[int, ...]]:
+def _combine_masks(
+    infos: Sequence[FileInfo], demos: Sequence[Demo]
+) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, ...]]]:
+    """(members here by filter key, names of the others): what one file holds out, the other files do not bring back."""
     index = {(demo.file, demo.name): number for number, demo in enumerate(demos)}
-    masks = {}
-    for key in infos[0].masks:
+    masks: dict[str, tuple[int, ...]] = {}
+    absent: dict[str, tuple[str, ...]] = {}
+    for key in dict.fromkeys(key for info in infos for key in info.masks):
+        if key != VALID_KEY and not all(key in info.masks for info in infos):
+            continue
         members = [(number, name) for number, info in enumerate(infos) for name in info.masks.get(key, ())]
-        if members and all(key in info.masks for info in infos) and all(member in index for member in members):
-            masks[key] = tuple(sorted(index[member] for member in members))
-    return masks
+        here = tuple(sorted(index[member] for member in members if member in index))
+        gone = tuple(name for number, name in members if (number, name) not in index)
+        masks |= {key: here} if here else {}
+        absent |= {key: gone} if gone else {}
+    return masks, absent
 
 
 def _common(values: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:

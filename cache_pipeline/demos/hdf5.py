@@ -19,6 +19,14 @@ import h5py
 import numpy as np
 from isal import igzip_lib
 
+from cache_pipeline.demos.links import (
+    SourceFiles,
+    broken_link,
+    has_link,
+    is_written,
+    load_plugins,
+    other_filters,
+)
 from cache_pipeline.errors import DatasetError
 
 # What h5py raises for damaged objects, broken links and types that NumPy does not have.
@@ -30,7 +38,9 @@ MOST_FLAT = 256
 
 
 class ArrayInfo(NamedTuple):
-    """One HDF5 dataset. ``compression`` is ``none``, ``gzip-4``, …; ``written``: its bytes are all in the file."""
+    """One HDF5 dataset. ``compression`` is ``none``, ``gzip-4``, …; ``written``: its bytes are all in the file;
+    ``trouble``: what keeps it from being read, such as a filter that is not installed.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -38,6 +48,7 @@ class ArrayInfo(NamedTuple):
     compression: str
     stored_bytes: int
     written: bool
+    trouble: str = ""
 
     @property
     def is_image(self) -> bool:
@@ -95,10 +106,25 @@ class DemoInfo(NamedTuple):
         return all(info.shape[:1] == (0,) for info in self.arrays.values())
 
 
+class FileStamp(NamedTuple):
+    """A file as it was when it was looked at; ``path`` is absolute."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, path: Path) -> FileStamp:
+        """The file as it is now."""
+        stat = path.stat()
+        return cls(path.absolute(), stat.st_size, stat.st_mtime_ns)
+
+
 class FileInfo(NamedTuple):
     """One file: demos in numeric order, filter keys as they stand, unreadable items, odd items.
 
-    ``empty`` names demos without steps; they are in neither ``demos`` nor ``masks``.
+    ``empty`` names demos without steps; they are in neither ``demos`` nor ``masks``. ``linked``: the other files that
+    its links and virtual datasets read.
     """
 
     path: Path
@@ -112,6 +138,7 @@ class FileInfo(NamedTuple):
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     empty: tuple[str, ...] = ()
+    linked: tuple[FileStamp, ...] = ()
 
     def present(self, key: str) -> tuple[str, ...]:
         """The demos of a filter key that are in the file, in the order of the demos."""
@@ -135,6 +162,7 @@ def open_file(path: Path) -> h5py.File:
     Raises:
         DatasetError: it is missing, not readable, no HDF5 file, truncated, or being written by another process.
     """
+    load_plugins()
     try:
         if not path.exists():
             near = sorted(other.name for other in path.parent.glob("*.hdf5")) if path.parent.is_dir() else []
@@ -184,19 +212,25 @@ def scan_file(path: str | Path) -> FileInfo:
     path = Path(path).expanduser()
     problems: list[str] = []
     notes: list[str] = []
+    sources = SourceFiles()
     with open_file(path) as file, damage_told(path):
         stat = path.stat()
-        if not isinstance(_get(file, "data"), h5py.Group):
+        data = _get(file, "data")
+        if not isinstance(data, h5py.Group):
+            broken = broken_link(file, "data") if data is None else None
+            if broken is not None:
+                raise DatasetError(f"{path}: its group 'data' {broken}")
             there = ", ".join(list(file)[:8]) or "nothing"
             raise DatasetError(f"{path} has no group 'data' (it holds {there}); is it a robomimic dataset?")
-        data = file["data"]
         demos = []
         for name in sorted(data, key=demo_order):
             group = _get(data, name)
             if isinstance(group, h5py.Group):
-                demos.append(_scan_demo(group, name, problems))
+                demos.append(_scan_demo(group, name, problems, sources))
             else:
-                problems.append(f"{name}: data/{name} is no group, so it is no demo")
+                broken = broken_link(data, name) if group is None else None
+                problems.append(f"{name}: data/{name} {broken or 'is no group, so it is no demo'}")
+        sources.add(data)
         if not demos:
             raise DatasetError(f"{path} holds no demos: its group 'data' is empty; collect demos first")
         empty = tuple(demo.name for demo in demos if demo.empty and not _told(demo, problems))
@@ -207,13 +241,14 @@ def scan_file(path: str | Path) -> FileInfo:
             size=stat.st_size,
             mtime_ns=stat.st_mtime_ns,
             demos=tuple(demo for demo in demos if demo.name not in empty),
-            masks=_scan_masks(file, set(empty), notes),
+            masks=_scan_masks(file, set(empty), notes, sources),
             env_args=_json_attribute(data, "env_args", notes),
             render_flags=_json_attribute(data, "render_flags", notes),
             total=_int_attribute(data, "total"),
             problems=tuple(problems),
             notes=tuple(notes),
             empty=empty,
+            linked=tuple(FileStamp.of(other) for other in sources.found if not other.samefile(path)),
         )
 
 
@@ -229,45 +264,50 @@ def _get(group: h5py.Group, name: str) -> Any:
         return None
 
 
-def _scan_demo(group: h5py.Group, name: str, problems: list[str]) -> DemoInfo:
-    paths = [path for path in STEP_ARRAYS if path in group]
-    if isinstance(_get(group, "obs"), h5py.Group):
-        paths += [f"obs/{key}" for key in sorted(group["obs"])]
+def _scan_demo(group: h5py.Group, name: str, problems: list[str], sources: SourceFiles) -> DemoInfo:
+    sources.add(group)
+    paths = [path for path in STEP_ARRAYS if has_link(group, path)]
+    obs = _get(group, "obs")
+    if isinstance(obs, h5py.Group):
+        sources.add(obs)
+        paths += [f"obs/{key}" for key in sorted(obs)]
+    elif obs is None and (broken := broken_link(group, "obs")):
+        problems.append(f"{name}: obs {broken}")
     arrays = {}
     for path in paths:
         try:
             item = group[path]
             if isinstance(item, h5py.Dataset):
-                arrays[path] = _scan_array(item)
+                arrays[path] = _scan_array(item, sources.add(item))
         except READ_ERRORS as error:
-            problems.append(f"{name}: {path} cannot be read ({error})")
+            parent, _, key = path.rpartition("/")
+            broken = broken_link(group[parent] if parent else group, key)
+            problems.append(f"{name}: {path} cannot be read" + (f": it {broken}" if broken else f" ({error})"))
     others = tuple(key for key in group if "action" in key and key != "actions")
     return DemoInfo(name, arrays, _int_attribute(group, "num_samples"), others)
 
 
-def _scan_array(item: h5py.Dataset) -> ArrayInfo:
-    compression = "none"
+def _scan_array(item: h5py.Dataset, trouble: str = "") -> ArrayInfo:
+    compression = next(iter(other_filters(item).values()), "none")
     if item.compression is not None:
         compression = (
             item.compression if item.compression_opts is None else f"{item.compression}-{item.compression_opts}"
         )
-    shape, chunks = tuple(item.shape or ()), item.chunks
-    stored = item.id.get_storage_size()
-    if chunks is None:
-        written = item.external is not None or stored == int(np.prod(shape, dtype=object)) * item.dtype.itemsize
-    else:
-        expected = np.prod([-(-n // c) for n, c in zip(shape, chunks, strict=True)], dtype=object)
-        written = item.is_virtual or item.id.get_num_chunks() == expected
-    return ArrayInfo(shape, item.dtype, chunks, compression, stored, bool(written))
+    stored, written = item.id.get_storage_size(), not trouble and is_written(item)
+    return ArrayInfo(tuple(item.shape or ()), item.dtype, item.chunks, compression, stored, written, trouble)
 
 
-def _scan_masks(file: h5py.File, empty: set[str], notes: list[str]) -> dict[str, tuple[str, ...]]:
+def _scan_masks(file: h5py.File, empty: set[str], notes: list[str], sources: SourceFiles) -> dict[str, tuple[str, ...]]:
     group = _get(file, "mask")
     if not isinstance(group, h5py.Group):
         return {}
+    sources.add(group)
     masks = {}
     for key in sorted(group):
         try:
+            trouble = sources.add(group[key])
+            if trouble:
+                raise ValueError(f"it {trouble}")
             members = np.asarray(group[key][()])
             if members.ndim != 1:
                 raise ValueError(f"its shape is {members.shape}, not a list of names")

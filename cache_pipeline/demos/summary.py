@@ -267,8 +267,8 @@ def _metadata_notes(info: FileInfo) -> Iterator[str]:
     if incomplete:
         some = _listed([f"{key} {len(info.present(key))} of {len(info.masks[key])}" for key in incomplete], limit=3)
         yield (
-            f"{len(incomplete)} of {len(info.masks)} filter keys name demos that are not in the file "
-            f"and cannot be asked for (there: {some})"
+            f"{len(incomplete)} of {len(info.masks)} filter keys name demos that are not in the file; "
+            f"those that are there are taken ({some})"
         )
     empty = [key for key, names in info.masks.items() if not names]
     if empty:

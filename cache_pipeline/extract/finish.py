@@ -45,12 +45,7 @@ def finish(prepared: Prepared, metadata: dict[str, str]) -> Manifest:
 
 def _check_sources(prepared: Prepared) -> None:
     for source in prepared.dataset.files:
-        try:
-            stat = source.path.stat()
-        except FileNotFoundError as error:
-            raise DatasetError(f"{source.path} vanished while it was being read; put it back and run again") from error
-        if (stat.st_size, stat.st_mtime_ns) != (source.size, source.mtime_ns):
-            raise DatasetError(f"{source.path} changed while it was being read; run the same command again")
+        source.check_unchanged()
 
 
 def _recorded_units(prepared: Prepared) -> dict[str, str]:

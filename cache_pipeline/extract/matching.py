@@ -38,7 +38,10 @@ class Matching(NamedTuple):
 
 def source_records(dataset: Dataset) -> tuple[SourceRecord, ...]:
     """The dataset's files as a manifest records them, by absolute path."""
-    return tuple(SourceRecord(str(Path(f.path).resolve()), f.size, f.mtime_ns) for f in dataset.files)
+    return tuple(
+        SourceRecord(str(Path(f.path).resolve()), f.size, f.mtime_ns, tuple((str(p), s, t) for p, s, t in f.linked))
+        for f in dataset.files
+    )
 
 
 def frame_digests(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -232,7 +232,7 @@ class _Run:
         demo = self._manifest.demos[segment.demo]
         source = self._manifest.files[demo.file]
         rows = (segment.offset, segment.start, segment.stop)
-        return RecordedSegment(*source, demo.name, *rows, demo.view_key, content)
+        return RecordedSegment(*source[:3], demo.name, *rows, demo.view_key, content)
 
     def _check_unchanged(self, job: Job, recorded: tuple[RecordedSegment, ...]) -> None:
         for segment in recorded:

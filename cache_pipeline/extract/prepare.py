@@ -169,6 +169,8 @@ def _target(
         files=source_records(dataset),
         demos=demos,
         masks={key: tuple(map(int, members)) for key, members in dataset.masks.items()},
+        absent=dict(dataset.absent),
+        filter_key=config.filter_key,
         env_args=dataset.env_args,
         render_flags=dataset.render_flags,
         encoders={camera: encoder.file for camera, encoder in encoders.items()},

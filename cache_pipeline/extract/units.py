@@ -92,7 +92,7 @@ class UnitCheck:
         if self._kept[segment.demo]:
             return True
         source = self._manifest.files[demo.file]
-        if found[:5] == (*source, demo.name, segment.offset):
+        if not source.linked and found[:5] == (*source[:3], demo.name, segment.offset):
             return True
         return found.digest == self._read_digest(unit, segment)
 

@@ -169,6 +169,8 @@ def _split(data: Any, names: SplitNames) -> Split:
     else:
         split = chosen_split(data, names.filter_key, names.valid_key, names.seed)
     logger.info("%s", split.rule)
+    for warning in split.warnings:
+        logger.warning("%s", warning)
     return split
 
 

@@ -22,6 +22,8 @@ class _DemoList(Protocol):
     def demos(self) -> Sequence[Any]: ...
     @property
     def masks(self) -> dict[str, tuple[int, ...]]: ...
+    @property
+    def absent(self) -> dict[str, tuple[str, ...]]: ...
 
 
 class RunRows(NamedTuple):
@@ -60,7 +62,10 @@ def chosen_split(data: _DemoList, filter_key: str | None, valid_key: str | None,
     """The split of a cache's or a dataset's demos; raises DatasetError as ``split_demos`` does."""
     several = len({demo.file for demo in data.demos}) > 1
     names = [f"{demo.name} of file {demo.file}" if several else demo.name for demo in data.demos]
-    masks = {key: [names[number] for number in members] for key, members in data.masks.items()}
+    masks = {
+        key: [*(names[number] for number in data.masks.get(key, ())), *data.absent.get(key, ())]
+        for key in dict.fromkeys((*data.masks, *data.absent))
+    }
     return split_demos(names, masks, seed=seed, filter_key=filter_key, valid_key=valid_key)
 
 

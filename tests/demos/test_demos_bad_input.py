@@ -163,10 +163,14 @@ def test_a_wrong_filter_key_lists_the_right_ones(path):
     refused(path, "no filter key 'trian'", "train, valid", "did you mean train", filter_key="trian")
 
 
-def test_a_filter_key_that_names_absent_demos_says_which_and_how_many_are_there(tmp_path):
-    masks = {"train": ["demo_0", "demo_2", *(f"demo_{i}" for i in range(10, 20))]}
+def test_a_filter_key_that_names_absent_demos_takes_the_others_with_a_warning(tmp_path, caplog):
+    masks = {"train": ["demo_0", "demo_2", *(f"demo_{i}" for i in range(10, 20))], "gone": ["demo_77"]}
     path = make_dataset(tmp_path / "part.hdf5", masks=masks)
-    refused(path, "'train'", "10 demos that are not in the file", "demo_10", "2 of 12 are there", filter_key="train")
+    dataset = Dataset.open(path, filter_key="train")
+    assert [demo.name for demo in dataset.demos] == ["demo_0", "demo_2"]
+    assert "'train' names 10 demos that are not here (demo_10, demo_11" in caplog.text
+    assert "the other 2 of 12 are taken" in caplog.text
+    refused(path, "'gone'", "names 1 demos, none of which is in the file", filter_key="gone")
 
 
 def test_a_filter_key_without_demos_is_refused(tmp_path):

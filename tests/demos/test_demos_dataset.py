@@ -180,13 +180,15 @@ def test_rewards_that_are_not_there_are_nan_and_never_zeros(tmp_path):
     assert np.isfinite(dataset.rows(0)["rewards"]).all()
 
 
-def test_a_filter_key_chooses_demos_and_masks_keep_only_whole_keys(tmp_path):
+def test_a_filter_key_chooses_demos_and_masks_keep_those_that_are_here(tmp_path):
     masks = {"train": ["demo_0", "demo_1"], "valid": ["demo_2"], "gone": ["demo_1", "demo_7"], "none": []}
     path = make_dataset(tmp_path / "lift.hdf5", masks=masks)
-    assert Dataset.open(path).masks == {"train": (0, 1), "valid": (2,)}
+    assert Dataset.open(path).masks == {"train": (0, 1), "valid": (2,), "gone": (1,)}
+    assert Dataset.open(path).absent == {"gone": ("demo_7",)}
     dataset = Dataset.open(path, filter_key="valid")
     assert [demo.name for demo in dataset.demos] == ["demo_2"]
     assert dataset.masks == {"valid": (0,)}
+    assert dataset.absent == {"train": ("demo_0", "demo_1"), "gone": ("demo_1", "demo_7")}
 
 
 def test_env_args_and_total_may_be_absent(tmp_path):
@@ -211,7 +213,7 @@ def test_several_files_are_one_list_of_demos_file_by_file(tmp_path):
     dataset = Dataset.open([first, second])
     assert dataset.demos == (Demo(0, "demo_0", 4), Demo(0, "demo_1", 3), Demo(1, "demo_0", 6))
     assert dataset.steps == 13
-    assert dataset.masks == {"train": (0, 2)}
+    assert dataset.masks == {"train": (0, 2), "valid": (1,)}
     assert dataset.env_args is None
     np.testing.assert_array_equal(dataset.frames(2, CAMERA), stored(second, f"data/demo_0/obs/{CAMERA}"))
 

@@ -12,7 +12,7 @@ from cache_pipeline.errors import DatasetError
 NAMES = [f"demo_{i}" for i in range(10)]
 
 
-def test_the_files_keys_are_taken_when_all_their_demos_are_here():
+def test_the_files_keys_are_taken():
     split = split_demos(NAMES, {"train": NAMES[:8], "valid": NAMES[8:]})
     assert split.train == tuple(range(8))
     assert split.valid == (8, 9)
@@ -24,10 +24,8 @@ def test_the_files_keys_are_taken_when_all_their_demos_are_here():
     [
         {},
         {"train": NAMES},
-        {"train": [*NAMES[:8], "demo_99"], "valid": NAMES[8:]},
         {"train": NAMES[:8], "valid": ["demo_99"]},
         {"train": NAMES[:8], "valid": []},
-        {"train": NAMES, "valid": NAMES[8:]},
     ],
 )
 def test_otherwise_a_tenth_is_held_out_by_seed_and_the_reason_is_said(masks):
@@ -35,6 +33,46 @@ def test_otherwise_a_tenth_is_held_out_by_seed_and_the_reason_is_said(masks):
     assert len(split.valid) == 1
     assert "a seeded split by demo (seed 3) because" in split.rule
     assert split == split_demos(NAMES, masks, seed=3)
+
+
+@pytest.mark.parametrize(
+    ("masks", "train", "words"),
+    [
+        ({"train": [*NAMES[:8], "demo_99"], "valid": NAMES[8:]}, (0, 1, 2, 3, 4, 5, 6, 7), "'train' names 1 demos"),
+        ({"train": NAMES[:8], "valid": [*NAMES[8:], "demo_99"]}, (0, 1, 2, 3, 4, 5, 6, 7), "(demo_99); the other 2 of"),
+        ({"train": ["demo_98"], "valid": NAMES[8:]}, (0, 1, 2, 3, 4, 5, 6, 7), None),
+        ({"valid": NAMES[8:]}, (0, 1, 2, 3, 4, 5, 6, 7), None),
+        (
+            {"train": NAMES, "valid": NAMES[8:]},
+            (0, 1, 2, 3, 4, 5, 6, 7),
+            "share 2 demos (demo_8, …): they are held out",
+        ),
+        ({"train": NAMES[7:], "valid": NAMES[8:]}, (7,), "share 2 demos (demo_8, …): they are held out"),
+    ],
+)
+def test_demos_of_valid_never_train_and_what_is_left_out_is_said(masks, train, words):
+    split = split_demos(NAMES, masks)
+    assert (split.train, split.valid) == (train, (8, 9))
+    assert any(words in warning for warning in split.warnings) if words else not split.warnings
+
+
+def test_valid_trains_where_it_is_asked_for_by_name():
+    masks = {"train": NAMES[:8], "valid": NAMES[8:]}
+    split = split_demos(NAMES, masks, filter_key="valid")
+    assert sorted(split.train + split.valid) == [8, 9]
+
+
+def test_a_valid_that_holds_out_every_demo_is_refused():
+    with pytest.raises(DatasetError, match="leaves none to train on; name what to train on"):
+        split_demos(NAMES, {"valid": NAMES})
+
+
+def test_what_one_of_several_files_holds_out_never_trains(tmp_path):
+    first = make_dataset(tmp_path / "a.hdf5", lengths=(4, 3, 5))
+    second = make_dataset(tmp_path / "b.hdf5", lengths=(6, 4), seed=1, masks={})
+    dataset = Dataset.open([first, second])
+    split = split_demos(range(len(dataset.demos)), dataset.masks)
+    assert (split.train, split.valid) == ((0, 1, 3, 4), (2,))
 
 
 def test_seeds_hold_out_different_demos():
@@ -69,23 +107,30 @@ def test_keys_asked_for_are_taken():
     assert split_demos(NAMES, masks, valid_key="other")[:2] == ((0, 1, 2, 3, 4, 7, 8, 9), (5, 6))
 
 
-def test_a_key_without_a_valid_key_beside_it_is_split_by_seed():
+def test_a_key_asked_for_gives_up_the_demos_that_valid_holds_out():
     split = split_demos(NAMES, {"some": NAMES[:3], "valid": NAMES[2:]}, filter_key="some")
+    assert (split.train, split.valid) == ((0, 1), (2, 3, 4, 5, 6, 7, 8, 9))
+    assert "'some' and 'valid' share 1 demos (demo_2, …): they are held out" in split.warnings[0]
+
+
+def test_a_key_is_split_by_seed_where_nothing_is_held_out():
+    split = split_demos(NAMES, {"some": [*NAMES[:3], "demo_44"]}, filter_key="some")
     assert sorted(split.train + split.valid) == [0, 1, 2]
     assert len(split.valid) == 1
+    assert "'some' names 1 demos that are not here (demo_44)" in split.warnings[0]
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"filter_key": "trian"}, "no filter key 'trian'; available: train, all .did you mean train"),
-        ({"valid_key": "gone"}, "'gone' names 2 demos that are not here .demo_77, ….; available: train, all"),
+        ({"valid_key": "gone"}, "'gone' names 2 demos, none of which is here .demo_77, ….; available: train, all"),
         ({"filter_key": "empty"}, "'empty' names no demos"),
         ({"filter_key": "train", "valid_key": "all"}, "share 8 demos .demo_0"),
-        ({"valid_key": "all"}, "leaves none to train on"),
+        ({"valid_key": "all"}, "holds out all demos, which leaves none to train on"),
     ],
 )
 def test_keys_that_cannot_be_had_are_refused_with_those_that_can(options, message):
-    masks = {"train": NAMES[:8], "all": NAMES, "gone": ["demo_1", "demo_77", "demo_78"], "empty": []}
+    masks = {"train": NAMES[:8], "all": NAMES, "gone": ["demo_77", "demo_78"], "empty": []}
     with pytest.raises(DatasetError, match=message):
         split_demos(NAMES, masks, **options)

@@ -273,7 +273,7 @@ def test_a_file_that_changes_while_it_is_read_leaves_no_complete_cache(dataset, 
         return real(self, *args)
 
     monkeypatch.setattr(BatchEncoder, "start", touch)
-    with pytest.raises(DatasetError, match="changed while it was being read"):
+    with pytest.raises(DatasetError, match="has changed since it was opened"):
         extract(out, dataset)
     assert not (out / MANIFEST).exists()
 

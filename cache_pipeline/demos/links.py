@@ -1,0 +1,161 @@
+"""The files from which an HDF5 dataset's bytes come: behind external links, virtual datasets and raw external storage.
+
+HDF5 reads a virtual dataset whose source is missing as zeros, without a word. Here it is told.
+"""
+
+from __future__ import annotations
+
+import importlib
+from contextlib import suppress
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+# Numbers that the HDF Group gave out, for filters whose name a file does not hold.
+FILTER_NAMES = {
+    307: "bzip2",
+    32000: "lzf",
+    32001: "blosc",
+    32004: "lz4",
+    32008: "bitshuffle",
+    32013: "zfp",
+    32015: "zstd",
+    32017: "sz",
+    32024: "sz3",
+    32026: "blosc2",
+}
+PLUGINS = "hdf5plugin"
+
+
+def load_plugins() -> None:
+    """Makes the filters of the package hdf5plugin known to HDF5 in this process, if it is installed."""
+    with suppress(ImportError):
+        importlib.import_module(PLUGINS)
+
+
+def other_filters(item: h5py.Dataset) -> dict[int, str]:
+    """Number → name of a dataset's filters but for those that HDF5 always has."""
+    plist, names = item.id.get_create_plist(), {}
+    for code, _, _, name in map(plist.get_filter, range(plist.get_nfilters())):
+        if code >= h5py.h5z.FILTER_RESERVED:
+            names[code] = FILTER_NAMES.get(code) or name.decode(errors="replace").split(";")[0] or f"number {code}"
+    return names
+
+
+def missing_filter(item: h5py.Dataset) -> str | None:
+    """The name of the first filter of a dataset that HDF5 does not have here."""
+    return next((name for code, name in other_filters(item).items() if not h5py.h5z.filter_avail(code)), None)
+
+
+def is_written(item: h5py.Dataset) -> bool:
+    """Whether all of a dataset's own bytes are in its file; those of a virtual one lie elsewhere."""
+    shape, chunks = tuple(item.shape or ()), item.chunks
+    if item.is_virtual or item.external:
+        return True
+    if chunks is None:
+        return bool(item.id.get_storage_size() == int(np.prod(shape, dtype=object)) * item.dtype.itemsize)
+    expected = np.prod([-(-n // c) for n, c in zip(shape, chunks, strict=True)], dtype=object)
+    return bool(item.id.get_num_chunks() == expected)
+
+
+def broken_link(group: h5py.Group, name: str) -> str | None:
+    """What is wrong with the link of an item that could not be opened; ``None`` if it is no link."""
+    if not has_link(group, name):
+        return None
+    kind, value = group.id.links.get_info(name.encode()).type, group.id.links.get_val(name.encode())
+    if kind == h5py.h5l.TYPE_SOFT:
+        folder, _, key = value.decode().rpartition("/")
+        parent = group.get(folder or "/") if "/" in value.decode() else group
+        further = broken_link(parent, key) if isinstance(parent, h5py.Group) else None
+        return further or f"is a link to {value.decode()}, which is not there"
+    if kind != h5py.h5l.TYPE_EXTERNAL:
+        return None
+    file, path = _beside(_file_of(group), value[0].decode()), value[1].decode()
+    if not file.is_file():
+        return f"is a link into {file}, which is missing: put the file back, or copy the data into one file"
+    return f"is a link to {path} in {file}, which cannot be opened there"
+
+
+def has_link(group: h5py.Group, name: str) -> bool:
+    """Whether a group names an item, whether or not it can be opened."""
+    return bool(group.id.links.exists(name.encode()))
+
+
+class SourceFiles:
+    """Collects the files that a file's items are read from.
+
+    Attributes:
+        found: every file, the file itself among them.
+    """
+
+    def __init__(self) -> None:
+        self.found: dict[Path, None] = {}
+        self._looked: dict[tuple[Path, str], str | None] = {}
+
+    def add(self, item: h5py.Group | h5py.Dataset) -> str:
+        """Adds the files of an item; says what keeps it from being read, or nothing."""
+        holder = _file_of(item)
+        self.found[holder] = None
+        if not isinstance(item, h5py.Dataset):
+            return ""
+        missing = missing_filter(item)
+        if missing is not None:
+            return f"is compressed with {missing}, an HDF5 filter that is not installed here: pip install {PLUGINS}"
+        for name, *_ in item.external or ():
+            raw = Path(name) if Path(name).is_file() else holder.parent / name
+            if not raw.is_file():
+                return f"is stored in {raw}, which is missing: put the file back"
+            self.found[raw.absolute()] = None
+        return self._add_virtual(item, holder) if item.is_virtual else ""
+
+    def _add_virtual(self, item: h5py.Dataset, holder: Path) -> str:
+        covered = 0
+        for source in item.virtual_sources():
+            for file in _named_files(holder, source.file_name):
+                key = (file, source.dset_name)
+                if key not in self._looked:
+                    self._looked[key] = self._look(*key)
+                if self._looked[key]:
+                    return f"is a virtual dataset: its source {self._looked[key]}"
+            covered += source.vspace.get_select_npoints()
+        total = int(np.prod(item.shape, dtype=object))
+        if covered < total and None not in item.maxshape:
+            return f"is a virtual dataset whose sources hold {covered} of its {total} numbers: write it again"
+        return ""
+
+    def _look(self, file: Path, name: str) -> str | None:
+        """What is wrong with one source of a virtual dataset."""
+        if not file.is_file():
+            return f"{file} is missing: put the file back, or copy the data into one file"
+        try:
+            with h5py.File(file, "r") as opened:
+                item = opened.get(name)
+                if not isinstance(item, h5py.Dataset):
+                    return f"{file} has no dataset {name}"
+                trouble = self.add(item)
+                if not trouble and not is_written(item):
+                    trouble = "was never written whole"
+                return f"{file}: {name} {trouble}" if trouble else None
+        except OSError as error:
+            return f"{file} cannot be opened ({' '.join(str(error).split())})"
+
+
+def _file_of(item: h5py.Group | h5py.Dataset) -> Path:
+    name = h5py.h5f.get_name(item.id)
+    return Path(name.decode() if isinstance(name, bytes) else name).absolute()
+
+
+def _beside(holder: Path, name: str) -> Path:
+    """A file that another one names: relative to its folder, as HDF5 looks for it, else to the working folder."""
+    beside = holder.parent / name
+    return beside if beside.is_file() or not Path(name).is_file() else Path(name).absolute()
+
+
+def _named_files(holder: Path, name: str) -> list[Path]:
+    """The files that a source of a virtual dataset names; ``%b`` in a name stands for a number."""
+    if name == ".":
+        return [holder]
+    if "%b" in name:
+        return sorted(holder.parent.glob(name.replace("%b", "*")))
+    return [_beside(holder, name)]

@@ -1,0 +1,146 @@
+"""Files reached by links and virtual datasets are sources too; what is missing is named, and never read as zeros."""
+
+import sys
+
+import h5py
+import numpy as np
+import pytest
+from fakes import make_dataset
+
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.demos.links import load_plugins
+from cache_pipeline.demos.summary import inspect_dataset
+from cache_pipeline.errors import DatasetError
+
+CAMERA = "agentview_image"
+IMAGES = f"data/demo_1/obs/{CAMERA}"
+
+
+def external(file, elsewhere):
+    with h5py.File(elsewhere, "w") as other:
+        other["images"] = file[IMAGES][()]
+    del file[IMAGES]
+    file[IMAGES] = h5py.ExternalLink(elsewhere.name, "images")
+
+
+def external_demo(file, elsewhere):
+    with h5py.File(elsewhere, "w") as other:
+        file.copy("data/demo_1", other, "images")
+    del file["data/demo_1"]
+    file["data/demo_1"] = h5py.ExternalLink(elsewhere.name, "images")
+
+
+def virtual(file, elsewhere):
+    images = file[IMAGES][()]
+    with h5py.File(elsewhere, "w") as other:
+        other["images"] = images
+    layout = h5py.VirtualLayout(images.shape, images.dtype)
+    layout[:] = h5py.VirtualSource(elsewhere.name, "images", images.shape)
+    del file[IMAGES]
+    file.create_virtual_dataset(IMAGES, layout)
+
+
+def soft_to_external(file, elsewhere):
+    external(file, elsewhere)
+    file.move(IMAGES, "kept")
+    file[IMAGES] = h5py.SoftLink("/kept")
+
+
+def raw(file, elsewhere):
+    images = file[IMAGES][()]
+    elsewhere.write_bytes(images.tobytes())
+    del file[IMAGES]
+    file.create_dataset(IMAGES, images.shape, images.dtype, external=[(str(elsewhere), 0, images.nbytes)])
+
+
+LINKS = [external, external_demo, virtual, soft_to_external, raw]
+
+
+@pytest.fixture(params=LINKS)
+def linked(request, tmp_path):
+    path = make_dataset(tmp_path / "main.hdf5")
+    with h5py.File(path, "r+") as file:
+        request.param(file, tmp_path / "other.hdf5")
+    return path
+
+
+def test_linked_frames_are_read_and_their_files_recorded(linked, tmp_path):
+    plain = make_dataset(tmp_path / "plain.hdf5")
+    dataset = Dataset.open(linked)
+    np.testing.assert_array_equal(dataset.frames(1, CAMERA), Dataset.open(plain).frames(1, CAMERA))
+    (stamp,) = dataset.files[0].linked
+    other = tmp_path / "other.hdf5"
+    assert stamp == (other, other.stat().st_size, other.stat().st_mtime_ns)
+    assert Dataset.open(plain).files[0].linked == ()
+
+
+def test_a_linked_file_that_is_missing_is_named_in_one_line(linked, tmp_path):
+    (tmp_path / "other.hdf5").rename(tmp_path / "gone.hdf5")
+    with pytest.raises(DatasetError, match=r"demo_1.*other\.hdf5.* missing") as caught:
+        Dataset.open(linked)
+    assert "damaged" not in str(caught.value)
+    summary = inspect_dataset(linked)
+    assert not summary.sound
+    assert any("other.hdf5" in problem for problem in summary.files[0].problems)
+
+
+def test_a_linked_file_that_changes_under_an_open_dataset_is_told(linked, tmp_path):
+    dataset = Dataset.open(linked)
+    with (tmp_path / "other.hdf5").open("ab") as file:
+        file.write(b"\0")
+    with pytest.raises(DatasetError, match=r"other\.hdf5 has changed since it was opened"):
+        dataset.frames(1, CAMERA)
+
+
+def test_a_virtual_dataset_with_holes_is_refused(tmp_path):
+    path = make_dataset(tmp_path / "main.hdf5")
+    with h5py.File(path, "r+") as file:
+        images = file[IMAGES][()]
+        file["part"] = images[:3]
+        layout = h5py.VirtualLayout(images.shape, images.dtype)
+        layout[:3] = h5py.VirtualSource(".", "part", images[:3].shape)
+        del file[IMAGES]
+        file.create_virtual_dataset(IMAGES, layout)
+    with pytest.raises(DatasetError, match=r"demo_1: obs/agentview_image is a virtual dataset whose sources hold"):
+        Dataset.open(path)
+
+
+def compressed(path, key, code):
+    """Stores one array behind a filter that HDF5 does not have, as a file from another machine has it."""
+    with h5py.File(path, "r+") as file:
+        values = file[key][()]
+        del file[key]
+        plist = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        plist.set_chunk(values.shape)
+        plist.set_filter(code, h5py.h5z.FLAG_OPTIONAL, ())
+        space = h5py.h5s.create_simple(values.shape)
+        item = h5py.h5d.create(file.id, key.encode(), h5py.h5t.py_create(values.dtype), space, plist)
+        item.write_direct_chunk((0,) * values.ndim, values.tobytes(), 0)
+
+
+@pytest.mark.parametrize(("code", "name"), [(32001, "blosc"), (32015, "zstd"), (311, "number 311")])
+@pytest.mark.parametrize("key", [IMAGES, "data/demo_1/actions", "data/demo_1/rewards"])
+def test_a_filter_that_is_not_installed_is_named_with_the_package(tmp_path, monkeypatch, key, code, name):
+    monkeypatch.setitem(sys.modules, "hdf5plugin", None)
+    path = make_dataset(tmp_path / "packed.hdf5")
+    compressed(path, key, code)
+    with pytest.raises(DatasetError, match=f"is compressed with {name}.*not installed here: pip install hdf5plugin"):
+        Dataset.open(path)
+    problems = inspect_dataset(path).files[0].problems
+    assert len(problems) == 1
+    assert "damaged" not in problems[0]
+
+
+def test_a_camera_that_is_not_asked_for_may_have_any_filter(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "hdf5plugin", None)
+    path = make_dataset(tmp_path / "packed.hdf5")
+    compressed(path, IMAGES, 32001)
+    assert Dataset.open(path, cameras=["robot0_eye_in_hand_image"]).steps == 21
+
+
+def test_the_plugin_package_is_imported_where_it_is_installed(tmp_path, monkeypatch):
+    (tmp_path / "hdf5plugin.py").write_text("LOADED = True")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "hdf5plugin", raising=False)
+    load_plugins()
+    assert sys.modules.pop("hdf5plugin").LOADED
