@@ -28,6 +28,9 @@ MaxMemory = Annotated[
 ]
 Order = Annotated[str, typer.Option("--order", help="Order of samples: full, block, or auto; block reads far less.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint of --out.")]
+Deep = Annotated[
+    bool, typer.Option("--deep", help="Compare every frame with its source instead of trusting size and time.")
+]
 Wandb = Annotated[str | None, typer.Option("--wandb", help="Log to this Weights & Biases project too.")]
 EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Steps between held-out measurements.")]
 SaveEvery = Annotated[int, typer.Option("--save-every", min=0, help="Steps between checkpoints.")]
@@ -102,6 +105,7 @@ def train(
     ] = True,
     seed: o.Seed = 0,
     wandb: Wandb = None,
+    deep: Deep = False,
     resume: Resume = False,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
@@ -155,6 +159,7 @@ def train(
         seed=seed,
         wandb=wandb,
         out=out,
+        deep=deep,
         resume=resume,
         overwrite=overwrite,
         saving=_saving(eval_every, save_every, keep_best),
@@ -210,6 +215,7 @@ def finetune(
     precision: o.Precision = "auto",
     seed: o.Seed = 0,
     wandb: Wandb = None,
+    deep: Deep = False,
     resume: Resume = False,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
@@ -249,6 +255,7 @@ def finetune(
         seed=seed,
         wandb=wandb,
         out=out,
+        deep=deep,
         resume=resume,
         overwrite=overwrite,
         saving=_saving(eval_every, save_every, keep_best),

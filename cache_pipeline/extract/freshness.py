@@ -1,27 +1,32 @@
-"""Whether a cache still holds what its dataset holds, for those who train on it."""
+"""Whether a cache still holds what its source files hold, for those who train on it."""
 
 from __future__ import annotations
 
+import logging
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 
+from cache_pipeline.cache.manifest import UNKNOWN, SourceRecord
 from cache_pipeline.cache.reader import FeatureCache
-from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.demos.dataset import Dataset, distinct_paths
+from cache_pipeline.demos.hdf5 import FileStamp
 from cache_pipeline.errors import StaleCacheError
-from cache_pipeline.extract.matching import array_digest, camera_frame_digests, match_demos
+from cache_pipeline.extract.matching import Matching, array_digest, camera_frame_digests, match_demos
 from cache_pipeline.extract.staleness import check_camera
+
+logger = logging.getLogger("cache_pipeline")
 
 EXTEND = "run the extract-features command of this cache again, which encodes just what differs"
 
 
 def open_for_training(
     cache_path: str | Path,
-    datasets: Sequence[str | Path] | None = None,
+    datasets: Sequence[str | Path] = (),
     *,
-    filter_key: str | None = None,
     identities: Mapping[str, Mapping[str, Any]] | None = None,
     deep: bool = False,
 ) -> FeatureCache:
@@ -29,10 +34,8 @@ def open_for_training(
 
     Args:
         cache_path: the cache.
-        datasets: source files that it must hold; None asks nothing of them, so that none need be there.
-        filter_key: only the demos of this filter key need be in the cache.
+        datasets, deep: as in ``check_sources``.
         identities: camera → ``FrozenEncoder.identity`` that its features must come from.
-        deep: read every frame again instead of trusting size and time of files.
 
     Raises:
         NotACacheError, IncompleteCacheError, CorruptCacheError: there is no sound cache.
@@ -43,46 +46,134 @@ def open_for_training(
         if camera in cache.cameras:
             entry = cache.cameras[camera]
             check_camera(camera, entry, entry._replace(identity=dict(identity)))
-    if datasets:
-        dataset = Dataset.open(
-            [Path(path) for path in datasets],
-            cameras=tuple(cache.cameras),
-            low_dim_keys=tuple(cache.low_dim),
-            filter_key=filter_key,
-        )
-        require_same_demos(cache, dataset, only_those_of_dataset=True, deep=deep)
+    check_sources(cache, datasets, deep=deep)
     return cache
 
 
-def require_same_demos(
-    cache: FeatureCache, dataset: Dataset, *, only_those_of_dataset: bool = False, deep: bool = False
-) -> dict[int, int]:
-    """Demo of the cache → demo of the dataset.
+def check_sources(cache: FeatureCache, datasets: Sequence[str | Path] = (), *, deep: bool = False) -> None:
+    """Compares a cache with its source files.
+
+    Recorded files are compared by size and time; one that differs is read again. Files that are not there are noted.
+
+    Args:
+        cache: the cache.
+        datasets: files that must hold just the cache's demos, wherever they lie and in whatever order; by default the
+            recorded files, as far as they are there.
+        deep: read every frame again instead of trusting size and time of files.
+
+    Raises:
+        StaleCacheError: names the file, demo, camera and frame, or filter key that differs.
+        DatasetError: a file that is named is not there, or cannot be read.
+    """
+    if datasets:
+        _compare(cache, distinct_paths([Path(path) for path in datasets]), deep=deep, whole=True)
+        return
+    states = {source.path: source_state(source) for source in cache.manifest.files}
+    gone = [path for path, state in states.items() if state == "gone"]
+    if gone:
+        which = gone[0] if len(gone) == 1 else f"{gone[0]} and {len(gone) - 1} more of its {len(states)} files"
+        logger.info("%s: its source %s is not there, so the two are not compared", cache.path, which)
+    if deep or "changed" in states.values():
+        there = [Path(path) for path, state in states.items() if state != "gone"]
+        if there:
+            _compare(cache, there, deep=deep, whole=not gone)
+
+
+def source_state(source: SourceRecord) -> Literal["as recorded", "changed", "gone"]:
+    """How a source file and those that it reads are to what was recorded of them, by size and time."""
+    try:
+        stamps = [FileStamp.of(Path(path)) for path in (source.path, *(item[0] for item in source.linked))]
+    except OSError:
+        return "gone"
+    now = [stamp[1:] for stamp in stamps]
+    return "as recorded" if now == [source[1:3], *(item[1:] for item in source.linked)] else "changed"
+
+
+def _compare(cache: FeatureCache, paths: Sequence[Path], *, deep: bool, whole: bool) -> None:
+    """Holds the demos of files against those of a cache, each way.
+
+    Args:
+        whole: the files are all that the cache was made from.
+    """
+    started = time.monotonic()
+    known = cache.manifest.filter_key != UNKNOWN
+    filter_key = cache.manifest.filter_key if known else None
+    cameras, low_dim = tuple(cache.cameras), tuple(cache.low_dim)
+    with Dataset.open(paths, cameras=cameras, low_dim_keys=low_dim, filter_key=filter_key) as dataset:
+        matching = match_demos(cache.manifest, dataset, deep=deep)
+        _check_each_file(cache, dataset, matching)
+        if known:
+            for new, old in enumerate(matching.kept):
+                if old is None:
+                    _raise_changed(cache, dataset, new)
+        _check_removed(cache, dataset, matching, whole=whole)
+        if whole and known:
+            _check_masks(cache, dataset, matching)
+    seconds = time.monotonic() - started
+    logger.info("%s holds what its %d files hold (compared in %.1f s)", cache.path, len(paths), seconds)
+
+
+def _check_each_file(cache: FeatureCache, dataset: Dataset, matching: Matching) -> None:
+    """Refuses a file of which no demo is in the cache: it is another dataset."""
+    for number, file in enumerate(dataset.files):
+        new = [i for i, demo in enumerate(dataset.demos) if demo.file == number]
+        if all(matching.kept[i] is None for i in new) and not _named_alike(cache, dataset, new):
+            was = ", ".join(Path(source.path).name for source in cache.manifest.files)
+            meaning = f"none of its {len(new)} demos is in {cache.path}"
+            mend = "leave --dataset out to train on the cache as it is, or extract this dataset into a cache of its own"
+            raise StaleCacheError("dataset", was, str(file.path), meaning, mend)
+
+
+def _named_alike(cache: FeatureCache, dataset: Dataset, numbers: Sequence[int]) -> bool:
+    """Whether a file lies where one of the cache's files lay, so that it is a changed one and no other one."""
+    recorded = {source.path for source in cache.manifest.files}
+    return str(dataset.files[dataset.demos[numbers[0]].file].path.resolve()) in recorded
+
+
+def _check_removed(cache: FeatureCache, dataset: Dataset, matching: Matching, *, whole: bool) -> None:
+    """Refuses demos of the cache that the files hold no longer: they would be trained on all the same."""
+    looked_at = {str(file.path.resolve()) for file in dataset.files}
+    unmatched = {demo.name: new for new, demo in enumerate(dataset.demos) if matching.kept[new] is None}
+    for old in sorted(set(range(len(cache.demos))) - set(matching.kept)):
+        demo = cache.demos[old]
+        source = cache.manifest.files[demo.file].path
+        if not whole and source not in looked_at:
+            continue
+        if demo.name in unmatched:
+            _raise_changed(cache, dataset, unmatched[demo.name])
+        meaning, mend = f"{source} holds it no longer", EXTEND
+        if source not in looked_at:
+            meaning, mend = f"it came from {source}", "name all files of the cache with --dataset, or none"
+        raise StaleCacheError(f"demo {demo.name}", "there", "absent", meaning, mend)
+
+
+def _check_masks(cache: FeatureCache, dataset: Dataset, matching: Matching) -> None:
+    """Refuses filter keys that name other demos than the cache has under them: they decide what is held out."""
+    for key in sorted({*cache.masks, *dataset.masks}):
+        was = {cache.demos[old].name for old in cache.masks.get(key, ())}
+        found = [matching.kept[new] for new in dataset.masks.get(key, ())]
+        now = {cache.demos[old].name for old in found if old is not None}
+        if sorted(cache.masks.get(key, ())) != sorted(old for old in found if old is not None):
+            differ = ", ".join(sorted(was ^ now)[:5])
+            meaning = f"it names other demos now ({differ})"
+            mend = "run the extract-features command of this cache again, which notes it and encodes nothing"
+            raise StaleCacheError(f"filter key {key}", f"{len(was)} demos", f"{len(now)} demos", meaning, mend)
+
+
+def require_same_demos(cache: FeatureCache, dataset: Dataset, *, deep: bool = False) -> dict[int, int]:
+    """Demo of the cache → demo of the dataset, which may hold others besides.
 
     Args:
         cache: the cache.
         dataset: its source.
-        only_those_of_dataset: every demo of the dataset must be in the cache; else every demo of the cache must be in
-            the dataset.
         deep: read every frame again.
 
     Raises:
         StaleCacheError: names the demo that differs, and the camera and frame where one pixel does.
     """
     matching = match_demos(cache.manifest, dataset, deep=deep)
-    found = {old: new for new, old in enumerate(matching.kept) if old is not None}
-    if only_those_of_dataset:
-        for new, old in enumerate(matching.kept):
-            if old is None:
-                _raise_changed(cache, dataset, new)
-        return found
-    unmatched = {demo.name: new for new, demo in enumerate(dataset.demos) if matching.kept[new] is None}
-    for old, demo in enumerate(cache.demos):
-        if old not in found:
-            if demo.name in unmatched:
-                _raise_changed(cache, dataset, unmatched[demo.name])
-            raise StaleCacheError(f"demo {demo.name}", "there", "absent", "the dataset holds it no longer", EXTEND)
-    return found
+    _check_removed(cache, dataset, matching, whole=True)
+    return {old: new for new, old in enumerate(matching.kept) if old is not None}
 
 
 def _raise_changed(cache: FeatureCache, dataset: Dataset, new: int) -> NoReturn:

@@ -58,6 +58,7 @@ def check_encoders(policy: VisuomotorPolicy, cache: FeatureCache) -> None:
         identity = cache.cameras[camera].identity
         encoder, preprocess = policy.obs_encoder.key_model_map[camera], policy.obs_encoder.preprocessing[camera]
         pairs = [
+            ("encoder.structure", identity.get("structure"), encoder.structure()),
             ("encoder.weights", identity["weights"]["digest"], encoder.trunk_digest(identity["cut"])),
             ("preprocess", identity["preprocess"], preprocess.to_json()),
         ]

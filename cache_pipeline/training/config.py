@@ -89,7 +89,7 @@ class TrainConfig:
     cache: Path | None = None
     """A finished feature cache. Cameras, encoder and preprocessing are those that it was made with."""
     datasets: tuple[Path, ...] = ()
-    """robomimic HDF5 files; needed for live encoding."""
+    """robomimic HDF5 files; needed for live encoding. Beside a cache they must hold just what it was made from."""
     cameras: tuple[str, ...] | None = None
     """rgb obs keys; all by default."""
     low_dim_keys: tuple[str, ...] | None = None
@@ -155,6 +155,8 @@ class TrainConfig:
     """A Weights & Biases project that gets the figures too."""
     out: Path | None = None
     """The run folder; ``runs/<name of the data>`` by default."""
+    deep: bool = False
+    """Read the source files again, to compare them with the cache, instead of trusting their size and time."""
     resume: bool = False
     overwrite: bool = False
     optim: OptimConfig = field(default_factory=OptimConfig)
@@ -254,6 +256,8 @@ class FinetuneConfig:
     """A Weights & Biases project that gets the figures too."""
     out: Path | None = None
     """The run folder; ``<run>_finetune`` by default."""
+    deep: bool = False
+    """Read the source files again, to compare them with cache and run, instead of trusting their size and time."""
     resume: bool = False
     overwrite: bool = False
     optim: OptimConfig = field(default_factory=OptimConfig)

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache_pipeline.cache.manifest import SourceRecord
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.stillness import still_cameras
 from cache_pipeline.demos.choice import Choice, choose_from
@@ -24,6 +25,7 @@ from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.training.config import Order, SourceName
+from cache_pipeline.training.contents import Contents, Known, split_of_run
 from cache_pipeline.training.distributed import current_ranks
 from cache_pipeline.training.order import BlockOrder
 from cache_pipeline.training.rows import (
@@ -31,7 +33,6 @@ from cache_pipeline.training.rows import (
     cache_row_numbers,
     choose_keys,
     chosen_split,
-    named_split,
     rows_of_cache,
     rows_of_dataset,
 )
@@ -49,14 +50,20 @@ FULL_ORDER_POOLS = 64  # at most so many times is a chunk read in an epoch
 
 
 class SplitNames(NamedTuple):
-    """How to choose the demos: by filter keys, or those of an earlier run as (file, name)."""
+    """How to choose the demos: by filter keys, or those of an earlier run.
+
+    Attributes:
+        run_data: what run.json of that run says of its data.
+        where: that run, for messages.
+        known: (file, demo) → digest of the content that an earlier run recorded, for files that have not changed.
+    """
 
     filter_key: str | None = None
     valid_key: str | None = None
     seed: int = 0
-    train: Sequence[Sequence[Any]] | None = None
-    valid: Sequence[Sequence[Any]] = ()
+    run_data: Mapping[str, Any] | None = None
     where: str = ""
+    known: Known | None = None
 
 
 class RunData(NamedTuple):
@@ -65,6 +72,8 @@ class RunData(NamedTuple):
     Attributes:
         cameras: camera → (H, W, 3). low_dim: key → shape of one row.
         split: numbers of the chosen demos in ``cache`` or ``dataset``.
+        digests: of what each chosen demo holds, in the order of ``rows``.
+        sources: the files, as they were when these digests were taken.
         cache, dataset: where features and frames come from; one of them may be None.
     """
 
@@ -72,6 +81,8 @@ class RunData(NamedTuple):
     low_dim: dict[str, tuple[int, ...]]
     split: Split
     rows: RunRows
+    digests: tuple[str, ...]
+    sources: tuple[SourceRecord, ...]
     cache: FeatureCache | None
     dataset: Dataset | None
 
@@ -79,11 +90,12 @@ class RunData(NamedTuple):
     def identity(self) -> dict[str, Any]:
         """What run.json says of the data."""
         origin: Any = self.dataset if self.dataset is not None else self.cache
-        demos = [list(demo) for demo in self.rows.demos]
+        demos = [[*demo, digest] for demo, digest in zip(self.rows.demos, self.digests, strict=True)]
         return {
             "cache": None if self.cache is None else str(self.cache.path.resolve()),
             "fingerprint": None if self.cache is None else self.cache.fingerprint,
             "datasets": [str(path.resolve()) for path in self.files],
+            "files": [source.to_json() for source in self.sources],
             "train": demos[: self.rows.n_train],
             "valid": demos[self.rows.n_train :],
             "env_args": origin.env_args,
@@ -137,14 +149,18 @@ def tell_choice(data: RunData) -> None:
 def open_cache_data(
     path: Path, cameras: Sequence[str] | None, low_dim_keys: Sequence[str] | None, split: SplitNames
 ) -> RunData:
-    """Opens a cache; raises CacheError, or ConfigError or DatasetError for names that it does not have."""
+    """Opens a cache; raises CacheError, or ConfigError or DatasetError for names that it does not have.
+
+    Whether it still holds what its files hold is for ``check_sources`` to say.
+    """
     cache = FeatureCache(path)
     chosen = choose_keys(cameras, tuple(cache.cameras), "camera")
     keys = choose_keys(low_dim_keys, tuple(cache.low_dim), "low-dim key")
-    demos = _split(cache, split)
+    contents = Contents(cache, chosen, keys)
+    demos, digests = _split(cache, split, contents)
     shapes = {camera: cache.cameras[camera].image_shape for camera in chosen}
     low_dim = {key: cache.low_dim[key] for key in keys}
-    return RunData(shapes, low_dim, demos, rows_of_cache(cache, demos, keys), cache, None)
+    return RunData(shapes, low_dim, demos, rows_of_cache(cache, demos, keys), digests, contents.files, cache, None)
 
 
 def open_dataset_data(
@@ -152,9 +168,10 @@ def open_dataset_data(
 ) -> RunData:
     """Opens HDF5 files; raises DatasetError, for filter keys that they do not have too."""
     dataset = Dataset.open(paths, cameras=cameras, low_dim_keys=low_dim_keys)
-    demos = _split(dataset, split)
+    contents = Contents(dataset, tuple(dataset.cameras), tuple(dataset.low_dim), split.known)
+    demos, digests = _split(dataset, split, contents)
     rows = rows_of_dataset(dataset, demos, tuple(dataset.low_dim))
-    return RunData(dict(dataset.cameras), dict(dataset.low_dim), demos, rows, None, dataset)
+    return RunData(dict(dataset.cameras), dict(dataset.low_dim), demos, rows, digests, contents.files, None, dataset)
 
 
 def features_precision(cache: FeatureCache, cameras: Sequence[str]) -> str:
@@ -163,15 +180,16 @@ def features_precision(cache: FeatureCache, cameras: Sequence[str]) -> str:
     return min(found, key=MOST_EXACT_FIRST.index)
 
 
-def _split(data: Any, names: SplitNames) -> Split:
-    if names.train is not None:
-        split = named_split(data, names.train, names.valid, names.where)
+def _split(data: Any, names: SplitNames, contents: Contents) -> tuple[Split, tuple[str, ...]]:
+    """The chosen demos, and digests of what they hold."""
+    if names.run_data is not None:
+        split = split_of_run(data, contents, names.run_data, names.where)
     else:
         split = chosen_split(data, names.filter_key, names.valid_key, names.seed)
     logger.info("%s", split.rule)
     for warning in split.warnings:
         logger.warning("%s", warning)
-    return split
+    return split, contents.digests((*split.train, *split.valid))
 
 
 class SourcePlan(NamedTuple):

@@ -18,6 +18,7 @@ from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.precision import resolve_precision
 from cache_pipeline.encoders.views import ViewSpec
 from cache_pipeline.errors import CacheError, CheckpointError, ConfigError, DatasetError, EncoderError, OptionError
+from cache_pipeline.extract.freshness import check_sources
 from cache_pipeline.policies.spec import PolicySpec, build_policy
 from cache_pipeline.policies.visuomotor import ENCODERS, VisuomotorPolicy
 from cache_pipeline.training.agreement import check_encoders, check_features, check_fits
@@ -29,6 +30,7 @@ from cache_pipeline.training.checkpoint import (
     run_encoders,
 )
 from cache_pipeline.training.config import FinetuneConfig
+from cache_pipeline.training.contents import recorded_contents
 from cache_pipeline.training.data import (
     RunData,
     SourcePlan,
@@ -123,6 +125,8 @@ class FinetuneSession:
         self._origin = read_run(run) if config.resume else self._before
         self._unfreezing = parse_unfreezing(config.unfreeze, config.unfreeze_schedule, config.steps)
         spec = PolicySpec.from_json(self._origin.get("policy"))
+        if config.cache is not None:
+            check_sources(FeatureCache(config.cache), config.datasets, deep=config.deep)
         self.data = self._open(spec, config.cache)
         check_fits(spec, self.data, folder)
         tell_choice(self.data)
@@ -207,9 +211,10 @@ class FinetuneSession:
 
     def _open(self, spec: PolicySpec, cache: Path | None) -> RunData:
         config, before = self._config, self._origin["data"]
-        names = SplitNames(config.filter_key, config.valid_key, config.seed)
+        known = None if config.deep else recorded_contents(before)
+        names = SplitNames(config.filter_key, config.valid_key, config.seed, known=known)
         if config.filter_key is None and config.valid_key is None:
-            names = names._replace(train=before["train"], valid=before["valid"], where=str(config.checkpoint))
+            names = names._replace(run_data=before, where=str(config.checkpoint))
         paths = config.datasets or tuple(Path(path) for path in before["datasets"])
         try:
             if cache is not None:
@@ -351,7 +356,7 @@ class FinetuneSession:
             return f"the run's cache cannot be read ({error})"
         cached = self._open(self.spec, Path(before["cache"]))
         assert cached.cache is not None
-        if cached.rows.demos != self.data.rows.demos:
+        if cached.digests != self.data.digests:
             return f"{before['cache']} holds other demos than the dataset"
         check_encoders(self.policy, cached.cache)
         live = self.current()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from cache_pipeline.demos.split import Split, split_demos
 from cache_pipeline.demos.windows import Windows, WindowSpec, make_windows
-from cache_pipeline.errors import CheckpointError, ConfigError, available
+from cache_pipeline.errors import ConfigError, available
 
 
 class _DemoList(Protocol):
@@ -67,22 +67,6 @@ def chosen_split(data: _DemoList, filter_key: str | None, valid_key: str | None,
         for key in dict.fromkeys((*data.masks, *data.absent))
     }
     return split_demos(names, masks, seed=seed, filter_key=filter_key, valid_key=valid_key)
-
-
-def named_split(data: _DemoList, train: Sequence[Sequence[Any]], valid: Sequence[Sequence[Any]], where: str) -> Split:
-    """The split of an earlier run, its demos given as (file, name).
-
-    Raises:
-        CheckpointError: a demo of that run is not in the data.
-    """
-    places = {(demo.file, demo.name): number for number, demo in enumerate(data.demos)}
-    try:
-        chosen = [tuple(places[file, name] for file, name in part) for part in (train, valid)]
-    except KeyError as error:
-        raise CheckpointError(
-            f"{error.args[0][1]}, a demo of {where}, is not in the data; give the dataset that the run was trained on"
-        ) from error
-    return Split(chosen[0], chosen[1], f"the split of {where}: {len(train)} demos, {len(valid)} held out")
 
 
 def choose_keys(asked: Sequence[str] | None, there: Sequence[str], what: str) -> tuple[str, ...]:

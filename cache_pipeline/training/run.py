@@ -27,6 +27,7 @@ FREE_TO_CHANGE = {
     "device",
     "cuda_graph",
     "encoder_factory",
+    "deep",
     "max_memory",
     "source",
     "cache",

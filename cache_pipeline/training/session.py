@@ -18,12 +18,14 @@ from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, bui
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.extract.camera_encoders import restore_encoders
+from cache_pipeline.extract.freshness import check_sources
 from cache_pipeline.policies.robomimic_bridge import RobomimicConfig
 from cache_pipeline.policies.robomimic_policy import CONFIG, build_robomimic_policy
 from cache_pipeline.policies.spec import PolicySpec, build_policy
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, read_run, run_encoders
 from cache_pipeline.training.config import TrainConfig
+from cache_pipeline.training.contents import recorded_contents
 from cache_pipeline.training.cuda_graph import CudaRecorder
 from cache_pipeline.training.data import (
     RunData,
@@ -173,7 +175,10 @@ def _open(config: TrainConfig, run: Path) -> RunData:
     names = SplitNames(config.filter_key, config.valid_key, config.seed)
     if config.resume:
         before = read_run(run)["data"]
-        names = names._replace(train=before["train"], valid=before["valid"], where=str(run))
+        known = None if config.deep else recorded_contents(before)
+        names = names._replace(run_data=before, where=str(run), known=known)
+    if config.cache is not None:
+        check_sources(FeatureCache(config.cache), config.datasets, deep=config.deep)
     if config.live:
         return open_dataset_data(config.datasets, config.cameras, config.low_dim_keys, names)
     assert config.cache is not None

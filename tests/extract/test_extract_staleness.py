@@ -142,8 +142,14 @@ def test_training_is_told_the_demo_that_was_added(out, dataset):
     make_dataset(dataset, lengths=(*LENGTHS, 4), names=["demo_0", "demo_1", "demo_2", "demo_9"])
     with pytest.raises(StaleCacheError, match="demo demo_9 is 'absent' in the cache and 'there' now"):
         open_for_training(out, [dataset])
-    make_dataset(dataset, lengths=LENGTHS, masks={"train": ["demo_0"]})
-    open_for_training(out, [dataset], filter_key="train")
+
+
+def test_training_is_told_the_filter_key_that_changed(out, dataset):
+    make_dataset(dataset, lengths=LENGTHS, masks={"train": ["demo_0"], "valid": ["demo_1", "demo_2"]})
+    with pytest.raises(StaleCacheError, match=r"filter key train is '2 demos' in the cache.*other demos now .demo_1"):
+        open_for_training(out)
+    assert extract(out, dataset, views=2, preprocess=CROPPED).images == 0
+    open_for_training(out)
 
 
 def test_training_is_told_the_demo_whose_length_changed(out, dataset):
@@ -168,9 +174,10 @@ def test_training_is_told_the_encoder_that_differs(out):
     assert caught.value.field == "encoder.cut"
 
 
-def test_removed_demos_do_not_keep_training_from_the_rest(out, dataset):
+def test_training_is_told_the_demo_that_was_removed(out, dataset):
     make_dataset(dataset, lengths=LENGTHS[:2])
-    open_for_training(out, [dataset])
+    with pytest.raises(StaleCacheError, match="demo demo_2 is 'there' in the cache and 'absent' now"):
+        open_for_training(out, [dataset])
 
 
 def test_another_seed_is_no_difference_while_there_are_no_views(tmp_path, dataset):

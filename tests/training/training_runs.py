@@ -41,10 +41,9 @@ def losses(run: Path) -> list[float]:
 
 def extracted(dataset: Path, out: Path, **options: Any) -> Path:
     """A cache in float32 of float32 features, unless ``options`` say otherwise."""
-    options = {"encoders": ENCODER, "precision": "fp32", "store_dtype": "float32", **options}
+    options = {"datasets": (dataset,), "encoders": ENCODER, "precision": "fp32", "store_dtype": "float32", **options}
     extract_features(
         ExtractConfig(
-            datasets=(dataset,),
             out=out,
             preprocess=PREPROCESS,
             device="cpu",
