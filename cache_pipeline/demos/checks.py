@@ -15,6 +15,7 @@ import numpy as np
 
 from cache_pipeline.demos.choice import Choice, choose_from
 from cache_pipeline.demos.hdf5 import READ_ERRORS, ArrayInfo, DemoInfo, FileInfo, demo_order
+from cache_pipeline.demos.links import missing_filter
 from cache_pipeline.demos.split import absent_demos
 from cache_pipeline.errors import DatasetError, available
 
@@ -196,4 +197,6 @@ def content_problems(file: h5py.File, demos: Iterable[DemoInfo], wanted: Wanted)
 def read_numbers(file: h5py.File, demo: str, path: str) -> np.ndarray:
     """One array of a demo as float32; numbers beyond its range become infinite."""
     with np.errstate(over="ignore"):
-        return np.asarray(file[f"data/{demo}/{path}"][()]).astype(np.float32)
+        item = file[f"data/{demo}/{path}"]
+        missing_filter(item)  # imports the package of filters, in a process that did not scan the file
+        return np.asarray(item[()]).astype(np.float32)

@@ -14,6 +14,8 @@ import h5py
 import numpy as np
 from isal import isal_zlib
 
+from cache_pipeline.demos.links import missing_filter
+
 INFLATE_THREADS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 # Shuffling bytes does nothing to elements of one byte.
 _INFLATABLE = ([h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE])
@@ -31,6 +33,7 @@ def start_reading(images: h5py.Dataset, start: int, out: np.ndarray, pool: Execu
         return []
     filters = _filters(images)
     if images.chunks is None or images.dtype != np.uint8 or filters not in _INFLATABLE:
+        missing_filter(images)  # imports the package of filters, in a process that did not scan the file
         images.read_direct(out, np.s_[start : start + len(out)])
         return []
     chunks = images.chunks

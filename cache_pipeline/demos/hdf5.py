@@ -24,7 +24,6 @@ from cache_pipeline.demos.links import (
     broken_link,
     has_link,
     is_written,
-    load_plugins,
     other_filters,
 )
 from cache_pipeline.errors import DatasetError
@@ -162,7 +161,6 @@ def open_file(path: Path) -> h5py.File:
     Raises:
         DatasetError: it is missing, not readable, no HDF5 file, truncated, or being written by another process.
     """
-    load_plugins()
     try:
         if not path.exists():
             near = sorted(other.name for other in path.parent.glob("*.hdf5")) if path.parent.is_dir() else []

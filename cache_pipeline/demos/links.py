@@ -28,12 +28,6 @@ FILTER_NAMES = {
 PLUGINS = "hdf5plugin"
 
 
-def load_plugins() -> None:
-    """Makes the filters of the package hdf5plugin known to HDF5 in this process, if it is installed."""
-    with suppress(ImportError):
-        importlib.import_module(PLUGINS)
-
-
 def other_filters(item: h5py.Dataset) -> dict[int, str]:
     """Number → name of a dataset's filters but for those that HDF5 always has."""
     plist, names = item.id.get_create_plist(), {}
@@ -44,8 +38,17 @@ def other_filters(item: h5py.Dataset) -> dict[int, str]:
 
 
 def missing_filter(item: h5py.Dataset) -> str | None:
-    """The name of the first filter of a dataset that HDF5 does not have here."""
-    return next((name for code, name in other_filters(item).items() if not h5py.h5z.filter_avail(code)), None)
+    """The name of the first filter of a dataset that HDF5 does not have here, nor the package hdf5plugin.
+
+    The package is imported where a filter is missing, and brings its own to HDF5 in this process.
+    """
+    for code, name in other_filters(item).items():
+        if not h5py.h5z.filter_avail(code):
+            with suppress(ImportError):
+                importlib.import_module(PLUGINS)
+            if not h5py.h5z.filter_avail(code):
+                return name
+    return None
 
 
 def is_written(item: h5py.Dataset) -> bool:

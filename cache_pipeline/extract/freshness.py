@@ -176,6 +176,21 @@ def require_same_demos(cache: FeatureCache, dataset: Dataset, *, deep: bool = Fa
     return {old: new for new, old in enumerate(matching.kept) if old is not None}
 
 
+def open_sources(cache: FeatureCache) -> Dataset:
+    """Opens the recorded files of a cache, each of its demos where it was when the cache was made.
+
+    Raises:
+        DatasetError: a file is not there or cannot be read.
+        StaleCacheError: a demo has changed, or lies elsewhere now.
+    """
+    dataset = Dataset.open([Path(source.path) for source in cache.manifest.files], cameras=tuple(cache.cameras))
+    for old, new in require_same_demos(cache, dataset).items():
+        was, now = cache.demos[old], dataset.demos[new]
+        if (was.file, was.name) != (now.file, now.name):
+            raise StaleCacheError("demo", was.name, now.name, "it has another name or file now", EXTEND)
+    return dataset
+
+
 def _raise_changed(cache: FeatureCache, dataset: Dataset, new: int) -> NoReturn:
     """Names what differs in a demo of the dataset that the cache does not hold."""
     demo = dataset.demos[new]

@@ -26,6 +26,7 @@ from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import saved_spec
 from cache_pipeline.errors import CacheError, CachePipelineError
 from cache_pipeline.extract.encode import BatchEncoder
+from cache_pipeline.extract.freshness import open_sources
 from cache_pipeline.files import atomic_path
 from cache_pipeline.progress import Progress, logger
 from cache_pipeline.reports import plots
@@ -227,7 +228,7 @@ def _low_dim(cache: FeatureCache, rows: NDArray[np.int64]) -> Array:
 
 def _source(cache: FeatureCache) -> Dataset | None:
     try:
-        return Dataset.open([Path(source.path) for source in cache.manifest.files], cameras=tuple(cache.cameras))
+        return open_sources(cache)
     except CachePipelineError as error:
         logger.info("without the source file there is no baseline of random weights and no object state: %s", error)
         return None

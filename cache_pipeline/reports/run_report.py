@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.demos.split import Split
 from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.errors import CachePipelineError
 from cache_pipeline.files import read_json
@@ -22,6 +23,7 @@ from cache_pipeline.reports import plots
 from cache_pipeline.reports.page import Page
 from cache_pipeline.sim.rollout import ROLLOUTS
 from cache_pipeline.training.checkpoint import find_checkpoint, inspect_run, load_policy, read_run
+from cache_pipeline.training.contents import Contents, recorded_contents, split_of_run
 from cache_pipeline.training.metrics import read_metrics
 
 SHOWN_FRAMES = 6
@@ -61,9 +63,9 @@ def write_report(
     page = Page(f"Run {folder.name}", " · ".join(summary.lines()[:2]))
     _figures(page, value, summary)
     _curves(page, folder, summary.mean_action_mse)
-    data = _open_data(value)
-    if data is not None:
-        _what_it_does(page, load_policy(run, encoder=encoder), value, data)
+    found = _run_demos(value, cached=value["data"]["cache"] is not None and value["kind"] != "finetune")
+    if found is not None:
+        _what_it_does(page, load_policy(run, encoder=encoder), *found)
     if stages:
         page.heading("Where the time of extraction went")
         page.text("Stages run at the same time; the encoder should be the longest.")
@@ -101,24 +103,28 @@ def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-def _open_data(value: Mapping[str, Any]) -> FeatureCache | Dataset | None:
-    data, policy = value["data"], value["policy"]
-    tuned = value["kind"] == "finetune"
+def _run_demos(value: Mapping[str, Any], *, cached: bool) -> tuple[FeatureCache | Dataset, Split] | None:
+    """The run's cache or its files, and the run's demos in them, known by what they hold."""
+    data, cameras, low_dim = value["data"], tuple(value["policy"]["cameras"]), tuple(value["policy"]["low_dim"])
     try:
-        if data["cache"] is not None and not tuned:
-            return FeatureCache(data["cache"])
-        return Dataset.open(data["datasets"], cameras=tuple(policy["cameras"]), low_dim_keys=tuple(policy["low_dim"]))
+        opened: FeatureCache | Dataset
+        if cached:
+            opened = FeatureCache(data["cache"])
+        else:
+            opened = Dataset.open(data["datasets"], cameras=cameras, low_dim_keys=low_dim)
+        contents = Contents(opened, cameras, low_dim, recorded_contents(data))
+        return opened, split_of_run(opened, contents, data, "the run")
     except CachePipelineError as error:
-        logger.info("the data of the run cannot be read, so its actions are not drawn: %s", error)
+        what = "actions" if cached else "actions and frames"
+        logger.info("the run's demos cannot be read, so their %s are not drawn: %s", what, error)
         return None
 
 
-def _what_it_does(page: Page, policy: Any, value: Mapping[str, Any], data: FeatureCache | Dataset) -> None:
-    held_out = value["data"]["valid"]
-    demos = held_out or value["data"]["train"]
-    demo = read_demo(data, policy, *demos[0][:2])
+def _what_it_does(page: Page, policy: Any, data: FeatureCache | Dataset, split: Split) -> None:
+    demos = split.valid or split.train
+    demo = read_demo(data, policy, demos[0])
     page.heading("What it does")
-    kind = "held-out" if held_out else "training"
+    kind = "held-out" if split.valid else "training"
     page.text(
         f"At each step of {kind} {demo.name}, the action that the policy would carry out next, beside the demo's. "
         "The policy is always shown the demo's own obs."
@@ -126,16 +132,16 @@ def _what_it_does(page: Page, policy: Any, value: Mapping[str, Any], data: Featu
     predicted = first_actions(policy, demo)
     page.picture(plots.actions(demo.actions, predicted, f"{kind} {demo.name}"), "actions of the policy and of the demo")
     if isinstance(data, FeatureCache):
-        chosen = [read_demo(data, policy, *entry[:2]) for entry in demos[:MAPPED_DEMOS]]
+        chosen = [read_demo(data, policy, number) for number in demos[:MAPPED_DEMOS]]
         camera = next(iter(policy.cameras))
         page.heading("What the encoder sees")
         page.text(f"Features of {camera} over {len(chosen)} demos, on their two principal components.")
         page.picture(plots.feature_map(principal([d.obs[camera] for d in chosen]), camera), "features over time")
 
 
-def read_demo(data: FeatureCache | Dataset, policy: VisuomotorPolicy, file: int, name: str) -> DemoObs:
+def read_demo(data: FeatureCache | Dataset, policy: VisuomotorPolicy, number: int) -> DemoObs:
     """One demo as the policy sees it, from a cache or from the file itself."""
-    number = _number_of(data, file, name)
+    name = data.demos[number].name
     if isinstance(data, FeatureCache):
         demo = data.demos[number]
         rows = slice(demo.row, demo.row + demo.length)
@@ -146,11 +152,6 @@ def read_demo(data: FeatureCache | Dataset, policy: VisuomotorPolicy, file: int,
     frames = {camera: data.frames(number, camera) for camera in policy.cameras}
     low_dim = {key: arrays[f"low_dim/{key}"] for key in policy.low_dim}
     return DemoObs(name, {**frames, **low_dim}, arrays["actions"])
-
-
-def _number_of(data: FeatureCache | Dataset, file: int, name: str) -> int:
-    demos: Sequence[Any] = data.demos
-    return next(i for i, demo in enumerate(demos) if (demo.file, demo.name) == (file, name))
 
 
 def first_actions(policy: VisuomotorPolicy, demo: DemoObs, seed: int = 0) -> NDArray[np.float32]:
@@ -179,21 +180,19 @@ def principal(features: list[NDArray[Any]]) -> list[NDArray[np.float64]]:
 
 
 def _what_it_saw(page: Page, value: Mapping[str, Any]) -> None:
-    data = value["data"]
-    try:
-        dataset = Dataset.open(data["datasets"], cameras=tuple(value["policy"]["cameras"]), low_dim_keys=())
-    except CachePipelineError as error:
-        logger.info("the frames of the run are not drawn: %s", error)
+    found = _run_demos(value, cached=False)
+    if found is None:
         return
-    file, name = (data["valid"] or data["train"])[0][:2]
-    number = _number_of(dataset, file, name)
+    dataset, split = found
+    assert isinstance(dataset, Dataset)
+    number = (split.valid or split.train)[0]
     rows = {}
     for camera in dataset.cameras:
         frames = dataset.frames(number, camera)
         chosen = np.linspace(0, len(frames) - 1, min(SHOWN_FRAMES, len(frames))).round().astype(int)
         rows[camera] = list(frames[chosen])
     page.heading("What it saw")
-    page.picture(plots.contact_sheet(rows), f"frames of {name}")
+    page.picture(plots.contact_sheet(rows), f"frames of {dataset.demos[number].name}")
 
 
 def _rollouts(page: Page, folder: Path) -> None:

@@ -13,6 +13,7 @@ from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.preprocess import Preprocess, augment
 from cache_pipeline.encoders.views import ViewSpec, view_parameters
 from cache_pipeline.errors import CacheError, CachePipelineError
+from cache_pipeline.extract.freshness import open_sources
 from cache_pipeline.files import atomic_path
 from cache_pipeline.reports import plots
 
@@ -27,7 +28,7 @@ def write_view_sheet(cache_path: Path, out: Path) -> Path:
     """
     cache = FeatureCache(cache_path)
     try:
-        dataset = Dataset.open([Path(source.path) for source in cache.manifest.files], cameras=tuple(cache.cameras))
+        dataset = open_sources(cache)
     except CachePipelineError as error:
         raise CacheError(f"the frames of {cache_path} cannot be read, so its views cannot be drawn: {error}") from error
     rows: dict[str, list[NDArray[np.uint8]]] = {}

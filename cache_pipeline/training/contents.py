@@ -21,7 +21,9 @@ logger = logging.getLogger("cache_pipeline")
 ROWS = ("actions", "rewards", "dones")
 READERS = 4
 
-Known = Mapping[tuple[SourceRecord, str], str]
+Digests = dict[str, str | None]
+"""Camera, ``actions``, ``low_dim/<key>``, … → digest; ``None`` for what the data do not have."""
+Known = Mapping[tuple[SourceRecord, str], Digests]
 
 
 class Contents:
@@ -33,7 +35,7 @@ class Contents:
     Args:
         data: a cache or a dataset.
         cameras, low_dim: what of a demo is counted, besides actions, rewards and dones.
-        known: (file, demo) → digest that an earlier run recorded.
+        known: (file, demo) → digests that an earlier run recorded.
     """
 
     def __init__(
@@ -42,22 +44,22 @@ class Contents:
         self._data, self._cameras = data, tuple(cameras)
         self._rows = (*ROWS, *(f"low_dim/{key}" for key in low_dim))
         self._files = source_records(data) if isinstance(data, Dataset) else data.manifest.files
-        self._known, self._taken = known or {}, dict[int, str]()
+        self._known, self._taken = known or {}, dict[int, Digests]()
 
     @property
     def files(self) -> tuple[SourceRecord, ...]:
         """The files as they are, or as they were when the cache was made."""
         return self._files
 
-    def at_hand(self, number: int) -> str | None:
-        """The digest of a demo if it can be had without reading frames."""
+    def at_hand(self, number: int) -> Digests | None:
+        """The digests of a demo if they can be had without reading frames."""
         if number not in self._taken and isinstance(self._data, FeatureCache):
             digests = self._data.demos[number].digests
-            self._taken[number] = _joined({name: digests.get(name) for name in (*self._cameras, *self._rows)})
+            self._taken[number] = {name: digests.get(name) for name in (*self._cameras, *self._rows)}
         demo = self._data.demos[number]
         return self._taken.get(number) or self._known.get((self._files[demo.file], demo.name))
 
-    def digests(self, numbers: Sequence[int]) -> tuple[str, ...]:
+    def digests(self, numbers: Sequence[int]) -> tuple[Digests, ...]:
         """The digests of some demos."""
         unread = [number for number in numbers if self.at_hand(number) is None]
         if unread:
@@ -66,24 +68,20 @@ class Contents:
                 self._taken |= dict(zip(unread, readers.map(self._read, unread), strict=True))
             seconds = time.monotonic() - started
             logger.info("read %d demos once to know them by their content, in %.1f s", len(unread), seconds)
-        return tuple(str(self.at_hand(number)) for number in numbers)
+        return tuple(self.at_hand(number) or {} for number in numbers)
 
-    def _read(self, number: int) -> str:
+    def _read(self, number: int) -> Digests:
         assert isinstance(self._data, Dataset)
         rows = self._data.rows(number)
-        found = {name: array_digest(rows[name]) if name in rows else None for name in self._rows}
+        found: Digests = {name: array_digest(rows[name]) if name in rows else None for name in self._rows}
         for camera in self._cameras:
             there = camera in self._data.cameras
             found[camera] = array_digest(camera_frame_digests(self._data, number, camera)) if there else None
-        return _joined(found)
-
-
-def _joined(digests: Mapping[str, str | None]) -> str:
-    return json_digest(dict(digests))
+        return found
 
 
 def recorded_contents(run_data: Mapping[str, Any]) -> Known:
-    """What run.json says of its demos: (file, demo) → digest."""
+    """What run.json says of its demos: (file, demo) → digests."""
     files = [SourceRecord.from_json(value) for value in run_data.get("files", ())]
     entries = [*run_data["train"], *run_data["valid"]]
     return {(files[entry[0]], entry[1]): entry[2] for entry in entries if len(entry) > 2}
@@ -99,39 +97,67 @@ def split_of_run(data: FeatureCache | Dataset, contents: Contents, run_data: Map
         where: that run, for messages.
 
     Raises:
-        CheckpointError: a demo of that run is not in the data.
+        CheckpointError: a demo of that run is not in the data; the message says what of it differs.
     """
-    parts = (run_data["train"], run_data["valid"])
-    if any(len(entry) < 3 for part in parts for entry in part):
-        logger.warning("%s does not record what its demos hold: they are found by file number and name", where)
-        keys = {(file, name): [number] for number, (file, name, *_) in enumerate(data.demos)}
-        train, valid = ([_take(keys, (e[0], e[1]), e[1], data, where) for e in part] for part in parts)
+    entries = [*run_data["train"], *run_data["valid"]]
+    if all(len(entry) > 2 for entry in entries):
+        chosen = _by_content(data, contents, entries, where)
     else:
-        table = _by_content(data, contents, {entry[2] for part in parts for entry in part})
-        train, valid = ([_take(table, e[2], e[1], data, where) for e in part] for part in parts)
+        logger.warning("%s does not record what its demos hold: they are found by file number and name", where)
+        chosen = _by_name(data, entries, where)
+    train, valid = chosen[: len(run_data["train"])], chosen[len(run_data["train"]) :]
     return Split(tuple(train), tuple(valid), f"the split of {where}: {len(train)} demos, {len(valid)} held out")
 
 
-def _by_content(data: FeatureCache | Dataset, contents: Contents, wanted: set[str]) -> dict[Any, list[int]]:
-    """Digest → demos. Frames are read only if the digests at hand are not all that is wanted."""
+def _by_content(
+    data: FeatureCache | Dataset, contents: Contents, entries: Sequence[Sequence[Any]], where: str
+) -> list[int]:
+    """The demo of each entry; frames are read only if the digests at hand are not all that is wanted."""
     numbers = range(len(data.demos))
-    if not wanted <= {contents.at_hand(number) for number in numbers}:
+    wanted = {_key(entry[2]) for entry in entries}
+    if not wanted <= {_key(contents.at_hand(number)) for number in numbers}:
         contents.digests(numbers)
-    table: dict[Any, list[int]] = {}
+    table: dict[str, list[int]] = {}
     for number in numbers:
-        table.setdefault(contents.at_hand(number), []).append(number)
-    return table
-
-
-def _take(table: dict[Any, list[int]], key: object, name: str, data: FeatureCache | Dataset, where: str) -> int:
-    """The demo under a key, of several with one content the one of this name, each once."""
-    found = table.get(key, [])
-    if not found:
-        same_name = any(demo.name == name for demo in data.demos)
-        other = f"{name} there holds something else" if same_name else "no demo there has its name"
-        raise CheckpointError(
-            f"{name}, a demo of {where}, is not in the data ({other}); give the dataset that the run was trained on"
-        )
-    chosen = next((number for number in found if data.demos[number].name == name), found[0])
-    found.remove(chosen)
+        table.setdefault(_key(contents.at_hand(number)), []).append(number)
+    chosen = []
+    names = [name for _, name, *_ in data.demos]
+    for _, name, digests in entries:
+        found = table.get(_key(digests), [])
+        if not found:
+            raise _not_there(name, where, _difference(data, contents, name, digests))
+        chosen.append(next((number for number in found if names[number] == name), found[0]))
+        found.remove(chosen[-1])  # each demo once, of several with one content the one of this name first
     return chosen
+
+
+def _by_name(data: FeatureCache | Dataset, entries: Sequence[Sequence[Any]], where: str) -> list[int]:
+    places = {(file, name): number for number, (file, name, *_) in enumerate(data.demos)}
+    for file, name, *_ in entries:
+        if (file, name) not in places:
+            raise _not_there(name, where, "no demo has its name")
+    return [places[file, name] for file, name, *_ in entries]
+
+
+def _difference(data: FeatureCache | Dataset, contents: Contents, name: str, digests: Digests) -> str:
+    """What of a demo is not as recorded in the demo of that name that is most like it."""
+    alike = [contents.at_hand(number) or {} for number, (_, other, *_) in enumerate(data.demos) if other == name]
+    if not alike:
+        return "no demo has its name and none its content"
+    nearest = max(alike, key=lambda found: sum(found.get(part) == digest for part, digest in digests.items()))
+    differ = [part for part, digest in digests.items() if nearest.get(part) != digest]
+    for part in differ:
+        was = next((key for key in differ if key != part and nearest.get(part) == digests[key]), None)
+        if was is not None:
+            return f"its {part} is what {was} was: the two were exchanged"
+    return f"its {', '.join(differ)} {'differs' if len(differ) == 1 else 'differ'}"
+
+
+def _key(digests: Digests | None) -> str:
+    return "" if digests is None else json_digest(digests)
+
+
+def _not_there(name: str, where: str, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{name}, a demo of {where}, is not in the data: {why}; give the dataset that the run was trained on"
+    )

@@ -25,7 +25,7 @@ from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.training.config import Order, SourceName
-from cache_pipeline.training.contents import Contents, Known, split_of_run
+from cache_pipeline.training.contents import Contents, Digests, Known, split_of_run
 from cache_pipeline.training.distributed import current_ranks
 from cache_pipeline.training.order import BlockOrder
 from cache_pipeline.training.rows import (
@@ -55,7 +55,7 @@ class SplitNames(NamedTuple):
     Attributes:
         run_data: what run.json of that run says of its data.
         where: that run, for messages.
-        known: (file, demo) → digest of the content that an earlier run recorded, for files that have not changed.
+        known: (file, demo) → digests of the content that an earlier run recorded, for files that have not changed.
     """
 
     filter_key: str | None = None
@@ -81,7 +81,7 @@ class RunData(NamedTuple):
     low_dim: dict[str, tuple[int, ...]]
     split: Split
     rows: RunRows
-    digests: tuple[str, ...]
+    digests: tuple[Digests, ...]
     sources: tuple[SourceRecord, ...]
     cache: FeatureCache | None
     dataset: Dataset | None
@@ -180,7 +180,7 @@ def features_precision(cache: FeatureCache, cameras: Sequence[str]) -> str:
     return min(found, key=MOST_EXACT_FIRST.index)
 
 
-def _split(data: Any, names: SplitNames, contents: Contents) -> tuple[Split, tuple[str, ...]]:
+def _split(data: Any, names: SplitNames, contents: Contents) -> tuple[Split, tuple[Digests, ...]]:
     """The chosen demos, and digests of what they hold."""
     if names.run_data is not None:
         split = split_of_run(data, contents, names.run_data, names.where)

@@ -356,7 +356,7 @@ class FinetuneSession:
             return f"the run's cache cannot be read ({error})"
         cached = self._open(self.spec, Path(before["cache"]))
         assert cached.cache is not None
-        if cached.digests != self.data.digests:
+        if cached.digests != self.data.digests and cached.rows.demos != self.data.rows.demos:
             return f"{before['cache']} holds other demos than the dataset"
         check_encoders(self.policy, cached.cache)
         live = self.current()

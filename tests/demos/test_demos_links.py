@@ -8,7 +8,6 @@ import pytest
 from fakes import make_dataset
 
 from cache_pipeline.demos.dataset import Dataset
-from cache_pipeline.demos.links import load_plugins
 from cache_pipeline.demos.summary import inspect_dataset
 from cache_pipeline.errors import DatasetError
 
@@ -138,9 +137,13 @@ def test_a_camera_that_is_not_asked_for_may_have_any_filter(tmp_path, monkeypatc
     assert Dataset.open(path, cameras=["robot0_eye_in_hand_image"]).steps == 21
 
 
-def test_the_plugin_package_is_imported_where_it_is_installed(tmp_path, monkeypatch):
+def test_the_plugin_package_is_imported_where_a_filter_is_missing_and_not_before(tmp_path, monkeypatch):
     (tmp_path / "hdf5plugin.py").write_text("LOADED = True")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "hdf5plugin", raising=False)
-    load_plugins()
+    path = make_dataset(tmp_path / "packed.hdf5")
+    Dataset.open(path).frames(1, CAMERA)
+    assert "hdf5plugin" not in sys.modules
+    compressed(path, IMAGES, 32001)
+    inspect_dataset(path)
     assert sys.modules.pop("hdf5plugin").LOADED

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -89,14 +91,40 @@ def exchange_cameras(obs: h5py.Group) -> None:
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (invert_agentview, r"agentview_image: \d+ of \d+ compared frames are not those"),
-        (exchange_cameras, r"agentview_image: its frames are those of camera robot0_eye_in_hand_image"),
+        (invert_agentview, r"demo_0, a demo of .*, is not in the data: its agentview_image differs"),
+        (exchange_cameras, r"its agentview_image is what robot0_eye_in_hand_image was: the two were exchanged"),
     ],
 )
 def test_other_frames_are_refused_by_what_differs(
     change: Callable[[h5py.Group], None], named: str, base: Path, dataset: Path, tmp_path: Path
 ) -> None:
     other = edited(dataset, tmp_path / "other.hdf5", change)
+    with pytest.raises(CheckpointError, match=named):
+        finetune(tuning(base, tmp_path / "tuned", datasets=(other,)), progress=False)
+    assert not (tmp_path / "tuned").exists()
+
+
+def without_contents(run: Path, out: Path) -> Path:
+    """A copy of a run of before runs recorded what their demos hold."""
+    shutil.copytree(run, out)
+    value = json.loads((out / "run.json").read_text())
+    for part in ("train", "valid"):
+        value["data"][part] = [entry[:2] for entry in value["data"][part]]
+    (out / "run.json").write_text(json.dumps(value))
+    return out
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (invert_agentview, r"agentview_image: \d+ of \d+ compared frames are not those"),
+        (exchange_cameras, r"agentview_image: its frames are those of camera robot0_eye_in_hand_image"),
+    ],
+)
+def test_other_frames_are_refused_by_a_run_that_does_not_record_its_contents(
+    change: Callable[[h5py.Group], None], named: str, base: Path, dataset: Path, tmp_path: Path
+) -> None:
+    other, base = edited(dataset, tmp_path / "other.hdf5", change), without_contents(base, tmp_path / "base")
     with pytest.raises(CheckpointError, match=named):
         finetune(tuning(base, tmp_path / "tuned", datasets=(other,)), progress=False)
     assert not (tmp_path / "tuned").exists()
