@@ -52,7 +52,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
     ),
     "verify": (
         Rule(
-            ("dataset", "rows", "device", "seed"),
+            ("dataset", "rows", "device", "seed", "encoder"),
             lambda v: v["integrity"],
             "--integrity reads every stored byte and encodes nothing",
         ),

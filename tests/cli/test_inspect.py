@@ -5,14 +5,14 @@ import json
 import h5py
 import numpy as np
 import pytest
-from cache_fakes import extract
+from cache_fakes import TINY, extract
 from fakes import make_dataset
 from typer.testing import CliRunner
 
 from cache_pipeline.cli import app
 from cache_pipeline.reports.inspection import inspect_path
 
-TRAIN = ["--steps", 2, "--batch-size", 4, "--emb-dim", 8, "--device", "cpu"]
+TRAIN = ["--steps", 2, "--batch-size", 4, "--emb-dim", 8, "--device", "cpu", "--encoder", TINY.factory]
 
 
 def run(*args):
@@ -94,13 +94,11 @@ def test_a_run_with_a_damaged_or_missing_file_is_still_told(trained):
 
 
 def test_the_encoder_of_a_run_is_never_built_to_inspect_it(trained, monkeypatch):
-    import cache_pipeline.encoders.saving as saving
-
     def refuse(*args, **options):
-        raise AssertionError("inspect loaded an encoder")
+        raise AssertionError("inspect built an encoder")
 
-    monkeypatch.setattr(saving, "load_encoder", refuse)
-    monkeypatch.setattr("cache_pipeline.training.checkpoint.load_encoder", refuse)
+    for name in ("saving.load_encoder", "factory.call_factory"):
+        monkeypatch.setattr(f"cache_pipeline.encoders.{name}", refuse)
     assert not inspect_path(trained).problems
 
 
