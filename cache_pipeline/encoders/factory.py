@@ -58,8 +58,8 @@ def choose_factory(stored: str | None, encoder: Factories, where: object) -> str
     what = "a ready module" if stored is None else f"the encoder factory {stored}"
     if not named:
         raise EncoderError(
-            f"{where} was made by {what}, and code that came with data is not run: nothing was; if you trust it, "
-            f"name it: --encoder {stored or 'FILE.py:FACTORY'} (in Python: encoder={stored or 'FILE.py:FACTORY'!r})"
+            f"{where} was made by {what}; code that only a file names is not run; if you trust it, name it: "
+            f"--encoder {stored or 'FILE.py:FACTORY'} (in Python: encoder={stored or 'FILE.py:FACTORY'!r})"
         )
     own = [name for name in named if name == stored] or [
         name for name in named if stored is not None and name.rpartition(":")[2] == stored.rpartition(":")[2]

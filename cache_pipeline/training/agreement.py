@@ -18,7 +18,7 @@ from cache_pipeline.errors import CheckpointError, StaleCacheError
 from cache_pipeline.extract.matching import frame_digests
 from cache_pipeline.policies.spec import PolicySpec
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
-from cache_pipeline.training.data import RunData
+from cache_pipeline.training.data import DataShapes
 from cache_pipeline.training.sources.live import LiveSource
 
 logger = logging.getLogger("cache_pipeline")
@@ -31,11 +31,11 @@ UNRECORDED_ERROR = 0.1
 LEAST_ALLOWED = 2e-3
 
 
-def check_fits(spec: PolicySpec, data: RunData, checkpoint: Path) -> None:
+def check_fits(spec: PolicySpec, checkpoint: Path, shapes: DataShapes) -> None:
     """Raises CheckpointError naming the first difference between what the policy takes and what the data hold."""
     pairs: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
-        ("images of camera", spec.cameras, data.cameras),
-        ("rows of low-dim key", spec.low_dim, data.low_dim),
+        ("images of camera", spec.cameras, shapes.cameras),
+        ("rows of low-dim key", spec.low_dim, shapes.low_dim),
     ]
     for what, wanted, there in pairs:
         for name, shape in wanted.items():
@@ -45,10 +45,10 @@ def check_fits(spec: PolicySpec, data: RunData, checkpoint: Path) -> None:
                     f"{checkpoint} does not fit the data: it takes {what} {name} of shape {tuple(shape)}, they have "
                     f"{found}; give the dataset that it was trained on, or train anew"
                 )
-    if spec.action_dim != data.rows.actions.shape[1]:
+    if spec.action_dim != shapes.action_dim:
         raise CheckpointError(
             f"{checkpoint} does not fit the data: it predicts {spec.action_dim} action dimensions, the data have "
-            f"{data.rows.actions.shape[1]}; give the dataset that it was trained on, or train anew"
+            f"{shapes.action_dim}; give the dataset that it was trained on, or train anew"
         )
 
 

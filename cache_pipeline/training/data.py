@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -49,12 +49,21 @@ MOST_EXACT_FIRST = ("fp32", "tf32", "fp16", "bf16")
 FULL_ORDER_POOLS = 64  # at most so many times is a chunk read in an epoch
 
 
+class DataShapes(NamedTuple):
+    """Camera → (H, W, 3), low-dim key → shape of one row, and the width of an action."""
+
+    cameras: dict[str, tuple[int, int, int]]
+    low_dim: dict[str, tuple[int, ...]]
+    action_dim: int
+
+
 class SplitNames(NamedTuple):
     """How to choose the demos: by filter keys, or those of an earlier run.
 
     Attributes:
         run_data: what run.json of that run says of its data.
         where: that run, for messages.
+        fits: raises if the data are of other shapes than that run's; asked before its demos are looked for.
         known: (file, demo) → digests of the content that an earlier run recorded, for files that have not changed.
     """
 
@@ -63,6 +72,7 @@ class SplitNames(NamedTuple):
     seed: int = 0
     run_data: Mapping[str, Any] | None = None
     where: str = ""
+    fits: Callable[[DataShapes], None] | None = None
     known: Known | None = None
 
 
@@ -156,10 +166,10 @@ def open_cache_data(
     cache = FeatureCache(path)
     chosen = choose_keys(cameras, tuple(cache.cameras), "camera")
     keys = choose_keys(low_dim_keys, tuple(cache.low_dim), "low-dim key")
-    contents = Contents(cache, chosen, keys)
-    demos, digests = _split(cache, split, contents)
     shapes = {camera: cache.cameras[camera].image_shape for camera in chosen}
     low_dim = {key: cache.low_dim[key] for key in keys}
+    contents = Contents(cache, chosen, keys)
+    demos, digests = _split(cache, split, contents, DataShapes(shapes, low_dim, cache.action_dim))
     return RunData(shapes, low_dim, demos, rows_of_cache(cache, demos, keys), digests, contents.files, cache, None)
 
 
@@ -169,9 +179,10 @@ def open_dataset_data(
     """Opens HDF5 files; raises DatasetError, for filter keys that they do not have too."""
     dataset = Dataset.open(paths, cameras=cameras, low_dim_keys=low_dim_keys)
     contents = Contents(dataset, tuple(dataset.cameras), tuple(dataset.low_dim), split.known)
-    demos, digests = _split(dataset, split, contents)
+    shapes = DataShapes(dict(dataset.cameras), dict(dataset.low_dim), dataset.action_dim)
+    demos, digests = _split(dataset, split, contents, shapes)
     rows = rows_of_dataset(dataset, demos, tuple(dataset.low_dim))
-    return RunData(dict(dataset.cameras), dict(dataset.low_dim), demos, rows, digests, contents.files, None, dataset)
+    return RunData(*shapes[:2], demos, rows, digests, contents.files, None, dataset)
 
 
 def features_precision(cache: FeatureCache, cameras: Sequence[str]) -> str:
@@ -180,8 +191,10 @@ def features_precision(cache: FeatureCache, cameras: Sequence[str]) -> str:
     return min(found, key=MOST_EXACT_FIRST.index)
 
 
-def _split(data: Any, names: SplitNames, contents: Contents) -> tuple[Split, tuple[Digests, ...]]:
+def _split(data: Any, names: SplitNames, contents: Contents, shapes: DataShapes) -> tuple[Split, tuple[Digests, ...]]:
     """The chosen demos, and digests of what they hold."""
+    if names.fits is not None:
+        names.fits(shapes)
     if names.run_data is not None:
         split = split_of_run(data, contents, names.run_data, names.where)
     else:

@@ -128,7 +128,6 @@ class FinetuneSession:
         if config.cache is not None:
             check_sources(FeatureCache(config.cache), config.datasets, deep=config.deep)
         self.data = self._open(spec, config.cache)
-        check_fits(spec, self.data, folder)
         tell_choice(self.data)
         self._start_from = read_checkpoint(find_checkpoint(run, latest=True)[1] if config.resume else folder)
         self._encoders = run_encoders(run if config.resume else base, spec, config.encoder_factory)
@@ -213,6 +212,7 @@ class FinetuneSession:
         config, before = self._config, self._origin["data"]
         known = None if config.deep else recorded_contents(before)
         names = SplitNames(config.filter_key, config.valid_key, config.seed, known=known)
+        names = names._replace(fits=partial(check_fits, spec, self._folder))
         if config.filter_key is None and config.valid_key is None:
             names = names._replace(run_data=before, where=str(config.checkpoint))
         paths = config.datasets or tuple(Path(path) for path in before["datasets"])
@@ -320,7 +320,6 @@ class FinetuneSession:
     def _make_live(self, max_memory: int | None) -> LiveSource:
         if self._live_data is None:
             self._live_data = self._open(self.spec, None)
-            check_fits(self.spec, self._live_data, self._folder)
         return open_live(
             self._live_data,
             self._splits,
