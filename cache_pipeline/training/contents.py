@@ -83,8 +83,16 @@ class Contents:
 def recorded_contents(run_data: Mapping[str, Any]) -> Known:
     """What run.json says of its demos: (file, demo) → digests."""
     files = [SourceRecord.from_json(value) for value in run_data.get("files", ())]
-    entries = [*run_data["train"], *run_data["valid"]]
-    return {(files[entry[0]], entry[1]): entry[2] for entry in entries if len(entry) > 2}
+    return {(files[file], name): digests for file, name, digests in _entries(run_data) if digests is not None}
+
+
+def _entries(run_data: Mapping[str, Any]) -> list[tuple[int, str, Digests | None]]:
+    """(file, name, digests) of the demos of a run; runs of earlier versions record no digests."""
+    demos = [*run_data["train"], *run_data["valid"]]
+    contents = run_data.get("contents", [None] * len(demos))
+    if len(contents) != len(demos):
+        raise CheckpointError(f"run.json is damaged: it names {len(demos)} demos and the contents of {len(contents)}")
+    return [(file, name, digests) for (file, name), digests in zip(demos, contents, strict=True)]
 
 
 def split_of_run(data: FeatureCache | Dataset, contents: Contents, run_data: Mapping[str, Any], where: str) -> Split:
@@ -99,22 +107,21 @@ def split_of_run(data: FeatureCache | Dataset, contents: Contents, run_data: Map
     Raises:
         CheckpointError: a demo of that run is not in the data; the message says what of it differs.
     """
-    entries = [*run_data["train"], *run_data["valid"]]
-    if all(len(entry) > 2 for entry in entries):
-        chosen = _by_content(data, contents, entries, where)
+    if "contents" in run_data:
+        chosen = _by_content(data, contents, _entries(run_data), where)
     else:
         logger.warning("%s does not record what its demos hold: they are found by file number and name", where)
-        chosen = _by_name(data, entries, where)
+        chosen = _by_name(data, _entries(run_data), where)
     train, valid = chosen[: len(run_data["train"])], chosen[len(run_data["train"]) :]
     return Split(tuple(train), tuple(valid), f"the split of {where}: {len(train)} demos, {len(valid)} held out")
 
 
 def _by_content(
-    data: FeatureCache | Dataset, contents: Contents, entries: Sequence[Sequence[Any]], where: str
+    data: FeatureCache | Dataset, contents: Contents, entries: Sequence[tuple[int, str, Digests | None]], where: str
 ) -> list[int]:
     """The demo of each entry; frames are read only if the digests at hand are not all that is wanted."""
     numbers = range(len(data.demos))
-    wanted = {_key(entry[2]) for entry in entries}
+    wanted = {_key(digests) for _, _, digests in entries}
     if not wanted <= {_key(contents.at_hand(number)) for number in numbers}:
         contents.digests(numbers)
     table: dict[str, list[int]] = {}
@@ -125,18 +132,18 @@ def _by_content(
     for _, name, digests in entries:
         found = table.get(_key(digests), [])
         if not found:
-            raise _not_there(name, where, _difference(data, contents, name, digests))
+            raise _not_there(name, where, _difference(data, contents, name, digests or {}))
         chosen.append(next((number for number in found if names[number] == name), found[0]))
         found.remove(chosen[-1])  # each demo once, of several with one content the one of this name first
     return chosen
 
 
-def _by_name(data: FeatureCache | Dataset, entries: Sequence[Sequence[Any]], where: str) -> list[int]:
+def _by_name(data: FeatureCache | Dataset, entries: Sequence[tuple[int, str, Digests | None]], where: str) -> list[int]:
     places = {(file, name): number for number, (file, name, *_) in enumerate(data.demos)}
-    for file, name, *_ in entries:
+    for file, name, _ in entries:
         if (file, name) not in places:
             raise _not_there(name, where, "no demo has its name")
-    return [places[file, name] for file, name, *_ in entries]
+    return [places[file, name] for file, name, _ in entries]
 
 
 def _difference(data: FeatureCache | Dataset, contents: Contents, name: str, digests: Digests) -> str:

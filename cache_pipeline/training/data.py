@@ -100,7 +100,7 @@ class RunData(NamedTuple):
     def identity(self) -> dict[str, Any]:
         """What run.json says of the data."""
         origin: Any = self.dataset if self.dataset is not None else self.cache
-        demos = [[*demo, digest] for demo, digest in zip(self.rows.demos, self.digests, strict=True)]
+        demos = [list(demo) for demo in self.rows.demos]
         return {
             "cache": None if self.cache is None else str(self.cache.path.resolve()),
             "fingerprint": None if self.cache is None else self.cache.fingerprint,
@@ -108,6 +108,7 @@ class RunData(NamedTuple):
             "files": [source.to_json() for source in self.sources],
             "train": demos[: self.rows.n_train],
             "valid": demos[self.rows.n_train :],
+            "contents": list(self.digests),
             "env_args": origin.env_args,
             "render_flags": origin.render_flags,
         }

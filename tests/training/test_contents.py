@@ -138,9 +138,8 @@ def test_fine_tuning_holds_out_what_the_run_held_out_whatever_the_order_of_files
 
 def test_a_run_of_before_contents_were_recorded_is_found_by_name(tmp_path: Path, stopped: TrainConfig) -> None:
     value = json.loads((tmp_path / "run" / "run.json").read_text())
-    for part in ("train", "valid"):
-        value["data"][part] = [entry[:2] for entry in value["data"][part]]
-    del value["data"]["files"]
+    for name in ("contents", "files"):
+        del value["data"][name]
     (tmp_path / "run" / "run.json").write_text(json.dumps(value))
     assert train(replace(stopped, resume=True), progress=False).steps == 6
 
@@ -153,8 +152,9 @@ def test_a_cache_and_its_files_record_the_same_contents(tmp_path: Path) -> None:
         for made in (config(tmp_path / "cached", cache, steps=1), live(tmp_path / "live", (first,), steps=1))
     ]
     one, two = (read_run(run)["data"] for run in runs)
-    assert (one["train"], one["valid"], one["files"]) == (two["train"], two["valid"], two["files"])
-    assert all(len(entry) == 3 for entry in one["train"])
+    for name in ("train", "valid", "contents", "files"):
+        assert one[name] == two[name]
+    assert len(one["contents"]) == len(one["train"]) + len(one["valid"])
 
 
 def test_training_and_fine_tuning_compare_a_cache_with_its_files(tmp_path: Path, frontier: Path, dataset: Path) -> None:

@@ -108,8 +108,7 @@ def without_contents(run: Path, out: Path) -> Path:
     """A copy of a run of before runs recorded what their demos hold."""
     shutil.copytree(run, out)
     value = json.loads((out / "run.json").read_text())
-    for part in ("train", "valid"):
-        value["data"][part] = [entry[:2] for entry in value["data"][part]]
+    del value["data"]["contents"]
     (out / "run.json").write_text(json.dumps(value))
     return out
 
