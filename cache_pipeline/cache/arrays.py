@@ -80,9 +80,13 @@ def array_names(manifest: Manifest) -> list[str]:
 def unit_arrays(manifest: Manifest, unit: Unit) -> list[str]:
     """The arrays of which a unit writes one shard, in the order in which its digest takes them."""
     if unit.kind == "features":
-        return [f"features/{unit.camera}"]
+        return [f"features/{unit.key}"]
     if unit.kind == "frames":
-        return [f"frame_digests/{unit.camera}"]
+        return [f"frame_digests/{unit.key}"]
+    if unit.kind == "low_dim":
+        return [f"low_dim/{unit.key}"]
+    if unit.kind == "steps":
+        return ["actions", "dones", "rewards"]
     return sorted(name for name in array_specs(manifest) if not name.startswith(("features/", "frame_digests/")))
 
 
@@ -228,6 +232,10 @@ class StoredArray:
     def block(self, block: int, view: int | None = None) -> NDArray[Any]:
         """A whole shard with its dead rows, (shard_rows, …)."""
         return self.spans([(block * self.shard_rows, (block + 1) * self.shard_rows)], view)
+
+    def has_block(self, block: int, view: int | None = None) -> bool:
+        """Whether the file of a shard is there, whatever it holds."""
+        return self._shard_file(block, view or 0).is_file()
 
     def write_block(self, block: int, values: NDArray[Any], view: int | None = None) -> None:
         """Writes one whole shard, (shard_rows, …), and syncs it to the disk."""

@@ -11,13 +11,13 @@ import numpy as np
 
 from cache_pipeline.cache.arrays import StoredArray, array_names, metadata_files, unit_arrays, write_metadata
 from cache_pipeline.cache.folder import (
-    beside,
     finish_swap,
     folder_bytes,
+    make_beside,
     remove_cache,
-    remove_partial_files,
     swap,
     told_when_full,
+    unused_name,
 )
 from cache_pipeline.cache.layout import Segment, Unit, place_demos
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, write_record
@@ -54,17 +54,20 @@ def compact(path: str | Path) -> CompactResult:
         CacheLockedError: another process is writing it.
         CacheError: the disk is full; the cache is left as it was.
     """
-    path = Path(path)
-    with writer_lock(path):
-        finish_swap(path)
-        manifest = read_manifest(path)
-        before, live = folder_bytes(path), sum(demo.length for demo in manifest.demos)
-        new = beside(path, "new")
-        remove_cache(new)
-        with told_when_full(new, before):
-            _copy(path, manifest, new)
-        swap(new, path)
-        return CompactResult(str(path), before, folder_bytes(path), manifest.n_rows - live)
+    with writer_lock(path) as real:
+        finish_swap(real)
+        manifest = read_manifest(real)
+        before, live = folder_bytes(real), sum(demo.length for demo in manifest.demos)
+        new = unused_name(real, "compact")
+        with told_when_full(real, before):
+            try:
+                make_beside(new, real, "compact")
+                _copy(real, manifest, new)
+            except BaseException:
+                remove_cache(new)
+                raise
+        swap(new, real)
+        return CompactResult(str(path), before, folder_bytes(real), manifest.n_rows - live)
 
 
 def _copy(path: Path, old: Manifest, new: Path) -> None:
@@ -72,8 +75,6 @@ def _copy(path: Path, old: Manifest, new: Path) -> None:
     placement = place_demos(lengths, [None] * len(lengths), 0, old.shard_rows)
     demos = tuple(demo._replace(row=row) for demo, row in zip(old.demos, placement.rows, strict=True))
     target = replace(old, demos=demos, n_rows=placement.n_rows, units={}, metadata={})
-    new.mkdir(parents=True, exist_ok=True)
-    remove_partial_files(new)
     write_pending(new, target)
     files = metadata_files(target)
     write_metadata(new, files)
@@ -112,7 +113,8 @@ def _record(
     target: Manifest, unit: Unit, segments: Sequence[Segment], sink: Mapping[str, StoredArray], output: str
 ) -> LedgerRecord:
     """The record that an extraction would have written: what went in is told by the copied digests and rows."""
-    inputs = unit_arrays(target, unit) if unit.kind == "rows" else [f"frame_digests/{unit.camera}"]
+    by_frame = unit.kind in ("features", "frames")
+    inputs = [f"frame_digests/{unit.key}"] if by_frame else unit_arrays(target, unit)
     recorded = []
     for segment in segments:
         demo, span = target.demos[segment.demo], (segment.start, segment.stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +12,28 @@ import numpy as np
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.errors import CacheError
-from cache_pipeline.files import atomic_path
+from cache_pipeline.files import FileKind, check_output, output_file
+
+FINGERPRINT = "feature_cache_fingerprint"
+
+
+def _is_feature_hdf5(path: Path) -> bool:
+    try:
+        with h5py.File(path, "r") as file:
+            return FINGERPRINT in file["data"].attrs
+    except (OSError, KeyError, AttributeError):
+        return False
+
+
+def _is_feature_npz(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return {"demos.npy", "starts.npy", "actions.npy"} <= set(archive.namelist())
+
+
+FEATURE_HDF5 = FileKind("an HDF5 file that cache export wrote", _is_feature_hdf5)
+FEATURE_NPZ = FileKind("an .npz file that cache export wrote", _is_feature_npz)
 
 
 class ExportResult(NamedTuple):
@@ -60,9 +82,12 @@ def export_robomimic(
         overwrite: replace an existing file.
 
     Raises:
-        CacheError: the file exists already, or holds two cameras that would share an obs key.
+        ConfigError: the file exists already, or is none that an export wrote.
+        CacheError: two obs would share a key; or the disk is full.
     """
-    cache, out = FeatureCache(cache_path), _target(out_path, overwrite)
+    cache, out = FeatureCache(cache_path), Path(out_path)
+    sources = _sources(cache)
+    check_output(out, FEATURE_HDF5, overwrite=overwrite, sources=sources)
     features = {
         feature_key(camera, view): (camera, view)
         for camera, entry in cache.cameras.items()
@@ -72,13 +97,20 @@ def export_robomimic(
     clash = [key for key in features if key in cache.low_dim or keys.count(key) > 1]
     if clash:
         raise CacheError(f"{cache.path}: two obs would share the key {clash[0]}; export as .npz keeps them apart")
-    with atomic_path(out) as partial, h5py.File(partial, "w") as file:
+    # h5py tells of a full disk many times over, while its objects are freed: look before.
+    widths = [int(np.prod(cache.cameras[camera].feature_shape)) for camera, _ in features.values()]
+    widths += [int(np.prod(shape)) for shape in cache.low_dim.values()]
+    needed = 4 * int(cache.lengths.sum()) * (2 * sum(widths) + cache.action_dim)
+    with (
+        output_file(out, FEATURE_HDF5, overwrite=overwrite, sources=sources, needed=needed) as partial,
+        h5py.File(partial, "w") as file,
+    ):
         data = file.create_group("data")
         data.attrs["total"] = int(cache.lengths.sum())
         data.attrs["env_args"] = json.dumps(cache.env_args or {})
         if cache.render_flags is not None:
             data.attrs["render_flags"] = json.dumps(cache.render_flags)
-        data.attrs["feature_cache_fingerprint"] = cache.fingerprint
+        data.attrs[FINGERPRINT] = cache.fingerprint
         names = _demo_names(cache)
         for number, name in enumerate(names):
             _write_demo(data.create_group(name), cache, number, features)
@@ -95,9 +127,11 @@ def export_npz(cache_path: str | Path, out_path: str | Path, *, overwrite: bool 
     ``lengths`` (E,) of the demos, ``demos`` (E,) their names.
 
     Raises:
-        CacheError: the file exists already.
+        ConfigError: the file exists already, or is none that an export wrote.
     """
-    cache, out = FeatureCache(cache_path), _target(out_path, overwrite)
+    cache, out = FeatureCache(cache_path), Path(out_path)
+    sources = _sources(cache)
+    check_output(out, FEATURE_NPZ, overwrite=overwrite, sources=sources)
     values = {
         f"features/{camera}": np.stack([cache.features(camera, view=view) for view in range(entry.views)])
         for camera, entry in cache.cameras.items()
@@ -107,17 +141,19 @@ def export_npz(cache_path: str | Path, out_path: str | Path, *, overwrite: bool 
     shapes = {name: value.shape[2 if name.startswith("features/") else 1 :] for name, value in values.items()}
     values |= {"starts": cache.packed_starts, "lengths": cache.lengths}
     values["demos"] = np.array([demo.name for demo in cache.demos])
-    with atomic_path(out) as partial, partial.open("wb") as file:
+    needed = sum(value.nbytes for value in values.values())
+    with (
+        output_file(out, FEATURE_NPZ, overwrite=overwrite, sources=sources, needed=needed) as partial,
+        partial.open("wb") as file,
+    ):
         np.savez(file, **values)
     return ExportResult(str(out), len(cache.demos), int(cache.lengths.sum()), out.stat().st_size, shapes)
 
 
-def _target(path: str | Path, overwrite: bool) -> Path:
-    path = Path(path)
-    if path.exists() and not overwrite:
-        raise CacheError(f"{path} exists already; replace it with --overwrite or choose another --out")
-    path.absolute().parent.mkdir(parents=True, exist_ok=True)
-    return path
+def _sources(cache: FeatureCache) -> list[str]:
+    """Files that no export may replace."""
+    files = cache.manifest.files
+    return [source.path for source in files] + [path for source in files for path, _, _ in source.linked]
 
 
 def _demo_names(cache: FeatureCache) -> list[str]:

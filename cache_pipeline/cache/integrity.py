@@ -14,7 +14,7 @@ from cache_pipeline.cache.ledger import read_record, strike_record
 from cache_pipeline.cache.lock import writer_lock
 from cache_pipeline.cache.manifest import MANIFEST, PENDING, Manifest, read_manifest, read_pending
 from cache_pipeline.errors import CacheLockedError, CorruptCacheError
-from cache_pipeline.files import digest
+from cache_pipeline.files import digest, resolved
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -55,11 +55,11 @@ def check_integrity(cache_path: str | Path) -> IntegrityResult:
     Raises:
         NotACacheError, IncompleteCacheError: there is no complete cache.
     """
-    path = Path(cache_path)
+    path = resolved(cache_path)
     try:
         manifest = read_manifest(path)
     except CorruptCacheError:
-        return IntegrityResult(str(path), 0, (MANIFEST,), False)
+        return IntegrityResult(str(cache_path), 0, (MANIFEST,), False)
     broken = [*_broken_files(path, manifest)]
     with ThreadPoolExecutor(THREADS) as pool:
         names = [name for name in manifest.units if not _is_hidden(manifest, Unit.parse(name), broken)]
@@ -68,7 +68,7 @@ def check_integrity(cache_path: str | Path) -> IntegrityResult:
     if broken_units:
         _strike(path, broken_units)
     broken += broken_units
-    return IntegrityResult(str(path), len(manifest.units), tuple(broken), not broken)
+    return IntegrityResult(str(cache_path), len(manifest.units), tuple(broken), not broken)
 
 
 def _is_hidden(manifest: Manifest, unit: Unit, broken: list[str]) -> bool:

@@ -17,33 +17,38 @@ MIN_CHUNK_ROWS = 4
 
 
 class Unit(NamedTuple):
-    """One shard of one array, or the low-dim arrays of one block: what is written whole and then recorded.
+    """One shard of one array, or of actions, rewards and dones together: what is written whole and then recorded.
+
+    Each low-dim key is a unit of its own, so that a cache that gets another key keeps every finished shard.
 
     Attributes:
-        kind: ``features``, ``frames`` (the frame digests of a camera) or ``rows`` (every array without a camera).
-        camera: rgb obs key, empty for ``rows``.
+        kind: ``features``, ``frames`` (the frame digests of a camera), ``steps`` (actions, rewards and dones),
+            ``low_dim``, or ``rows`` (steps and all low-dim keys in one: only in caches of earlier versions).
+        key: rgb obs key or low-dim key, empty for ``steps`` and ``rows``.
         view: which fixed augmentation; 0 but for ``features``.
         block: rows ``[block * shard_rows, (block + 1) * shard_rows)``.
     """
 
     kind: str
-    camera: str
+    key: str
     view: int
     block: int
 
     @property
     def name(self) -> str:
         """The name in the ledger and in messages, such as ``features/agentview_image/0/12``."""
-        parts = {"features": (self.camera, str(self.view)), "frames": (self.camera,), "rows": ()}[self.kind]
+        parts = [self.key] if self.key else []
+        if self.kind == "features":
+            parts.append(str(self.view))
         return "/".join((self.kind, *parts, str(self.block)))
 
     @classmethod
     def parse(cls, name: str) -> Unit:
         """The unit of a :attr:`name`; ``ValueError`` for any other text."""
         kind, *parts = name.split("/")
-        if kind == "rows" and len(parts) == 1:
+        if kind in ("steps", "rows") and len(parts) == 1:
             return cls(kind, "", 0, int(parts[0]))
-        if kind == "frames" and len(parts) >= 2:
+        if kind in ("frames", "low_dim") and len(parts) >= 2:
             return cls(kind, "/".join(parts[:-1]), 0, int(parts[-1]))
         if kind == "features" and len(parts) >= 3:
             return cls(kind, "/".join(parts[:-2]), int(parts[-2]), int(parts[-1]))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_pipeline.cache.layout import Unit
 from cache_pipeline.files import json_digest, read_json, write_json
+
+LOOKED_AT = 1000  # records, in search of a sound one
 
 
 class RecordedSegment(NamedTuple):
@@ -66,10 +69,21 @@ def write_record(path: Path, unit: Unit, record: LedgerRecord) -> None:
 
 def read_record(path: Path, unit: Unit) -> LedgerRecord | None:
     """The record of a unit; None when there is none or it is damaged, which means the same: the unit is not done."""
+    record = _read(record_file(path, unit))
+    return record if record is not None and record.unit == unit.name else None
+
+
+def has_records(path: Path) -> bool:
+    """Whether a folder holds a sound record of any unit: what only a cache has, though its manifest be damaged."""
+    files = islice((path / "ledger").rglob("*.json"), LOOKED_AT)
+    return any(_read(file) is not None for file in files)
+
+
+def _read(file: Path) -> LedgerRecord | None:
     try:
-        value: Any = read_json(record_file(path, unit))
+        value: Any = read_json(file)
         claimed = value.pop("digest")
-        if claimed != json_digest(value) or value["unit"] != unit.name:
+        if claimed != json_digest(value):
             return None
         segments = tuple(RecordedSegment(*segment) for segment in value["segments"])
         return LedgerRecord(**{**value, "rows": tuple(value["rows"]), "segments": segments})

@@ -10,26 +10,33 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from cache_pipeline.errors import CacheLockedError, CachePipelineError
+from cache_pipeline.errors import CacheLockedError, CachePipelineError, ConfigError
+from cache_pipeline.files import resolved
 
 
 def lock_file(path: str | Path) -> Path:
     """The lock of a cache or run lies beside it, so that the folder can be swapped for a new one under it."""
-    path = Path(path)
-    return path.with_name(f".{path.name}.lock")
+    real = resolved(path)
+    if not real.name:
+        raise ConfigError(f"{path} is the root folder, which holds no cache or run of its own; choose another path")
+    return real.with_name(f".{real.name}.lock")
 
 
 @contextmanager
-def writer_lock(path: str | Path, refusal: type[CachePipelineError] = CacheLockedError) -> Iterator[None]:
-    """Holds the one writer's lock of the folder at ``path``.
+def writer_lock(path: str | Path, refusal: type[CachePipelineError] = CacheLockedError) -> Iterator[Path]:
+    """Holds the one writer's lock of the folder at ``path`` and gives its real path, for all that follows.
 
     Args:
         refusal: the error that is raised if another live process holds it; the message names that process.
+
+    Raises:
+        OSError: the folder around it cannot be written.
     """
-    file = lock_file(path)
+    real = resolved(path)
+    file = lock_file(real)
     descriptor = _acquire(file, path, refusal)
     try:
-        yield
+        yield real
     finally:
         file.unlink(missing_ok=True)
         os.close(descriptor)

@@ -6,14 +6,16 @@ alone is an unfinished cache; with both, a complete cache whose extension is unf
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_pipeline.cache.layout import Segment, Unit, block_segments
-from cache_pipeline.errors import CorruptCacheError, IncompleteCacheError, NotACacheError
-from cache_pipeline.files import json_digest, read_json, write_json
+from cache_pipeline.cache.ledger import has_records
+from cache_pipeline.errors import CacheError, CorruptCacheError, IncompleteCacheError, NotACacheError
+from cache_pipeline.files import NOT_ALLOWED, json_digest, read_json, sync_folder, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -136,7 +138,11 @@ class Manifest:
     def unit_inputs(self, unit: Unit) -> str:
         """Digest of everything but frames and rows that decides what a unit holds."""
         if unit.kind == "features":
-            return self.cameras[unit.camera].unit_identity(unit.view)
+            return self.cameras[unit.key].unit_identity(unit.view)
+        if unit.kind == "steps":
+            return json_digest(["steps", self.action_dim])
+        if unit.kind == "low_dim":
+            return json_digest(["low_dim", unit.key, list(self.low_dim[unit.key])])
         if unit.kind == "rows":
             return json_digest([{key: list(shape) for key, shape in self.low_dim.items()}, self.action_dim])
         return json_digest(["frame digests"])
@@ -144,7 +150,9 @@ class Manifest:
     def live_units(self) -> Iterator[Unit]:
         """Every unit that a complete cache must hold, block by block."""
         for block in self.block_segments():
-            yield Unit("rows", "", 0, block)
+            yield Unit("steps", "", 0, block)
+            for key in self.low_dim:
+                yield Unit("low_dim", key, 0, block)
             for camera, entry in self.cameras.items():
                 yield Unit("frames", camera, 0, block)
                 for view in range(entry.views):
@@ -191,8 +199,6 @@ class Manifest:
         if not isinstance(value, dict):
             raise ValueError("no JSON object")
         rest = {key: item for key, item in value.items() if key != "digest"}
-        if value.get("format") != FORMAT and isinstance(value.get("format"), int) and _digest_fits(rest, value):
-            raise ValueError(f"it has format {value['format']}, this version reads format {FORMAT}")
         if not _digest_fits(rest, value):
             raise ValueError("its digest does not fit its contents")
         cameras = {
@@ -225,15 +231,29 @@ class Manifest:
 def _digest_fits(rest: dict[str, Any], value: dict[str, Any]) -> bool:
     try:
         return value.get("digest") == json_digest(rest)
-    except ValueError:
+    except (ValueError, TypeError, RecursionError):
         return False
+
+
+def _is_ours(file: Path) -> bool:
+    """Whether a file is a manifest, of whatever format, that carries its own digest."""
+    try:
+        return _carries_digest(read_json(file))
+    except (OSError, ValueError, RecursionError):
+        return False
+
+
+def _carries_digest(value: Any) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("format"), int):
+        return False
+    return _digest_fits({key: item for key, item in value.items() if key != "digest"}, value)
 
 
 def read_manifest(path: str | Path) -> Manifest:
     """The manifest of a complete cache.
 
     Raises:
-        NotACacheError: the path holds no cache at all.
+        NotACacheError: the path holds no cache at all, or one of another version's format.
         IncompleteCacheError: a cache was begun there and not finished.
         CorruptCacheError: the manifest is not what was written.
     """
@@ -247,27 +267,53 @@ def read_pending(path: str | Path) -> Manifest | None:
     """The manifest that an unfinished extraction is working towards; None when there is none or it is damaged."""
     try:
         return _read(Path(path) / PENDING)
-    except CorruptCacheError:
+    except CacheError:
         return None
 
 
 def is_cache(path: str | Path) -> bool:
-    """Whether the folder holds a cache of ours, complete or not."""
-    return any((Path(path) / name).is_file() for name in (MANIFEST, PENDING))
+    """Whether the folder holds a cache, complete or not: a manifest or, should that be damaged, a ledger record.
+
+    Contents decide, never names: each of these carries its own digest.
+    """
+    path = Path(path)
+    return any(_is_ours(path / name) for name in (MANIFEST, PENDING)) or has_records(path)
+
+
+def is_complete(path: str | Path) -> bool:
+    """Whether the folder holds a complete cache."""
+    try:
+        read_manifest(path)
+    except CacheError:
+        return False
+    return True
 
 
 def _read(file: Path) -> Manifest:
     mend = "run the extract-features command again, with --overwrite, to make the cache anew"
     try:
-        return Manifest.from_json(read_json(file))
+        value = read_json(file)
+        if isinstance(value, dict) and value.get("format") != FORMAT and _carries_digest(value):
+            raise NotACacheError(
+                f"{file} has format {value['format']}, this version reads format {FORMAT}; use the version that made it"
+            )
+        return Manifest.from_json(value)
     except OSError as error:
+        if error.errno in NOT_ALLOWED:
+            raise
         raise CorruptCacheError(f"{file} cannot be read ({error}); {mend}") from error
+    except NotACacheError:
+        raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if not is_cache(file.parent):
+            raise NotACacheError(
+                f"{file.parent} is no cache: its {file.name} is none that extract-features wrote; choose another path"
+            ) from error
         raise CorruptCacheError(f"{file} is damaged: {error}; {mend}") from error
 
 
 def _no_manifest(path: Path) -> Exception:
-    if (path / PENDING).is_file():
+    if (path / PENDING).is_file() and is_cache(path):
         pending = read_pending(path)
         done = sum(1 for _ in (path / "ledger").rglob("*.json"))
         share = f"{done} of {len(list(pending.live_units()))} units are done" if pending else f"{done} units are done"
@@ -284,9 +330,10 @@ def _no_manifest(path: Path) -> Exception:
 
 
 def write_manifest(path: str | Path, manifest: Manifest) -> None:
-    """Makes the cache complete: the manifest is renamed into place, then the pending one goes."""
-    write_json(Path(path) / MANIFEST, manifest.to_json())
-    (Path(path) / PENDING).unlink(missing_ok=True)
+    """Makes the cache complete, in one step: what is pending becomes the manifest."""
+    write_pending(path, manifest)
+    os.replace(Path(path) / PENDING, Path(path) / MANIFEST)
+    sync_folder(Path(path))
 
 
 def write_pending(path: str | Path, manifest: Manifest) -> None:

@@ -3,17 +3,57 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.cache import arrays
-from cache_pipeline.cache.manifest import CameraEntry, DemoRows, Manifest, read_manifest
-from cache_pipeline.errors import CacheError, available
+from cache_pipeline.cache.manifest import MANIFEST, CameraEntry, DemoRows, Manifest, read_manifest
+from cache_pipeline.errors import CacheError, CorruptCacheError, StaleCacheError, available
 
-Rows = slice | NDArray[np.integer] | None
+Rows = slice | NDArray[np.integer] | NDArray[np.bool_] | None
+
+
+class _Identity(NamedTuple):
+    """Tells one manifest in one folder from any other: inode of the folder, then inode, time and size of the file.
+
+    No device number: it differs between machines that share a disk.
+    """
+
+    folder: int
+    file: int
+    mtime_ns: int
+    size: int
+
+
+def _identity(path: Path) -> _Identity | None:
+    """None where there is no manifest."""
+    try:
+        status = os.stat(path / MANIFEST)
+        return _Identity(os.stat(path).st_ino, status.st_ino, status.st_mtime_ns, status.st_size)
+    except OSError:
+        return None
+
+
+def _open(path: Path) -> tuple[_Identity, Manifest]:
+    """A manifest whose arrays are there, and its identity; looks again where the cache was swapped meanwhile."""
+    while True:
+        before = _identity(path)
+        try:
+            manifest = read_manifest(path)
+            for name in arrays.array_names(manifest):
+                arrays.check_metadata(path, name, manifest)
+        except CacheError:
+            if before == _identity(path):
+                raise
+            continue
+        if before is not None and before == _identity(path):
+            return before, manifest
 
 
 class FeatureCache:
@@ -22,6 +62,10 @@ class FeatureCache:
     Rows are those of the demo table: demo ``i`` lies at ``demos[i].row`` and has ``demos[i].length`` rows.
     ``rows=None`` gives all live rows, demo after demo in table order, without the dead rows of demos that left; there
     demo ``i`` begins at ``packed_starts[i]``.
+
+    A cache may be extended while it is open; what was open keeps its demos and rows. Once it is compacted, made anew or
+    moved away, every read raises ``StaleCacheError``: each looks, after the last byte, whether the manifest is still
+    the one that was opened.
 
     Safe to pickle and to use in forked and spawned workers: arrays are opened on first use in each process.
 
@@ -35,9 +79,8 @@ class FeatureCache:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self.manifest: Manifest = read_manifest(self.path)
-        for name in self._names():
-            arrays.check_metadata(self.path, name, self.manifest)
+        self._manifest_file = str(self.path / MANIFEST)
+        self._seen, self.manifest = _open(self.path)
         self._open: dict[str, arrays.StoredArray] = {}
 
     @property
@@ -110,7 +153,8 @@ class FeatureCache:
         """Features at the cut, (n, D) or (n, D, h, w), in the stored dtype.
 
         Args:
-            rows: None for all live rows, a slice of row numbers, or an integer array in any order.
+            rows: None for all live rows, a slice of row numbers, an integer array in any order, or a boolean array
+                with one value for each row of the cache, dead ones included.
             view: 0 is the clean one.
         """
         self._check_view(camera, view)
@@ -123,7 +167,9 @@ class FeatureCache:
         """
         self._check_view(camera, 0 if count is None else count - 1)
         spans = [(demo.row, demo.row + demo.length) for demo in self.demos]
-        return self._stored(f"features/{camera}").views(spans, self.cameras[camera].views if count is None else count)
+        with self._same_cache():
+            stored = self._stored(f"features/{camera}")
+            return stored.views(spans, self.cameras[camera].views if count is None else count)
 
     def array(self, name: str, rows: Rows = None) -> NDArray[Any]:
         """``actions`` (n, A), ``rewards`` (n,), ``dones`` (n,) or ``low_dim/<key>`` (n, …) in float32."""
@@ -142,7 +188,8 @@ class FeatureCache:
         """The frozen encoder's weights (safetensors) that the cache carries for this camera."""
         if camera not in self.cameras:
             raise CacheError(f"{self.path} has no camera {camera!r}; {available(self.cameras, camera)}")
-        return self.path / self.manifest.encoders[camera]
+        with self._same_cache():
+            return self.path / self.manifest.encoders[camera]
 
     def nbytes(self, views: int | None = None) -> int:
         """Bytes of all live features once loaded, of the first ``views`` views or of all."""
@@ -172,18 +219,64 @@ class FeatureCache:
         return self._open[name]
 
     def _read(self, name: str, rows: Rows, view: int | None) -> NDArray[Any]:
-        stored = self._stored(name)
-        if rows is None:
-            return stored.spans([(demo.row, demo.row + demo.length) for demo in self.demos], view)
-        if isinstance(rows, slice):
-            start, stop, step = rows.indices(self.manifest.n_rows)
-            if step > 0:
-                return stored.spans([(start, max(start, stop))], view)[:: step if step > 1 else None]
-            rows = np.arange(start, stop, step)
-        return stored.gather(np.asarray(rows), self.manifest.n_rows, view)
+        with self._same_cache():
+            stored = self._stored(name)
+            if rows is None:
+                return stored.spans([(demo.row, demo.row + demo.length) for demo in self.demos], view)
+            if isinstance(rows, slice):
+                start, stop, step = rows.indices(self.manifest.n_rows)
+                if step > 0:
+                    return stored.spans([(start, max(start, stop))], view)[:: step if step > 1 else None]
+                rows = np.arange(start, stop, step)
+            return stored.gather(self._row_numbers(np.asarray(rows)), self.manifest.n_rows, view)
+
+    def _row_numbers(self, rows: NDArray[Any]) -> NDArray[np.integer]:
+        """Integer arrays as they are, a boolean one as the rows that it chooses."""
+        if rows.dtype.kind in "iu" or rows.size == 0:
+            return rows.astype(np.int64, copy=False)
+        if rows.dtype.kind == "b" and rows.shape == (self.manifest.n_rows,):
+            return np.flatnonzero(rows)
+        if rows.dtype.kind == "b":
+            raise CacheError(
+                f"a boolean array chooses among all {self.manifest.n_rows} rows of {self.path}, dead ones included; "
+                f"this one has shape {rows.shape}; for one value per live row, give live_rows[mask]"
+            )
+        raise CacheError(f"rows of {self.path} are integers, a boolean array or a slice; these are {rows.dtype}")
+
+    @contextmanager
+    def _same_cache(self) -> Iterator[None]:
+        """Reads, then looks whether the cache is still there that was opened: only then is it right what was read."""
+        try:
+            yield
+        except (CorruptCacheError, OSError):
+            self._check_same()
+            raise
+        self._check_same()
+
+    def _check_same(self) -> None:
+        try:
+            status = os.stat(self._manifest_file)
+            if (status.st_ino, status.st_mtime_ns, status.st_size) == self._seen[1:]:
+                return
+            seen, now = _open(self.path)
+        except (OSError, CacheError) as error:
+            raise self._stale(None, "it was moved away, or is being replaced,") from error
+        extended = seen.folder == self._seen.folder  # then a unit that it names no longer is still there, untouched
+        for name, output in self.manifest.units.items():
+            if now.units.get(name, output if extended else None) != output:
+                raise self._stale(now, "it was compacted or made anew")
+        self._seen = seen
+
+    def _stale(self, now: Manifest | None, what: str) -> StaleCacheError:
+        field, was, wanted = "fingerprint", self.fingerprint, now.fingerprint if now is not None else None
+        if was == wanted:
+            assert now is not None
+            field, was, wanted = "layout", f"{self.manifest.n_rows} rows", f"{now.n_rows} rows"
+        command = "open it again; for training, run the same command again, with --resume where steps were saved"
+        return StaleCacheError(field, was, wanted, f"{what} while {self.path} was open", command)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"path": self.path, "manifest": self.manifest, "_open": {}}
+        return {**self.__dict__, "_open": {}}
 
     def __repr__(self) -> str:
         cameras = json.dumps({name: [entry.views, *entry.feature_shape] for name, entry in self.cameras.items()})

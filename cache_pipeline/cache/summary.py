@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from cache_pipeline.cache.folder import folder_bytes
+from cache_pipeline.cache.layout import Unit
 from cache_pipeline.cache.ledger import read_record
 from cache_pipeline.cache.manifest import Manifest, is_cache, read_manifest, read_pending
 from cache_pipeline.cache.stillness import still_cameras
@@ -101,11 +102,12 @@ def inspect_cache(path: str | Path) -> CacheSummary:
         state, problem = "incomplete", str(error)
     except CorruptCacheError as error:
         state, problem = "corrupt", str(error)
-    except NotACacheError:
+    except NotACacheError as error:
         if not is_cache(path):
             raise
+        state, problem = "corrupt", str(error)
     target = read_pending(path) or manifest
-    units = list(target.live_units()) if target else []
+    units = _units(target, manifest) if target else []
     done = sum(read_record(path, unit) is not None for unit in units)
     if state == "complete" and target is not manifest:
         problem = "an extension is unfinished; run the same extract-features command again to go on"
@@ -116,6 +118,13 @@ def inspect_cache(path: str | Path) -> CacheSummary:
     dead = _dead_rows(manifest) if manifest else 0
     notes = still_cameras(path, manifest) if manifest and state == "complete" else ()
     return CacheSummary(str(path), state, problem, done, len(units), folder_bytes(path), dead, shown, notes)
+
+
+def _units(target: Manifest, manifest: Manifest | None) -> list[Unit]:
+    """Units that the ledger must hold: of a complete cache those of its manifest, else those that are wanted."""
+    if target is manifest:
+        return [Unit.parse(name) for name in manifest.units]
+    return list(target.live_units())
 
 
 def _dead_rows(manifest: Manifest) -> int:

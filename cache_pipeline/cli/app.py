@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -15,12 +16,29 @@ from cache_pipeline import __version__
 from cache_pipeline.cli import data, reports, simulation, training
 from cache_pipeline.cli.effects import CheckedCommand
 from cache_pipeline.errors import CachePipelineError, CheckFailedError, OptionError
+from cache_pipeline.files import NO_SPACE, NOT_ALLOWED
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
+def told(error: OSError) -> str:
+    """What the system refused, where, and what to do, in one line."""
+    where = " → ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    what = (error.strerror or str(error) or type(error).__name__).lower()
+    if error.errno in NO_SPACE:
+        hint = "; free some space and run the same command again"
+    elif error.errno in NOT_ALLOWED:
+        hint = "; ask for the right to it, or give a path that you may use"
+    else:
+        hint = "; check the path, and the disk or network behind it"
+    return f"{where}: {what}{hint}" if where else f"{what}{hint}"
+
+
 class ErrorGroup(TyperGroup):
-    """Turns our errors into one line on stderr and an exit code; anything else is a defect and keeps its traceback."""
+    """Turns our errors, and the system's, into one line on stderr and an exit code.
+
+    Anything else is a defect and keeps its traceback.
+    """
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -29,6 +47,11 @@ class ErrorGroup(TyperGroup):
             message = " ".join(str(error).split())
             typer.echo(f"error: {message}", err=True)
             raise typer.Exit(_exit_code(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:
+                raise  # whoever read our output has gone; click ends without a word
+            typer.echo(f"error: {' '.join(told(error).split())}", err=True)
+            raise typer.Exit(EXIT_ERROR) from error
         except KeyboardInterrupt as interrupt:
             if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks
                 said = str(interrupt) or "the same command goes on where this one stopped"

@@ -107,6 +107,7 @@ def inspect(
     views: Annotated[
         Path | None, typer.Option("--views", help="Draw frames of a cache in all its views to this PNG.")
     ] = None,
+    overwrite: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
     """Say what a dataset, a cache or a run holds, and whether it is sound; exit 3 when it is not."""
@@ -115,7 +116,7 @@ def inspect(
     if views is not None:
         from cache_pipeline.reports.view_sheet import write_view_sheet
 
-        sheet = write_view_sheet(path, views)
+        sheet = write_view_sheet(path, views, overwrite=overwrite)
         o.emit(json, {"picture": str(sheet)}, [f"picture: {sheet}"])
         return
     _tell(path, inspect_path(path), json)

@@ -100,8 +100,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
             lambda v: v["cases"] and not {"train", "finetune", "frontier"} & set(v["cases"]),
             "only train, finetune and frontier train on windows",
         ),
+        Rule(("overwrite",), lambda v: not v["out"], "no file is written without --out FILE"),
     ),
-    "rollout": (Rule(("videos",), lambda v: not v["video"], "nothing is filmed without --video FOLDER"),),
+    "inspect": (Rule(("overwrite",), lambda v: not v["views"], "no file is written without --views FILE"),),
+    "probe": (Rule(("overwrite",), lambda v: not v["out"], "no file is written without --out FILE"),),
+    "rollout": (Rule(("videos", "overwrite"), lambda v: not v["video"], "nothing is filmed without --video FOLDER"),),
 }
 
 

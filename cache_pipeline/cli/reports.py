@@ -31,18 +31,20 @@ def report(
     run: Annotated[Path, typer.Argument(help="A run.")],
     out: Annotated[Path | None, typer.Option("--out", help="The page; RUN/report.html by default.")] = None,
     encoder: o.StoredEncoder = None,
+    overwrite: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
     """Draw a run: curves, actions, features, views, stage times and rollouts on one HTML page."""
     from cache_pipeline.reports.run_report import write_report
 
-    page = write_report(run, out, encoder=encoder)
+    page = write_report(run, out, overwrite=overwrite, encoder=encoder)
     o.emit(json, {"report": str(page)}, [f"report: {page}"])
 
 
 def probe(
     cache: Annotated[Path, typer.Argument(help="A cache.")],
     out: Annotated[Path | None, typer.Option("--out", help="A picture of the answer (.png).")] = None,
+    overwrite: o.Overwrite = False,
     seed: o.Seed = 0,
     device: o.Device = "auto",
     json: o.Json = False,
@@ -50,7 +52,7 @@ def probe(
     """Say whether these frozen features will do, beside proprioception alone and random weights (a heuristic)."""
     from cache_pipeline.reports.probe import probe_cache
 
-    result = probe_cache(cache, picture=out, seed=seed, device=device)
+    result = probe_cache(cache, picture=out, overwrite=overwrite, seed=seed, device=device)
     o.emit(json, result.to_json(), result.lines())
 
 
@@ -65,6 +67,7 @@ def bench(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows per training step.")] = 64,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Least seconds per measurement.")] = 10.0,
     out: Annotated[Path | None, typer.Option("--out", help="Keep the figures as JSON in this file.")] = None,
+    overwrite: o.Overwrite = False,
     device: o.Device = "auto",
     json: o.Json = False,
 ) -> None:
@@ -79,5 +82,6 @@ def bench(
         seconds=seconds,
         out=out,
         device=device,
+        overwrite=overwrite,
     )
     o.emit(json, result.to_json(), result.lines())

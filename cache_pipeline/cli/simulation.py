@@ -42,6 +42,7 @@ def rollout(
     ] = None,
     video: Annotated[Path | None, typer.Option("--video", help="Folder for videos.")] = None,
     videos: Annotated[int, typer.Option("--videos", min=1, help="Episodes that are filmed, with --video.")] = 3,
+    overwrite: o.Overwrite = False,
     env_args: Annotated[
         Path | None, typer.Option("--env-args", help="JSON of the environment, for datasets that carry none.")
     ] = None,
@@ -61,6 +62,7 @@ def rollout(
         action_steps=action_steps,
         video=video,
         videos=videos,
+        overwrite=overwrite,
         env_args=env_args,
         encoder=encoder,
         device=device,

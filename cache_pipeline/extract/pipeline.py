@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,13 +16,20 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.cache import arrays
-from cache_pipeline.cache.folder import folder_bytes, remove_other_files, remove_partial_files, swap, told_when_full
+from cache_pipeline.cache.folder import (
+    folder_bytes,
+    make_beside,
+    remove_other_weights,
+    remove_partial_files,
+    swap,
+    told_when_full,
+)
 from cache_pipeline.cache.layout import Segment, Unit
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, write_record
 from cache_pipeline.cache.lock import writer_lock
-from cache_pipeline.cache.manifest import write_manifest, write_pending
+from cache_pipeline.cache.manifest import PENDING, Manifest, is_complete, write_manifest, write_pending
 from cache_pipeline.encoders.views import ViewParameters, ViewSpec, view_parameters
-from cache_pipeline.errors import DatasetError, EncoderError
+from cache_pipeline.errors import CacheError, CorruptCacheError, DatasetError, EncoderError
 from cache_pipeline.extract.camera_encoders import save_weights
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.encode import BatchEncoder, Encoding, not_finite_row
@@ -31,7 +39,7 @@ from cache_pipeline.extract.matching import array_digest, frame_digests
 from cache_pipeline.extract.prepare import Prepared, metadata_digests, planned_bytes, prepare
 from cache_pipeline.extract.stages import ReadAhead, WriteBehind
 from cache_pipeline.extract.units import Job, read_rows, rows_digest
-from cache_pipeline.files import digest
+from cache_pipeline.files import NOT_ALLOWED, digest, resolved
 from cache_pipeline.memory import retained_memory
 from cache_pipeline.progress import Progress
 
@@ -83,7 +91,7 @@ class _Read(NamedTuple):
     frames: NDArray[np.uint8]
     digests: NDArray[np.uint8]
     rows: dict[str, NDArray]
-    segments: tuple[RecordedSegment, ...]
+    recorded: dict[Unit, tuple[RecordedSegment, ...]]
 
 
 class _Write(NamedTuple):
@@ -112,27 +120,11 @@ def extract_features(config: ExtractConfig, *, progress: bool = True) -> Extract
         CacheError: the disk is full.
     """
     started = time.perf_counter()
-    Path(config.out).absolute().parent.mkdir(parents=True, exist_ok=True)
-    with writer_lock(config.out), retained_memory():
-        prepared = prepare(config)
-        _tell_changes(prepared)
-        with told_when_full(prepared.path, planned_bytes(prepared)):
-            run = _Run(prepared, progress)
-            if not is_up_to_date(prepared):
-                with ThreadPoolExecutor(1) as background:
-                    begun = _begin(prepared, background)
-                    run.run()
-                    prepared = run.prepared
-                    finished = finish(prepared, begun.result())
-                write_manifest(prepared.path, finished)
-                remove_other_files(prepared.path / "encoder", {Path(file).name for file in finished.encoders.values()})
-            else:
-                finished = prepared.manifest if prepared.old is None else prepared.old
-            if prepared.path != prepared.out:
-                swap(prepared.path, prepared.out)
+    with retained_memory():
+        prepared, finished, run = _extract(config, progress)
     seconds = time.perf_counter() - started
     return ExtractResult(
-        cache=str(prepared.out),
+        cache=str(config.out),
         images=prepared.work.images,
         cameras=tuple(finished.cameras),
         seconds=seconds,
@@ -145,6 +137,49 @@ def extract_features(config: ExtractConfig, *, progress: bool = True) -> Extract
         units_reused=prepared.work.units_reused,
         fingerprint=finished.fingerprint,
     )
+
+
+def _extract(config: ExtractConfig, progress: bool) -> tuple[Prepared, Manifest, _Run]:
+    """Takes the writer's lock, does what there is to do, and gives the manifest of the complete cache."""
+    out = resolved(config.out)
+    with ExitStack() as stack:
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(writer_lock(out))
+        except OSError as error:
+            return _nothing_to_do(config, out, error)
+        prepared = prepare(config, out)
+        _tell_changes(prepared)
+        with told_when_full(out, planned_bytes(prepared)):
+            run = _Run(prepared, progress)
+            if is_up_to_date(prepared):
+                assert prepared.old is not None
+                finished = prepared.old
+                (prepared.path / PENDING).unlink(missing_ok=True)  # of an extension that was given up, or finished
+            else:
+                with ThreadPoolExecutor(1) as background:
+                    begun = _begin(prepared, background)
+                    run.run()
+                    prepared = run.prepared
+                    finished = finish(prepared, begun.result())
+                write_manifest(prepared.path, finished)
+                remove_other_weights(prepared.path, finished.encoders.values())
+            if prepared.path != prepared.out:
+                swap(prepared.path, prepared.out)
+    return prepared, finished, run
+
+
+def _nothing_to_do(config: ExtractConfig, out: Path, error: OSError) -> tuple[Prepared, Manifest, _Run]:
+    """What a cache that cannot be written gives if it is up to date; else raises CacheError."""
+    if error.errno not in NOT_ALLOWED or not is_complete(out):
+        raise error
+    prepared = prepare(config, out, change=False)
+    if prepared.old is None or not is_up_to_date(prepared):
+        raise CacheError(
+            f"{config.out} is not up to date and cannot be written ({error.strerror}: {error.filename}); "
+            "ask for the right to write there, or give another --out"
+        ) from error
+    return prepared, prepared.old, _Run(prepared, progress=False)
 
 
 def _tell_changes(prepared: Prepared) -> None:
@@ -163,10 +198,15 @@ def _begin(prepared: Prepared, background: Executor) -> Future[dict[str, str]]:
     Returns:
         Digests of its metadata and weights.
     """
-    prepared.path.mkdir(parents=True, exist_ok=True)
+    if prepared.path == prepared.out:
+        prepared.path.mkdir(parents=True, exist_ok=True)
+    else:
+        make_beside(prepared.path, prepared.out, "new")
     remove_partial_files(prepared.path)
-    write_pending(prepared.path, prepared.manifest)
-    arrays.write_metadata(prepared.path, arrays.metadata_files(prepared.manifest))
+    files = arrays.metadata_files(prepared.manifest)
+    metadata = {name: digest(content) for name, content in files.items()}
+    write_pending(prepared.path, replace(prepared.manifest, metadata=metadata))
+    arrays.write_metadata(prepared.path, files)
     return background.submit(_save_weights, prepared)
 
 
@@ -175,6 +215,19 @@ def _save_weights(prepared: Prepared) -> dict[str, str]:
     metadata = metadata_digests(prepared)
     write_pending(prepared.path, replace(prepared.manifest, metadata=metadata))
     return metadata
+
+
+def _stored_block(
+    stored: arrays.StoredArray, unit: Unit, rows: NDArray[np.int64], values: NDArray[Any]
+) -> NDArray[Any] | None:
+    """The stored shard if ``values`` are its ``rows`` already, else None; a complete cache may need its other rows."""
+    if not stored.has_block(unit.block, unit.view):
+        return None
+    try:
+        block = stored.block(unit.block, unit.view)
+    except CorruptCacheError:
+        return None
+    return block if block[rows].tobytes() == values.astype(stored.dtype, copy=False).tobytes() else None
 
 
 def _may_wait(started: Sequence[tuple[_Read, Unit, Encoding | None]]) -> bool:
@@ -217,16 +270,20 @@ class _Run:
         if not job.camera:
             pieces = [read_rows(dataset, segment) for segment in job.segments]
             rows = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-            recorded = tuple(self._record(s, rows_digest(piece)) for s, piece in zip(job.segments, pieces, strict=True))
+            recorded = {}
+            for unit in job.units:
+                names = arrays.unit_arrays(self._manifest, unit)
+                digests = [rows_digest({name: piece[name] for name in names}) for piece in pieces]
+                recorded[unit] = tuple(map(self._record, job.segments, digests))
             return _Read(job, none, none, rows, recorded)
         lengths = [segment.stop - segment.start for segment in job.segments]
         spans = [(s.demo, s.offset, s.offset + count) for s, count in zip(job.segments, lengths, strict=True)]
         frames = dataset.gather(job.camera, spans)
-        digests = frame_digests(frames)
-        parts = np.split(digests, np.cumsum(lengths)[:-1])
-        recorded = tuple(self._record(s, array_digest(part)) for s, part in zip(job.segments, parts, strict=True))
-        self._check_unchanged(job, recorded)
-        return _Read(job, frames, digests, {}, recorded)
+        frame_hashes = frame_digests(frames)
+        parts = np.split(frame_hashes, np.cumsum(lengths)[:-1])
+        segments = tuple(map(self._record, job.segments, map(array_digest, parts)))
+        self._check_unchanged(job, segments)
+        return _Read(job, frames, frame_hashes, {}, dict.fromkeys(job.units, segments))
 
     def _record(self, segment: Segment, content: str) -> RecordedSegment:
         demo = self._manifest.demos[segment.demo]
@@ -259,10 +316,10 @@ class _Run:
                     encoding.cancel()
 
     def _start(self, read: _Read, unit: Unit, advance: Callable[[int], None]) -> Encoding | None:
-        if unit.kind in ("rows", "frames"):
+        if unit.kind != "features":
             return None
         began = time.perf_counter()
-        encoder = self.prepared.encoders[unit.camera].frozen
+        encoder = self.prepared.encoders[unit.key].frozen
         encoding = self._batches.start(encoder, read.frames, self._views(read, unit), advance)
         self.encode_s += time.perf_counter() - began
         return encoding
@@ -270,20 +327,20 @@ class _Run:
     def _hand_over(self, read: _Read, unit: Unit, encoding: Encoding | None, writer: WriteBehind[_Write]) -> None:
         began = time.perf_counter()
         if encoding is not None:
-            values = {f"features/{unit.camera}": encoding.result()}
+            values = {f"features/{unit.key}": encoding.result()}
         else:
-            values = read.rows if unit.kind == "rows" else {f"frame_digests/{unit.camera}": read.digests}
+            values = {f"frame_digests/{unit.key}": read.digests} if unit.kind == "frames" else read.rows
         seconds = time.perf_counter() - began
         self.encode_s += seconds if encoding is not None else 0.0
-        writer.put(_Write(unit, read.job.segments, read.segments, values, seconds))
+        writer.put(_Write(unit, read.job.segments, read.recorded[unit], values, seconds))
 
     def _views(self, read: _Read, unit: Unit) -> list[ViewParameters] | None:
         if unit.view == 0:
             return None
-        spec = ViewSpec.from_json(self._manifest.cameras[unit.camera].view_spec or {})
+        spec = ViewSpec.from_json(self._manifest.cameras[unit.key].view_spec or {})
         views = []
-        for segment in read.segments:
-            drawn = view_parameters(spec, segment.view_key, unit.camera, unit.view)
+        for segment in read.recorded[unit]:
+            drawn = view_parameters(spec, segment.view_key, unit.key, unit.view)
             views += [drawn] * (segment.stop - segment.start)
         return views
 
@@ -294,27 +351,26 @@ class _Run:
         for segment in item.recorded:
             if row < segment.stop - segment.start:
                 raise EncoderError(
-                    f"{segment.file}: {segment.demo}: the feature of {unit.camera} frame {segment.offset + row} is "
+                    f"{segment.file}: {segment.demo}: the feature of {unit.key} frame {segment.offset + row} is "
                     f"not finite in {self._manifest.dtype}; try --store-dtype float32 and --precision fp32"
                 )
             row -= segment.stop - segment.start
 
     def _write(self, item: _Write) -> None:
         unit, hashes, size = item.unit, [], self._manifest.shard_rows
-        base = unit.block * size
         if unit.kind == "features":
-            self._check_finite(item.values[f"features/{unit.camera}"], item)
+            self._check_finite(item.values[f"features/{unit.key}"], item)
+        rows = np.concatenate([np.arange(segment.start, segment.stop) for segment in item.segments])
         for name in arrays.unit_arrays(self._manifest, unit):
             stored, values = self._stored[name], item.values[name]
-            block = np.full((size, *stored.row_shape), stored.fill, stored.dtype)
-            at = 0
-            for segment in item.segments:
-                count = segment.stop - segment.start
-                block[segment.start - base : segment.stop - base] = values[at : at + count]
-                at += count
-            assert at == len(values), (unit, at, len(values))
-            stored.write_block(unit.block, block, unit.view)
+            assert len(values) == len(rows), (unit, len(rows), len(values))
+            block = _stored_block(stored, unit, rows % size, values)
+            if block is None:
+                block = np.full((size, *stored.row_shape), stored.fill, stored.dtype)
+                block[rows % size] = values
+                stored.write_block(unit.block, block, unit.view)
             hashes.append(block.tobytes())
+        base = unit.block * size
         span = (base, base + size)
         record = LedgerRecord(
             unit.name, span, item.recorded, self._manifest.unit_inputs(unit), digest(*hashes), round(item.seconds, 4)

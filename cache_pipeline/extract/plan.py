@@ -12,6 +12,7 @@ from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.prepare import Prepared, planned_bytes, prepare
 from cache_pipeline.extract.units import Job
+from cache_pipeline.files import resolved
 
 TIMED_BATCHES = 3
 
@@ -69,7 +70,7 @@ def plan_extraction(config: ExtractConfig) -> ExtractionPlan:
     Raises:
         StaleCacheError, NotACacheError, DatasetError, EncoderError, ConfigError: what it would raise.
     """
-    prepared = prepare(config, change=False)
+    prepared = prepare(config, resolved(config.out), change=False)
     work, matching = prepared.work, prepared.matching
     return ExtractionPlan(
         cache=str(Path(config.out)),

@@ -11,23 +11,24 @@ from typing import NamedTuple
 import numpy as np
 
 from cache_pipeline.cache.arrays import array_specs, metadata_files, unit_arrays
-from cache_pipeline.cache.folder import beside, check_target, finish_swap, remove_cache
-from cache_pipeline.cache.layout import Unit, choose_shard_rows, place_demos
+from cache_pipeline.cache.folder import check_target, finish_swap, folders_beside, remove_cache, unused_name
+from cache_pipeline.cache.layout import choose_shard_rows, place_demos
 from cache_pipeline.cache.manifest import MANIFEST, DemoRows, Manifest, is_cache, read_manifest, read_pending
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.frozen import preferred_batch_size
-from cache_pipeline.errors import CorruptCacheError, StaleCacheError
+from cache_pipeline.errors import CorruptCacheError, DatasetError, StaleCacheError, available
 from cache_pipeline.extract.camera_encoders import CameraEncoder, build_encoders, check_names, for_cameras
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.matching import Matching, match_demos, source_records
-from cache_pipeline.extract.staleness import MEND, check_camera, check_store
+from cache_pipeline.extract.staleness import MEND, check_camera, check_rows, check_store
 from cache_pipeline.extract.units import Work, find_work
 from cache_pipeline.files import digest
 
 logger = logging.getLogger("cache_pipeline")
 
 MAX_UNIT_FRAME_BYTES = 128 << 20
+MAX_NAME_BYTES = 255
 
 
 class Prepared(NamedTuple):
@@ -51,22 +52,22 @@ class Prepared(NamedTuple):
     work: Work
 
 
-def prepare(config: ExtractConfig, *, change: bool = True) -> Prepared:
+def prepare(config: ExtractConfig, out: Path, *, change: bool = True) -> Prepared:
     """Opens the dataset, builds the encoders, holds the cache against both and lays out what is new.
 
     Args:
         config: what is asked for.
+        out: the real path of the cache.
         change: whether leftovers of earlier runs may be cleared away; False touches nothing.
 
     Raises:
         DatasetError, EncoderError, ConfigError, NotACacheError, StaleCacheError: before any work.
     """
-    out = Path(config.out)
     if change:
         finish_swap(out)
     check_target(out)
     anew = config.overwrite and (out / MANIFEST).is_file()
-    path = beside(out, "new") if anew else out
+    path = next(iter(folders_beside(out, "new")), unused_name(out, "new")) if anew else out
     old = None if anew else _manifest_so_far(path, mend_with_ledger=True)
     pending = read_pending(path) if old is None else None
     with ThreadPoolExecutor(1, thread_name_prefix="build") as background:
@@ -75,9 +76,12 @@ def prepare(config: ExtractConfig, *, change: bool = True) -> Prepared:
     for line in dataset.choice.lines():
         logger.info("%s", line)
     check_names(config, dataset)
+    check_array_names(dataset)
     encoders = for_cameras(building.result(), config, dataset, old or pending)
     if old is not None and config.views < (views := max(entry.views for entry in old.cameras.values())):
         logger.info("%s: its %d views of every frame are kept", out, views)
+    if old is not None:
+        check_rows(old, dataset.low_dim, dataset.action_dim)
     pending = _check_stale(config, path, old, pending, encoders, change=change)
     matching = match_demos(old, dataset, deep=config.deep)
     manifest = _target(config, dataset, encoders, old, pending, matching)
@@ -189,17 +193,24 @@ def _shard_rows(config: ExtractConfig, encoders: Mapping[str, CameraEncoder]) ->
 
 def planned_bytes(prepared: Prepared) -> int:
     """Upper bound of what is to be written: units before compression, and the encoders' weights."""
-    specs = array_specs(prepared.manifest)
-    low_dim = sum(specs[name].row_bytes for name in unit_arrays(prepared.manifest, Unit("rows", "", 0, 0)))
-    total = 0
-    for job in prepared.work.jobs:
-        for unit in job.units:
-            name = {"features": f"features/{unit.camera}", "frames": f"frame_digests/{unit.camera}"}.get(unit.kind)
-            total += prepared.manifest.shard_rows * (specs[name].row_bytes if name else low_dim)
+    manifest, specs = prepared.manifest, array_specs(prepared.manifest)
+    units = [unit for job in prepared.work.jobs for unit in job.units]
+    row_bytes = sum(specs[name].row_bytes for unit in units for name in unit_arrays(manifest, unit))
+    total = manifest.shard_rows * row_bytes
     for file, encoder in {encoder.file: encoder for encoder in prepared.encoders.values()}.items():
         if not (prepared.path / file).is_file():
             total += sum(value.numel() * value.element_size() for value in encoder.encoder.state_dict().values())
     return total
+
+
+def check_array_names(dataset: Dataset) -> None:
+    """Refuses a camera or low-dim key whose name cannot be that of a folder inside the cache."""
+    for name in (*dataset.cameras, *dataset.low_dim):
+        if name in ("", ".", "..", "zarr.json") or "/" in name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
+            raise DatasetError(
+                f"{dataset.files[0].path}: the obs key {name!r} cannot be a folder of a cache; choose others with "
+                f"--cameras and --low-dim-keys; {available([*dataset.cameras, *dataset.low_dim])}"
+            )
 
 
 def metadata_digests(prepared: Prepared) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from cache_pipeline.cache.manifest import CameraEntry, Manifest
@@ -47,6 +47,20 @@ def check_store(cached: Manifest, dtype: str, shard_rows: int | None) -> None:
     if shard_rows is not None and cached.shard_rows != shard_rows:
         meaning = "its shards have another number of rows"
         raise StaleCacheError("shard_rows", cached.shard_rows, shard_rows, meaning, MEND)
+
+
+def check_rows(cached: Manifest, low_dim: Mapping[str, Sequence[int]], action_dim: int) -> None:
+    """Refuses actions or low-dim obs of another width: arrays of a complete cache never change their shape.
+
+    Raises:
+        StaleCacheError: names the array; keys that are new or left out are no difference.
+    """
+    widths = {"actions": ([cached.action_dim], [action_dim])}
+    for key in sorted(set(cached.low_dim) & set(low_dim)):
+        widths[f"low_dim.{key}"] = (list(cached.low_dim[key]), list(low_dim[key]))
+    for name, (was, now) in widths.items():
+        if was != now:
+            raise StaleCacheError(f"{name} shape", was, now, "its rows have another width in the dataset", MEND)
 
 
 def differences(cached: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:

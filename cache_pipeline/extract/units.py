@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from cache_pipeline.cache.arrays import unit_arrays
 from cache_pipeline.cache.layout import Segment, Unit
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, read_record
 from cache_pipeline.cache.manifest import Manifest
@@ -97,10 +98,11 @@ class UnitCheck:
         return found.digest == self._read_digest(unit, segment)
 
     def _read_digest(self, unit: Unit, segment: Segment) -> str:
-        if unit.kind == "rows":
-            return rows_digest(read_rows(self._dataset, segment))
+        if unit.kind in ("steps", "low_dim"):
+            rows = read_rows(self._dataset, segment)
+            return rows_digest({name: rows[name] for name in unit_arrays(self._manifest, unit)})
         stop = segment.offset + segment.stop - segment.start
-        return array_digest(frame_digests(self._dataset.frames(segment.demo, unit.camera, segment.offset, stop)))
+        return array_digest(frame_digests(self._dataset.frames(segment.demo, unit.key, segment.offset, stop)))
 
 
 def read_rows(dataset: Dataset, segment: Segment) -> dict[str, np.ndarray]:
@@ -110,7 +112,7 @@ def read_rows(dataset: Dataset, segment: Segment) -> dict[str, np.ndarray]:
 
 
 def rows_digest(rows: Mapping[str, np.ndarray]) -> str:
-    """Digest of the low-dim rows of one segment."""
+    """Digest of some arrays' rows of one segment."""
     return digest(*(np.ascontiguousarray(rows[name]).tobytes() for name in sorted(rows)))
 
 
@@ -134,7 +136,7 @@ def find_work(path: Path, manifest: Manifest, dataset: Dataset, kept: Sequence[b
 
 
 def _units_of(manifest: Manifest, block: int) -> dict[str, list[Unit]]:
-    units = {"": [Unit("rows", "", 0, block)]}
+    units = {"": [Unit("steps", "", 0, block), *(Unit("low_dim", key, 0, block) for key in manifest.low_dim)]}
     for camera, entry in manifest.cameras.items():
         views = [Unit("features", camera, view, block) for view in range(entry.views)]
         units[camera] = [Unit("frames", camera, 0, block), *views]

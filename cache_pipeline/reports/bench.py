@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_pipeline.errors import ConfigError, available
-from cache_pipeline.files import write_json
+from cache_pipeline.files import FileKind, check_output, output_file, read_json, write_json
 from cache_pipeline.progress import logger
 
 
@@ -95,6 +95,14 @@ class BenchResult(NamedTuple):
         return lines
 
 
+def _is_bench_json(path: Path) -> bool:
+    value = read_json(path)
+    return isinstance(value, dict) and {"device", "rows"} <= set(value)
+
+
+BENCH_JSON = FileKind("a JSON file that bench wrote", _is_bench_json)
+
+
 def run_bench(
     cases: tuple[str, ...],
     *,
@@ -104,11 +112,14 @@ def run_bench(
     seconds: float,
     out: Path | None,
     device: str,
+    overwrite: bool = False,
 ) -> BenchResult:
     """Runs the named cases (all when empty) and returns their rows; keeps them as JSON in ``out`` where given."""
     from cache_pipeline.encoders.device import resolve_device
 
     chosen = _choose(cases)
+    if out is not None:
+        check_output(out, BENCH_JSON, overwrite=overwrite)
     resolved = str(resolve_device(device))
     rows: list[BenchRow] = []
     with tempfile.TemporaryDirectory(prefix="cache_pipeline_bench_") as folder:
@@ -125,7 +136,8 @@ def run_bench(
             rows += case(setup)
     result = BenchResult(describe_device(resolved), tuple(rows))
     if out is not None:
-        write_json(out, result.to_json())
+        with output_file(out, BENCH_JSON, overwrite=overwrite) as partial:
+            write_json(partial, result.to_json())
     return result
 
 

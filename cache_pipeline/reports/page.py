@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from cache_pipeline.files import atomic_path
+from cache_pipeline.files import FileKind, begins_with, output_file
 
 STYLE = """
 body{font:15px/1.5 system-ui,-apple-system,"Segoe UI",sans-serif;color:#22313f;
@@ -26,6 +26,18 @@ td.number{text-align:right;font-variant-numeric:tabular-nums}
 code,pre{font:13px/1.45 ui-monospace,Menlo,monospace;background:#f5f7f9;border-radius:4px;padding:.1rem .3rem}
 pre{padding:.7rem;overflow:auto}
 """
+
+
+HTML = FileKind("an HTML page", begins_with(b"<!doctype html", b"<html"))
+GENERATOR = '<meta name="generator" content="cache_pipeline report">'
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file is a page that :class:`Page` wrote."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return GENERATOR.encode() in file.read(400)
 
 
 class Page:
@@ -64,16 +76,15 @@ class Page:
         self._blocks.append(f'<video controls loop muted src="data:video/mp4;base64,{data}"></video>')
 
     def html(self) -> str:
-        head = f'<meta charset="utf-8"><title>{escape(self._title)}</title><style>{STYLE}</style>'
+        head = f'<meta charset="utf-8">{GENERATOR}<title>{escape(self._title)}</title><style>{STYLE}</style>'
         return (
             f'<!doctype html><html lang="en"><head>{head}</head><body>' + "\n".join(self._blocks) + "</body></html>\n"
         )
 
-    def write(self, path: str | Path) -> Path:
-        """Writes the page, atomically; returns its path."""
+    def write(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes the page, atomically; returns its path. ConfigError if something is there that is not replaced."""
         path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as partial:
+        with output_file(path, HTML, overwrite=overwrite) as partial:
             partial.write_text(self.html(), encoding="utf-8")
         return path
 

@@ -27,7 +27,7 @@ from cache_pipeline.encoders.saving import saved_spec
 from cache_pipeline.errors import CacheError, CachePipelineError
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.freshness import open_sources
-from cache_pipeline.files import atomic_path
+from cache_pipeline.files import PNG, check_output, output_file
 from cache_pipeline.progress import Progress, logger
 from cache_pipeline.reports import plots
 
@@ -84,18 +84,24 @@ class ProbeResult(NamedTuple):
         return lines if self.picture is None else [*lines, f"picture: {self.picture}"]
 
 
-def probe_cache(path: Path, *, picture: Path | None = None, seed: int = 0, device: str = "auto") -> ProbeResult:
+def probe_cache(
+    path: Path, *, picture: Path | None = None, overwrite: bool = False, seed: int = 0, device: str = "auto"
+) -> ProbeResult:
     """Probes the clean view of a cache.
 
     Args:
         path: the cache.
         picture: where to draw the scores as a PNG.
+        overwrite: replace a PNG that is there.
         seed: of the split, of the rows taken from large caches and of the random weights.
         device: where the network with random weights runs.
 
     Raises:
         CacheError: the cache has a single demo, so nothing can be held out.
+        ConfigError: something is at ``picture`` that is not replaced.
     """
+    if picture is not None:
+        check_output(picture, PNG, overwrite=overwrite)
     cache = FeatureCache(path)
     train, valid = _split_rows(cache, seed)
     inputs = {FEATURES: {"train": _features(cache, train), "valid": _features(cache, valid)}}
@@ -114,7 +120,7 @@ def probe_cache(path: Path, *, picture: Path | None = None, seed: int = 0, devic
         scores += [_score(RANDOM, encoded, target, y) for target, y in targets.items()]
     scores.sort(key=lambda score: list(targets).index(score.target))
     if picture is not None:
-        _draw(scores, picture)
+        _draw(scores, picture, overwrite)
     return ProbeResult(path, len(train), len(valid), tuple(scores), verdict(scores), picture)
 
 
@@ -306,11 +312,10 @@ def _picked_frames(
         yield np.concatenate(waiting)
 
 
-def _draw(scores: list[ProbeScore], picture: Path) -> None:
+def _draw(scores: list[ProbeScore], picture: Path, overwrite: bool) -> None:
     groups: dict[str, dict[str, float]] = {}
     for score in scores:
         groups.setdefault(score.target, {})[score.inputs] = max(score.best, 0.0)
     png = plots.bars(groups, "What can be read from one frame, held-out demos", "R², better of ridge and k-NN")
-    picture.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(picture) as partial:
+    with output_file(picture, PNG, overwrite=overwrite) as partial:
         partial.write_bytes(png)

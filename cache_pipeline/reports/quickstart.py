@@ -15,6 +15,7 @@ from cache_pipeline.errors import EncoderError
 from cache_pipeline.progress import logger
 from cache_pipeline.reports.bench import sample_dataset
 from cache_pipeline.reports.inspection import inspect_path
+from cache_pipeline.reports.page import is_ours
 from cache_pipeline.reports.run_report import write_report
 
 DOWNLOAD_TIMEOUT_S = 10.0
@@ -100,7 +101,8 @@ def run_quickstart(out: Path, *, steps: int, weights: Path | None, device: str, 
 
     _say("5/5 report", f"report {run}")
     stages = {"read": extracted.read_s, "encode": extracted.encode_s, "write": extracted.write_s}
-    page = write_report(run, out / "report.html", stages=stages if extracted.images else None)
+    page = out / "report.html"
+    write_report(run, page, overwrite=is_ours(page), stages=stages if extracted.images else None)
     return QuickstartResult(
         dataset=dataset,
         cache=cache,

@@ -16,11 +16,11 @@ from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.split import Split
 from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.errors import CachePipelineError
-from cache_pipeline.files import read_json
+from cache_pipeline.files import check_output, read_json, resolved
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.progress import logger
 from cache_pipeline.reports import plots
-from cache_pipeline.reports.page import Page
+from cache_pipeline.reports.page import HTML, Page, is_ours
 from cache_pipeline.sim.rollout import ROLLOUTS
 from cache_pipeline.training.checkpoint import find_checkpoint, inspect_run, load_policy, read_run
 from cache_pipeline.training.contents import Contents, recorded_contents, split_of_run
@@ -45,22 +45,33 @@ class DemoObs(NamedTuple):
 
 
 def write_report(
-    run: Path, out: Path | None = None, *, stages: Mapping[str, float] | None = None, encoder: Factories = None
+    run: Path,
+    out: Path | None = None,
+    *,
+    overwrite: bool = False,
+    stages: Mapping[str, float] | None = None,
+    encoder: Factories = None,
 ) -> Path:
-    """Writes the page of a run and returns its path.
+    """Writes the page of a run and returns its path. The default page, once written here, may be written again.
 
     Args:
         run: a run, or one of its checkpoints.
         out: ``RUN/report.html`` by default.
+        overwrite: replace an HTML page that is there.
         stages: seconds of extraction stages to show, where they are known.
         encoder: as in ``load_policy``.
 
     Raises:
         CheckpointError: there is no run, or it cannot be read.
+        ConfigError: something is there that is not replaced.
     """
     folder, _ = find_checkpoint(run)
+    if out is None:
+        out = folder / "report.html"
+        overwrite = overwrite or is_ours(out)
+    check_output(out, HTML, overwrite=overwrite)
     value, summary = read_run(folder), inspect_run(folder)
-    page = Page(f"Run {folder.name}", " · ".join(summary.lines()[:2]))
+    page = Page(f"Run {resolved(folder).name}", " · ".join(summary.lines()[:2]))
     _figures(page, value, summary)
     _curves(page, folder, summary.mean_action_mse)
     found = _run_demos(value, cached=value["data"]["cache"] is not None and value["kind"] != "finetune")
@@ -76,7 +87,7 @@ def write_report(
     page.code(" ".join(value.get("command", [])))
     versions = value.get("versions", {})
     page.table(["package", "version"], sorted(versions.items()))
-    return page.write(out if out is not None else folder / "report.html")
+    return page.write(out, overwrite=overwrite)
 
 
 def _figures(page: Page, value: Mapping[str, Any], summary: Any) -> None:

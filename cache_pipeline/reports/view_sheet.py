@@ -14,18 +14,20 @@ from cache_pipeline.encoders.preprocess import Preprocess, augment
 from cache_pipeline.encoders.views import ViewSpec, view_parameters
 from cache_pipeline.errors import CacheError, CachePipelineError
 from cache_pipeline.extract.freshness import open_sources
-from cache_pipeline.files import atomic_path
+from cache_pipeline.files import PNG, check_output, output_file
 from cache_pipeline.reports import plots
 
 COLUMNS = 6
 
 
-def write_view_sheet(cache_path: Path, out: Path) -> Path:
+def write_view_sheet(cache_path: Path, out: Path, *, overwrite: bool = False) -> Path:
     """Draws frames of the first demos of a cache, in every view, as a PNG.
 
     Raises:
         CacheError: no cache, or its source files are not at hand.
+        ConfigError: something is at ``out`` that is not replaced.
     """
+    check_output(out, PNG, overwrite=overwrite)
     cache = FeatureCache(cache_path)
     try:
         dataset = open_sources(cache)
@@ -38,8 +40,7 @@ def write_view_sheet(cache_path: Path, out: Path) -> Path:
         for view in range(entry.views):
             title = f"{camera}, view {view}" + (" (clean)" if view == 0 else "")
             rows[title] = [_frame(cache, dataset, camera, number, preprocess, spec, view) for number in _demos(cache)]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(out) as partial:
+    with output_file(out, PNG, overwrite=overwrite) as partial:
         partial.write_bytes(plots.contact_sheet(rows))
     return out
 

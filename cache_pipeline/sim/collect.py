@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.errors import CachePipelineError, ConfigError, available
-from cache_pipeline.files import atomic_path
+from cache_pipeline.files import FileKind, check_output, output_file
 from cache_pipeline.progress import Progress
 from cache_pipeline.sim.environment import (
     FAST_RENDER_FLAGS,
@@ -37,6 +37,16 @@ ATTEMPTS_PER_DEMO = 5
 
 Expert = tuple[Callable[[Obs, Phase], Phase], Callable[[Obs, Phase, NDArray], NDArray]]
 EXPERTS: dict[str, Expert] = {"Lift": (lift_phase, lift_action)}
+
+
+def _is_dataset(path: Path) -> bool:
+    if not h5py.is_hdf5(path):
+        return False
+    with h5py.File(path, "r") as file:
+        return "data" in file
+
+
+DATASET = FileKind("a dataset", _is_dataset)
 
 
 class CollectError(CachePipelineError, RuntimeError):
@@ -133,17 +143,15 @@ def collect(config: CollectConfig, *, progress: bool = True) -> CollectResult:
         CollectError: too few episodes succeed.
         MissingExtraError, OpenGLError: the simulation cannot run here.
     """
-    if config.out.exists() and not config.overwrite:
-        raise ConfigError(f"{config.out} exists; pass --overwrite to replace it, or another --out")
+    check_output(config.out, DATASET, overwrite=config.overwrite)
     started = time.monotonic()
     env_args = make_env_args(config)
     size = (config.image_size, config.image_size)
     attempts = steps = written = 0
-    config.out.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
         cameras = dict.fromkeys(config.cameras, size)
         env = stack.enter_context(Environment.from_env_args(env_args, cameras, config.render_flags))
-        partial = stack.enter_context(atomic_path(config.out))
+        partial = stack.enter_context(output_file(config.out, DATASET, overwrite=config.overwrite))
         file = stack.enter_context(h5py.File(partial, "w"))
         bar = stack.enter_context(Progress("collect", config.demos, "demos")) if progress else None
         data = file.create_group("data")

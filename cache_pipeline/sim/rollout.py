@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.errors import ConfigError
-from cache_pipeline.files import write_json
+from cache_pipeline.files import FileKind, check_output, output_file, read_json, write_json
 from cache_pipeline.progress import Progress
 from cache_pipeline.sim.env_args import EnvArgs, read_env_args
 from cache_pipeline.sim.environment import Environment, Obs, Step
 from cache_pipeline.sim.history import ObsHistory
-from cache_pipeline.sim.video import side_by_side, write_video
+from cache_pipeline.sim.video import side_by_side, video_format, write_video
 
 if TYPE_CHECKING:
     import torch
@@ -28,6 +28,14 @@ DEFAULT_HORIZON = 400
 """Steps of an episode where neither the config nor ``env_args`` says; robomimic's for most of its tasks."""
 DEFAULT_FPS = 20
 ROLLOUTS = "rollouts"
+
+
+def _is_result(path: Path) -> bool:
+    value = read_json(path)
+    return isinstance(value, dict) and {"episodes", "successes", "records"} <= set(value)
+
+
+ROLLOUT_JSON = FileKind("a result that rollout wrote", _is_result)
 
 
 class ActingPolicy(Protocol):
@@ -86,6 +94,8 @@ class RolloutConfig:
     """Folder for one video per episode, the cameras side by side."""
     videos: int = 3
     """How many of the first episodes are filmed."""
+    overwrite: bool = False
+    """Replace videos that are there."""
     env_args: Path | None = None
     """JSON file, or dataset, that describes the environment; it overrides what the run's own dataset says."""
     encoder: str | None = None
@@ -140,12 +150,14 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
     """Runs ``policy``, or that of ``config.run``, for ``config.episodes`` episodes.
 
     Raises:
-        ConfigError: nothing says which environment, or it lacks an obs that the policy needs.
+        ConfigError: nothing says which environment, or it lacks an obs that the policy needs; or a file that would be
+            written is there already.
         CheckpointError: the run cannot be loaded.
         MissingExtraError, OpenGLError: the simulation cannot run here.
     """
     started = time.monotonic()
     device = _device(config.device)
+    check_outputs(config)
     if policy is None:
         from cache_pipeline.training.checkpoint import load_policy
 
@@ -174,8 +186,9 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
                     film=film,
                 )
             if film and config.video is not None:
-                name = f"episode_{index:03d}_{'success' if episode.success else 'failure'}"
-                written = write_video(config.video / name, film, round(kwargs.get("control_freq", DEFAULT_FPS)))
+                file = video_file(config.video, index, episode.success)
+                fps = round(kwargs.get("control_freq", DEFAULT_FPS))
+                written = write_video(file, film, fps, overwrite=config.overwrite)
                 episode = episode._replace(video=str(written))
             records.append(episode)
             if bar is not None:
@@ -188,13 +201,35 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
 
 def keep(result: RolloutResult, config: RolloutConfig) -> Path:
     """Writes the result to ``RUN/rollouts/seed_<seed>_<episodes>.json``, where the run's report looks for it."""
+    path = result_file(config)
+    with output_file(path, ROLLOUT_JSON, overwrite=True) as partial:
+        write_json(partial, result.to_json())
+    return path
+
+
+def result_file(config: RolloutConfig) -> Path:
+    """Where the result of a run's rollouts is kept; the same episodes replace their earlier result."""
     from cache_pipeline.training.checkpoint import find_checkpoint
 
-    folder = find_checkpoint(config.run)[0] / ROLLOUTS
-    folder.mkdir(exist_ok=True)
-    path = folder / f"seed_{config.seed}_{config.episodes}.json"
-    write_json(path, result.to_json())
-    return path
+    return find_checkpoint(config.run)[0] / ROLLOUTS / f"seed_{config.seed}_{config.episodes}.json"
+
+
+def video_file(folder: Path, index: int, success: bool) -> Path:
+    """The video of an episode, its ending left out."""
+    return folder / f"episode_{index:03d}_{'success' if success else 'failure'}"
+
+
+def check_outputs(config: RolloutConfig) -> None:
+    """Raises ConfigError if a file that may be written is there already and is not replaced. Changes nothing."""
+    if config.run.is_dir():
+        check_output(result_file(config), ROLLOUT_JSON, overwrite=True)
+    if config.video is None:
+        return
+    suffix, kind = video_format()
+    for index in range(min(config.videos, config.episodes)):
+        for success in (True, False):
+            file = video_file(config.video, index, success).with_suffix(suffix)
+            check_output(file, kind, overwrite=config.overwrite)
 
 
 def choose_environment(config: RolloutConfig, policy: ActingPolicy) -> EnvArgs:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.errors import MissingExtraError
+from cache_pipeline.files import FileKind, begins_with, output_file
 
 MIN_HEIGHT_PX = 240
 """Smaller images are enlarged by a whole factor, so that a player shows more than a stamp."""
@@ -27,21 +28,36 @@ def side_by_side(obs: Mapping[str, NDArray], cameras: tuple[str, ...]) -> NDArra
     return np.pad(row, ((0, row.shape[0] % 2), (0, row.shape[1] % 2), (0, 0)))
 
 
-def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> Path:
+MP4, GIF = FileKind("a video", begins_with(b"ftyp", skip=4)), FileKind("a GIF picture", begins_with(b"GIF8"))
+
+
+def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int, *, overwrite: bool = False) -> Path:
     """Writes ``path`` with the ending .mp4, or .gif where there is no ffmpeg, and returns what was written.
 
-    Raises MissingExtraError without imageio.
+    Raises:
+        MissingExtraError: without imageio.
+        ConfigError: something is there that is not replaced.
     """
     if importlib.util.find_spec("imageio") is None:
         raise MissingExtraError("videos need imageio, which is not installed: pip install 'cache-pipeline[sim]'")
     import imageio.v2 as imageio
 
     images: list[Any] = list(frames)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if importlib.util.find_spec("imageio_ffmpeg") is not None:
-        path = path.with_suffix(".mp4")
-        imageio.mimwrite(path, images, fps=fps, macro_block_size=2, output_params=["-loglevel", "error"])
-    else:
-        path = path.with_suffix(".gif")
-        imageio.mimwrite(path, images, duration=1000 / fps, loop=0)
+    suffix, kind = video_format()
+    path = path.with_suffix(suffix)
+    with output_file(path, kind, overwrite=overwrite) as partial:
+        named = partial.with_name(partial.name + suffix)  # the ending chooses the format
+        try:
+            if kind is MP4:
+                imageio.mimwrite(named, images, fps=fps, macro_block_size=2, output_params=["-loglevel", "error"])
+            else:
+                imageio.mimwrite(named, images, duration=1000 / fps, loop=0)
+            named.replace(partial)
+        finally:
+            named.unlink(missing_ok=True)
     return path
+
+
+def video_format() -> tuple[str, FileKind]:
+    """The ending and kind of the videos that can be written here."""
+    return (".mp4", MP4) if importlib.util.find_spec("imageio_ffmpeg") is not None else (".gif", GIF)

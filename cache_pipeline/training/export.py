@@ -31,7 +31,7 @@ from torch.nn import functional
 from cache_pipeline import __version__
 from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.errors import CheckFailedError, ConfigError, MissingExtraError, available
-from cache_pipeline.files import atomic_path
+from cache_pipeline.files import FileKind, check_output, output_file
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.checkpoint import load_policy
 
@@ -40,6 +40,15 @@ METADATA_FILE = "metadata.json"
 NOISE, ACTIONS = "noise", "actions"
 TOLERANCE = 1e-4
 LATENCY_CALLS = 10
+
+
+def _is_exported(path: Path) -> bool:
+    """Whether a file carries the :func:`metadata` of an exported policy: both formats store it as plain bytes."""
+    content = path.read_bytes()
+    return all(f"{key}".encode() in content for key in ("low_dim_keys", "obs_horizon", "action_horizon"))
+
+
+POLICY_FILE = FileKind("a policy that export wrote", _is_exported)
 
 
 class Inputs(NamedTuple):
@@ -110,13 +119,13 @@ def export_policy(
             is written then.
     """
     run, out = Path(run), Path(out)
-    check_target(out, overwrite)
+    check_target(out)
+    check_output(out, POLICY_FILE, overwrite=overwrite)
     onnx = out.suffix == ".onnx"
     policy = load_policy(run, "cpu" if onnx else device, encoder=encoder)
     check_policy(policy, run)
     program, batch = trace(policy)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(out) as partial:
+    with output_file(out, POLICY_FILE, overwrite=overwrite) as partial:
         if onnx:
             write_onnx(program, partial, example_inputs(policy, 1), metadata(policy))
             function = read_onnx(partial)
@@ -139,14 +148,10 @@ def export_policy(
     )
 
 
-def check_target(out: Path, overwrite: bool) -> None:
-    """Refuses, before any work, a file that cannot be written."""
+def check_target(out: Path) -> None:
+    """Refuses, before any work, a format that cannot be written here."""
     if out.suffix not in FORMATS:
         raise ConfigError(f"{out} has the ending {out.suffix!r}, which is no export format; {available(FORMATS)}")
-    if out.is_dir():
-        raise ConfigError(f"{out} is a folder; give a file that ends with {out.suffix}")
-    if out.exists() and not overwrite:
-        raise ConfigError(f"{out} is there already; give --overwrite to replace it, or another --out")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if out.suffix == ".onnx" and missing:
         raise MissingExtraError(

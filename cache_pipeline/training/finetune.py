@@ -19,6 +19,7 @@ from cache_pipeline.encoders.precision import resolve_precision
 from cache_pipeline.encoders.views import ViewSpec
 from cache_pipeline.errors import CacheError, CheckpointError, ConfigError, DatasetError, EncoderError, OptionError
 from cache_pipeline.extract.freshness import check_sources
+from cache_pipeline.files import resolved
 from cache_pipeline.policies.spec import PolicySpec, build_policy
 from cache_pipeline.policies.visuomotor import ENCODERS, VisuomotorPolicy
 from cache_pipeline.training.agreement import check_encoders, check_features, check_fits
@@ -94,7 +95,8 @@ def _finetune(config: FinetuneConfig, ranks: Ranks, *, progress: bool) -> TrainR
         raise ConfigError("BatchNorm statistics of several processes would differ; leave --update-batchnorm out")
     device = resolve_device(config.device)
     base, folder = find_checkpoint(config.checkpoint)
-    run = config.out if config.out is not None else base.with_name(f"{base.name}_finetune")
+    named = base if base.name.strip(".") else resolved(base)  # "." and ".." have no name of their own
+    run = config.out if config.out is not None else named.with_name(f"{named.name}_finetune")
     with run_folder(run, resume=config.resume, overwrite=config.overwrite, writes=ranks.first) as out:
         if begins_anew(out, ranks) and config.resume:
             config = replace(config, resume=False)

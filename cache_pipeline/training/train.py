@@ -13,6 +13,7 @@ import torch
 
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.precision import resolve_precision
+from cache_pipeline.files import resolved
 from cache_pipeline.training.checkpoint import Checkpoint, CheckpointFolder
 from cache_pipeline.training.config import FinetuneConfig, SavingConfig, TrainConfig
 from cache_pipeline.training.data import RunData, features_precision
@@ -112,7 +113,7 @@ def complete(
 
 def default_run(config: TrainConfig) -> Path:
     """``runs/<name of the cache or of the first dataset>``."""
-    return RUNS / (config.cache or config.datasets[0]).stem
+    return RUNS / resolved(config.cache or config.datasets[0]).stem
 
 
 def measurement(

@@ -6,7 +6,7 @@ from fakes import make_dataset
 
 from cache_pipeline.cache.export import export_npz, export_robomimic
 from cache_pipeline.cache.reader import FeatureCache
-from cache_pipeline.errors import CacheError
+from cache_pipeline.errors import ConfigError
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,12 @@ def test_npz_holds_every_array_with_its_views(cache, tmp_path):
 def test_a_file_that_is_there_is_replaced_only_when_asked(cache, tmp_path, export):
     out = tmp_path / "out"
     out.write_text("precious")
-    with pytest.raises(CacheError, match="--overwrite"):
-        export(cache.path, out)
+    for overwrite in (False, True):
+        with pytest.raises(ConfigError, match="left alone even with --overwrite"):
+            export(cache.path, out, overwrite=overwrite)
     assert out.read_text() == "precious"
+    out.unlink()
+    export(cache.path, out)
+    with pytest.raises(ConfigError, match="replace it with --overwrite"):
+        export(cache.path, out)
     export(cache.path, out, overwrite=True)

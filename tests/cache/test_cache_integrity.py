@@ -69,7 +69,7 @@ def test_a_missing_shard_is_never_read_as_fill_values(cache):
     (cache / "actions/c/0/0").unlink()
     with pytest.raises(CorruptCacheError, match="actions/c/0/0 is missing"):
         FeatureCache(cache).array("actions")
-    assert check_integrity(cache).broken == ("rows/0",)
+    assert check_integrity(cache).broken == ("steps/0",)
 
 
 @pytest.mark.parametrize("name", ["zarr.json", "features/agentview_image/zarr.json", "encoder"])

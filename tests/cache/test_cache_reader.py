@@ -140,7 +140,7 @@ def test_an_unfinished_cache_says_how_far_it_is(tmp_path):
     dataset = make_dataset(tmp_path / "d.hdf5", lengths=(7,))
     extract(tmp_path / "c.zarr", dataset)
     (tmp_path / "c.zarr" / MANIFEST).rename(tmp_path / "c.zarr" / "pending.json")
-    with pytest.raises(IncompleteCacheError, match="5 of 5 units are done"):
+    with pytest.raises(IncompleteCacheError, match="7 of 7 units are done"):
         FeatureCache(tmp_path / "c.zarr")
 
 

@@ -31,8 +31,8 @@ def test_an_unfinished_cache_tells_its_units(cache):
     (cache / MANIFEST).rename(cache / "pending.json")
     next((cache / "ledger/features").rglob("*.json")).unlink()
     summary = inspect_cache(cache)
-    assert (summary.state, summary.units_done, summary.units) == ("incomplete", 4, 5)
-    assert "4 of 5 units are done" in "\n".join(summary.lines())
+    assert (summary.state, summary.units_done, summary.units) == ("incomplete", 6, 7)
+    assert "6 of 7 units are done" in "\n".join(summary.lines())
 
 
 def test_a_corrupt_cache_is_told_not_raised(cache):
@@ -44,7 +44,7 @@ def test_a_corrupt_cache_is_told_not_raised(cache):
 
 
 def test_a_lost_record_is_told(cache):
-    (cache / "ledger/rows/0.json").unlink()
+    (cache / "ledger/steps/0.json").unlink()
     assert inspect_cache(cache).state == "corrupt"
 
 

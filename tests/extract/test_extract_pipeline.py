@@ -7,10 +7,11 @@ import time
 import numpy as np
 import pytest
 import torch
-from cache_fakes import CAMERA, OTHER, OVERFLOWING, TINY, change_pixel, config, equal, extract, outputs
+from cache_fakes import CAMERA, OTHER, OTHER_WEIGHTS, OVERFLOWING, TINY, change_pixel, config, equal, extract, outputs
 from fakes import make_dataset
 
-from cache_pipeline.cache.folder import beside
+from cache_pipeline.cache import folder
+from cache_pipeline.cache.folder import MARKER, folders_beside
 from cache_pipeline.cache.manifest import MANIFEST, PENDING, read_manifest
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
@@ -114,8 +115,8 @@ def test_of_a_hundred_demos_one_changed_is_encoded_alone(tmp_path, out):
     change_pixel(dataset, "demo_57", CAMERA, 1)
     result = extract(out, dataset, cameras=(CAMERA,), shard_rows=8)
     assert result.images == lengths[57]
-    assert result.units_encoded == 3
-    assert result.units_reused >= whole.units_encoded - 3 * 2
+    assert result.units_encoded == 5  # features, frame digests, steps and two low-dim keys
+    assert result.units_reused >= whole.units_encoded - 5 * 2
     kept = FeatureCache(out).manifest.units
     assert {name: kept[name] for name in kept if name in before}.items() <= before.items()
 
@@ -204,23 +205,38 @@ def test_overwrite_keeps_the_old_cache_until_the_new_one_is_complete(dataset, ou
         with pytest.raises(KeyboardInterrupt):
             extract_features(other, progress=False)
     assert outputs(out) == before
-    assert (beside(out, "new") / PENDING).is_file()
+    (new,) = folders_beside(out, "new")
+    assert (new / PENDING).is_file()
+    assert new.name.startswith(".cache.zarr.")
     result = extract_features(other, progress=False)
     assert result.images == 0
     assert FeatureCache(out).fingerprint != before["fingerprint"]
-    assert not beside(out, "new").exists()
-    assert not beside(out, "old").exists()
+    assert {file.name for file in out.parent.iterdir()} == {"demos.hdf5", "cache.zarr"}
 
 
-@pytest.mark.parametrize("cut_after", ["old", "both"])
-def test_a_swap_that_was_cut_off_is_finished_by_the_next_run(dataset, out, cut_after):
+@pytest.mark.parametrize("cut_before", ["first rename", "second rename", "removing the old one"])
+def test_a_swap_that_was_cut_off_is_finished_by_the_next_run(dataset, out, cut_before, monkeypatch):
     extract(out, dataset)
-    shutil.copytree(out, beside(out, "old"))
-    if cut_after == "old":
-        out.rename(beside(out, "new"))
-    assert extract(out, dataset).images == 0
-    assert not beside(out, "old").exists()
-    assert not beside(out, "new").exists()
+    renames = iter([None, None, None] if cut_before == "removing the old one" else [None] * (cut_before[0] == "s"))
+    real = os.rename
+
+    def rename(*args):
+        if next(renames, "stop") == "stop":
+            raise KeyboardInterrupt
+        real(*args)
+
+    def stop(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(folder.os, "rename", rename)
+        patch.setattr(folder, "_clear_away", stop)
+        with pytest.raises(KeyboardInterrupt):
+            extract(out, dataset, encoders=OTHER_WEIGHTS, overwrite=True)
+    assert out.exists() is (cut_before != "second rename")
+    assert extract(out, dataset, encoders=OTHER_WEIGHTS).images == 0
+    assert {file.name for file in out.parent.iterdir()} == {"demos.hdf5", "cache.zarr"}
+    assert not (out / MARKER).exists()
 
 
 def test_a_folder_that_is_no_cache_is_never_touched(dataset, out):

@@ -19,12 +19,15 @@ from cache_pipeline.sim.rollout import (
     RolloutConfig,
     _seeded,
     ask,
+    check_outputs,
     choose_environment,
     episode_seed,
+    rollout,
     run_episode,
     summarise,
     wilson_interval,
 )
+from cache_pipeline.sim.video import video_format
 
 LIFT = {"env_name": "Lift", "type": 1, "env_kwargs": {}}
 
@@ -166,3 +169,22 @@ def test_what_a_policy_draws_is_a_function_of_the_seed_and_leaves_the_callers_st
 def test_options_out_of_range_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         RolloutConfig(run=Path("x"), **wrong)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_files_that_are_in_the_way_are_told_before_any_episode(tmp_path: Path, overwrite: bool) -> None:
+    suffix, kind = video_format()
+    video = tmp_path / f"episode_001_failure{suffix}"
+    config = RolloutConfig(run=tmp_path / "gone", video=tmp_path, overwrite=overwrite)
+    check_outputs(config)
+    video.write_bytes(b"the user's own notes")
+    with pytest.raises(ConfigError, match=f"is not {kind.name}"):
+        rollout(config, policy=Planner(1))
+    assert video.read_bytes() == b"the user's own notes"
+    video.write_bytes(b"\0\0\0\x20ftypisom" if suffix == ".mp4" else b"GIF89a")
+    if overwrite:
+        check_outputs(config)
+    else:
+        with pytest.raises(ConfigError, match="replace it with --overwrite"):
+            check_outputs(config)
+    check_outputs(RolloutConfig(run=tmp_path / "gone", video=tmp_path, videos=1))

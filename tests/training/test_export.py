@@ -151,7 +151,11 @@ def test_a_file_that_is_there_is_kept_unless_it_may_be_replaced(flow: Path, tmp_
     file.write_text("precious")
     with pytest.raises(ConfigError, match="--overwrite"):
         export_policy(flow, file)
+    with pytest.raises(ConfigError, match="is not a policy that export wrote"):
+        export_policy(flow, file, overwrite=True)
     assert file.read_text() == "precious"
+    file.unlink()
+    export_policy(flow, file)
     assert export_policy(flow, file, overwrite=True).bytes > 1000
 
 
