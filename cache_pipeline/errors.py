@@ -77,6 +77,11 @@ class MissingExtraError(CachePipelineError, ImportError):
     """An optional package is needed; the message names the extra that installs it."""
 
 
+def install_command(extra: str) -> str:
+    """What to type in a checkout to install an optional extra of this project."""
+    return f"uv sync --extra {extra} (or pip install '.[{extra}]')"
+
+
 class CheckFailedError(CachePipelineError):
     """A check ran to its end and its answer is no; the command line exits with 3."""
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cache_pipeline.errors import ConfigError, MissingExtraError, available
+from cache_pipeline.errors import ConfigError, MissingExtraError, available, install_command
 from cache_pipeline.files import read_json
 
 logger = logging.getLogger("cache_pipeline")
@@ -255,7 +255,7 @@ def require_robomimic() -> None:
                 importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"robomimic's algorithms need robomimic 0.3 ({error}): pip install 'cache-pipeline[robomimic]'"
+            f"robomimic's algorithms need robomimic 0.3 ({error}): {install_command('robomimic')}"
         ) from error
     warnings.filterwarnings("ignore", message=KNOWN_WARNING)
 

@@ -15,6 +15,7 @@ import torch
 from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.errors import install_command
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.pipeline import extract_features
 from cache_pipeline.memory import retained_memory
@@ -208,7 +209,7 @@ def _has_peer(setup: BenchSetup) -> bool:
     if setup.rgb_model_name != "resnet18":
         logger.info("robomimic has no %s: its rows are left out", setup.rgb_model_name)
     elif importlib.util.find_spec("robomimic") is None:
-        logger.info("robomimic is not installed; pip install 'cache-pipeline[robomimic]': its rows are left out")
+        logger.info("robomimic is not installed, so its rows are left out; type %s", install_command("robomimic"))
     else:
         return True
     return False

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from cache_pipeline.demos.windows import WindowSpec
-from cache_pipeline.errors import MissingExtraError
+from cache_pipeline.errors import MissingExtraError, install_command
 from cache_pipeline.policies.batch import Batch
 
 PEER_NAME = "robomimic 0.3.0 SequenceDataset + VisualCore(ResNet18Conv), all in fp32, frames in memory, same network"
@@ -112,6 +112,6 @@ def _robomimic(
         from robomimic.utils import obs_utils
         from robomimic.utils.dataset import SequenceDataset
     except ImportError as error:
-        raise MissingExtraError("robomimic is not installed; pip install 'cache-pipeline[robomimic]'") from error
+        raise MissingExtraError(f"robomimic is not installed; {install_command('robomimic')}") from error
     obs_utils.initialize_obs_modality_mapping_from_dict({"rgb": list(cameras), "low_dim": list(low_dim_keys)})
     return SequenceDataset, VisualCore, lambda obs, key: obs_utils.process_obs(obs=obs, obs_key=key)

@@ -13,7 +13,7 @@ from functools import cache
 from types import ModuleType
 from typing import NamedTuple
 
-from cache_pipeline.errors import CachePipelineError, MissingExtraError
+from cache_pipeline.errors import CachePipelineError, MissingExtraError, install_command
 
 PROBE_TIMEOUT_S = 60
 _PROBE = "import mujoco; context = mujoco.GLContext(16, 16); context.make_current(); context.free()"
@@ -81,7 +81,7 @@ def _errors_only(record: logging.LogRecord) -> bool:
 
 def _require(module: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise MissingExtraError(f"simulation needs {module}, which is not installed: pip install 'cache-pipeline[sim]'")
+        raise MissingExtraError(f"simulation needs {module}, which is not installed: {install_command('sim')}")
 
 
 def _probe(name: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_pipeline.errors import MissingExtraError
+from cache_pipeline.errors import MissingExtraError, install_command
 from cache_pipeline.files import FileKind, begins_with, output_file
 
 MIN_HEIGHT_PX = 240
@@ -39,7 +39,7 @@ def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int, *, ov
         ConfigError: something is there that is not replaced.
     """
     if importlib.util.find_spec("imageio") is None:
-        raise MissingExtraError("videos need imageio, which is not installed: pip install 'cache-pipeline[sim]'")
+        raise MissingExtraError(f"videos need imageio, which is not installed: {install_command('sim')}")
     import imageio.v2 as imageio
 
     images: list[Any] = list(frames)

@@ -30,7 +30,7 @@ from torch.nn import functional
 
 from cache_pipeline import __version__
 from cache_pipeline.encoders.factory import Factories
-from cache_pipeline.errors import CheckFailedError, ConfigError, MissingExtraError, available
+from cache_pipeline.errors import CheckFailedError, ConfigError, MissingExtraError, available, install_command
 from cache_pipeline.files import FileKind, check_output, output_file
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.checkpoint import load_policy
@@ -155,7 +155,7 @@ def check_target(out: Path) -> None:
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if out.suffix == ".onnx" and missing:
         raise MissingExtraError(
-            f"ONNX files need {missing[0]}, which is not installed: pip install 'cache-pipeline[onnx]', or take .pt2"
+            f"ONNX files need {missing[0]}, which is not installed: {install_command('onnx')}, or take .pt2"
         )
 
 

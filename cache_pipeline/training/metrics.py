@@ -11,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cache_pipeline.errors import CheckpointError, MissingExtraError
+from cache_pipeline.errors import CheckpointError, MissingExtraError, install_command
 from cache_pipeline.files import atomic_path, read_json
 
 COLUMNS = (
@@ -143,7 +143,7 @@ def _wandb() -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise MissingExtraError("--wandb needs its client: pip install 'cache-pipeline[wandb]'") from error
+        raise MissingExtraError(f"--wandb needs its client: {install_command('wandb')}") from error
     return wandb
 
 
