@@ -45,6 +45,9 @@ RESULT_FIELDS = [
     "mean_action_mse",
     "source",
     "checkpoint",
+    "start_action_mse",
+    "best_action_mse",
+    "best_step",
 ]
 
 
