@@ -126,13 +126,22 @@ class CheckedCommand(TyperCommand):
 
 def refuse_without_effect(ctx: Any) -> None:
     """Raises OptionError for the first option on the command line that has no effect beside the others."""
-    for rule in RULES.get(ctx.command.name, ()):
+    for rule in RULES.get(_command_name(ctx), ()):
         if not rule.when(ctx.params):
             continue
         for parameter in ctx.command.params:
             if parameter.name in rule.options and ctx.get_parameter_source(parameter.name).name == "COMMANDLINE":
                 flag = _flag(parameter, ctx.params[parameter.name])
                 raise OptionError(f"{flag} has no effect: {rule.why}; leave {flag} out")
+
+
+def _command_name(ctx: Any) -> str:
+    """The words that name the command, such as ``train`` or ``cache inspect``."""
+    words = []
+    while ctx.parent is not None:
+        words.insert(0, ctx.info_name)
+        ctx = ctx.parent
+    return " ".join(words)
 
 
 def _repeatable(parameter: Any) -> bool:

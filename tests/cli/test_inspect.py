@@ -76,9 +76,9 @@ def test_a_cut_off_dataset_is_unsound_and_a_text_file_or_nothing_an_error(datase
 
 @pytest.mark.parametrize("command", [("inspect",), ("cache", "inspect")])
 def test_a_corrupt_or_unfinished_cache_is_still_told(cache, command):
-    (cache / "ledger/rows/0.json").rename(cache / "record")
+    (cache / "ledger/steps/0.json").rename(cache / "record")
     assert unsound(cache, "ledger", command=command)["demos"] == 3
-    (cache / "record").rename(cache / "ledger/rows/0.json")
+    (cache / "record").rename(cache / "ledger/steps/0.json")
     (cache / "manifest.json").rename(cache / "pending.json")
     unsound(cache, "unfinished", command=command)
 
