@@ -158,8 +158,8 @@ def _manifest_lines(manifest: Manifest, dead_rows: int) -> list[str]:
 
 
 def _measured(measured: dict[str, Any]) -> str:
-    error = measured.get("precision_error")
-    return f", error {error:.1e} against fp32" if error else ""
+    error = measured.get("error_over_variation")
+    return "" if error is None else f", error {error:.1e} of the features' variation over frames"
 
 
 def _shape(shape: tuple[int, ...]) -> str:

@@ -47,6 +47,13 @@ def extract_features(
     shard_rows: Annotated[int | None, typer.Option("--shard-rows", min=1, help="Rows per unit of work.")] = None,
     device: o.Device = "auto",
     precision: o.Precision = "auto",
+    precision_bound: Annotated[
+        float,
+        typer.Option(
+            "--precision-bound",
+            help="Largest error of stored features, as a share of their variation over frames, that auto accepts.",
+        ),
+    ] = 0.05,
     seed: o.Seed = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say images, bytes and time, and do nothing.")] = False,
     deep: Annotated[
@@ -88,6 +95,7 @@ def extract_features(
         view_spec=ViewSpec(seed=seed),
         device=device,
         precision=precision,
+        precision_bound=precision_bound,
         store_dtype=store_dtype,
         batch_size=batch_size,
         shard_rows=shard_rows,

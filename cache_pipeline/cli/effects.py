@@ -137,7 +137,7 @@ def refuse_without_effect(ctx: Any) -> None:
 
 def _command_name(ctx: Any) -> str:
     """The words that name the command, such as ``train`` or ``cache inspect``."""
-    words = []
+    words: list[str] = []
     while ctx.parent is not None:
         words.insert(0, ctx.info_name)
         ctx = ctx.parent

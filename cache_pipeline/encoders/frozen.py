@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,11 +21,8 @@ from cache_pipeline.encoders.preprocess import Preprocess, preprocess
 from cache_pipeline.encoders.resnet import ResNet
 from cache_pipeline.encoders.views import View
 
-logger = logging.getLogger("cache_pipeline")
-
 CPU_BATCH = 64
 CUDA_BATCH = 1024
-TOLERATED_ERROR = 5e-3
 
 
 class FrozenEncoder:
@@ -128,31 +124,3 @@ def _tf32(device: torch.device, allowed: bool) -> Iterator[None]:
 def preferred_batch_size(device: torch.device | str) -> int:
     """Frames in a batch at which 84×84 frames are encoded fast without much memory."""
     return CUDA_BATCH if torch.device(device).type == "cuda" else CPU_BATCH
-
-
-def relative_error(features: Tensor, exact: Tensor) -> float:
-    """‖features − exact‖ / ‖exact‖, over all values."""
-    features, exact = features.double(), exact.double()
-    return float((features - exact).norm() / exact.norm().clamp_min(torch.finfo(torch.float64).tiny))
-
-
-def precision_error(frozen: FrozenEncoder, frames: NDArray[np.uint8] | Tensor) -> float:
-    """Relative error of an encoder's features against its own float32 features on the same device.
-
-    More than ``TOLERATED_ERROR`` is warned of.
-
-    Args:
-        frozen: the encoder.
-        frames: real frames (B,H,W,3); 64 are plenty.
-    """
-    if frozen.precision == "fp32":
-        return 0.0
-    error = relative_error(frozen(frames), frozen.in_precision("fp32")(frames))
-    if not error <= TOLERATED_ERROR:
-        logger.warning(
-            "%s in %s errs by %.1e of the features' size against fp32; --precision fp32 is exact",
-            frozen.encoder.architecture,
-            frozen.precision,
-            error,
-        )
-    return error

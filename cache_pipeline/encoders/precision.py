@@ -33,8 +33,10 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         raise EncoderError(f"there is no precision {precision!r}; {available(PRECISIONS, precision)}")
     if precision in ("tf32", "fp16") and device.type == "cpu":
         raise EncoderError(f"--precision {precision} needs a CUDA device; on a CPU take fp32 or bf16")
-    if precision == "tf32" and torch.cuda.get_device_capability(device) < AMPERE:
-        raise EncoderError("--precision tf32 needs a CUDA device of compute capability 8.0 or more; take fp32 or fp16")
+    if precision in ("tf32", "bf16") and device.type == "cuda" and torch.cuda.get_device_capability(device) < AMPERE:
+        raise EncoderError(
+            f"--precision {precision} needs a CUDA device of compute capability 8.0 or more; take fp32 or fp16"
+        )
     if precision != "auto":
         return precision
     if device.type == "cuda":
@@ -42,15 +44,25 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
 
 
+def nearest_precision(precision: str, device: torch.device) -> str:
+    """``precision`` where the device has it, else ``fp32``, which every device has and which is the most exact."""
+    try:
+        return resolve_precision(precision, device)
+    except EncoderError:
+        return "fp32"
+
+
 def error_over_variation(features: Tensor, exact: Tensor) -> float:
     """‖features − exact‖ / ‖exact − its mean over frames‖: the error as a share of what a policy sees.
 
     Policies see features normalised over frames, so an error matters as far as it is large against the variation.
-    A single frame does not vary; the norm of ``exact`` takes the variation's place.
+    A single frame does not vary; the norm of ``exact`` takes the variation's place. A variation that float32 does not
+    resolve counts as the smallest one that it does.
 
     Args:
         features, exact: (N, …) of the same N frames.
     """
     features, exact = features.detach().double(), exact.detach().double()
     variation = exact - exact.mean(0) if len(exact) > 1 else exact
-    return float((features - exact).norm() / variation.norm().clamp_min(torch.finfo(torch.float64).tiny))
+    least = torch.finfo(torch.float32).eps * exact.norm() + torch.finfo(torch.float64).tiny
+    return float((features - exact).norm() / torch.maximum(variation.norm(), least))

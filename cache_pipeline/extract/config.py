@@ -17,6 +17,7 @@ Item = TypeVar("Item")
 
 OTHERS = ""
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
+PRECISION_BOUND = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,6 +41,9 @@ class ExtractConfig:
     view_spec: ViewSpec = field(default_factory=ViewSpec)
     device: str = "auto"
     precision: str = "auto"
+    """What the encoder computes in; ``auto``: the device's fastest whose features are within ``precision_bound``."""
+    precision_bound: float = PRECISION_BOUND
+    """Largest error of stored features against float32, as a share of their variation over frames."""
     store_dtype: str = "float16"
     batch_size: int | None = None
     """Frames per batch; by default that of the cache, else chosen for the device."""
@@ -60,6 +64,8 @@ class ExtractConfig:
         for name, value in (("views", self.views), ("batch-size", self.batch_size), ("shard-rows", self.shard_rows)):
             if value is not None and value < 1:
                 raise ConfigError(f"--{name} is {value}; it must be at least 1")
+        if not self.precision_bound > 0:
+            raise ConfigError(f"--precision-bound is {self.precision_bound}; it must be positive, such as 0.05")
         for name, text, choices in (
             ("precision", self.precision, PRECISIONS),
             ("store-dtype", self.store_dtype, STORE_DTYPES),

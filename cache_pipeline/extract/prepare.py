@@ -18,7 +18,13 @@ from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.frozen import preferred_batch_size
 from cache_pipeline.errors import CorruptCacheError, DatasetError, StaleCacheError, available
-from cache_pipeline.extract.camera_encoders import CameraEncoder, build_encoders, check_names, for_cameras
+from cache_pipeline.extract.camera_encoders import (
+    CameraEncoder,
+    build_encoders,
+    check_names,
+    check_precisions,
+    for_cameras,
+)
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.matching import Matching, match_demos, source_records
 from cache_pipeline.extract.staleness import MEND, check_camera, check_rows, check_store
@@ -86,6 +92,7 @@ def prepare(config: ExtractConfig, out: Path, *, change: bool = True) -> Prepare
     matching = match_demos(old, dataset, deep=config.deep)
     manifest = _target(config, dataset, encoders, old, pending, matching)
     work = find_work(path, manifest, dataset, [index is not None for index in matching.kept])
+    check_precisions(encoders, [job.camera for job in work.jobs if job.views])
     return Prepared(out, path, dataset, encoders, manifest, old, matching, work)
 
 

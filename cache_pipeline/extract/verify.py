@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cache_pipeline.cache.manifest import CameraEntry
 from cache_pipeline.cache.reader import FeatureCache
@@ -16,7 +17,9 @@ from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.encoders.identity import COLLAPSED_SPREAD
 from cache_pipeline.encoders.image_encoder import ImageEncoder
+from cache_pipeline.encoders.precision import nearest_precision
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.views import ViewSpec, view_parameters
 from cache_pipeline.errors import DatasetError
@@ -26,6 +29,10 @@ from cache_pipeline.extract.freshness import require_same_demos
 
 TOLERANCE = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 3e-2}
 STORE_TOLERANCE = {"float32": 0.0, "float16": 1e-3}
+# Where the device lacks the precision of the features, theirs and the nearest one both err.
+OTHER_PRECISION = 2.0
+# A row may err by this much of what was measured on all rows together, and by what two devices differ in float32.
+NOISE_FACTOR, LEAST_NOISE = 3.0, 2e-3
 
 
 class VerifyResult(NamedTuple):
@@ -36,8 +43,12 @@ class VerifyResult(NamedTuple):
         max_abs: largest difference of one value.
         max_rel: largest difference of a row, as a share of that row's largest value.
         min_cosine: smallest cosine between stored and live row.
-        tolerance: bound on ``max_rel`` for the precisions of computing and storing.
-        ok: whether the bound holds.
+        tolerance: bound on ``max_rel`` for the precisions of computing and storing; the widest of all cameras, each of
+            which is held against its own.
+        ok: whether the bounds hold.
+        error_over_variation: largest error of a row, as a share of the features' variation over frames; None if the
+            cache does not record that variation.
+        note: where features were encoded in another precision than the stored ones, and why.
     """
 
     rows: int
@@ -46,6 +57,8 @@ class VerifyResult(NamedTuple):
     min_cosine: float
     tolerance: float
     ok: bool
+    error_over_variation: float | None = None
+    note: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """A JSON object of the fields."""
@@ -53,11 +66,47 @@ class VerifyResult(NamedTuple):
 
     def lines(self) -> list[str]:
         """For people."""
-        return [
+        seen = self.error_over_variation
+        varied = "" if seen is None else f", {seen:.1e} of the variation over frames"
+        line = (
             f"{self.rows} rows: stored and live features differ by {self.max_rel:.2e} relative at most "
-            f"({self.max_abs:.2e} absolute, cosine at least {self.min_cosine:.6f}); tolerance {self.tolerance:.0e}: "
-            f"{'ok' if self.ok else 'NOT ok'}"
-        ]
+            f"({self.max_abs:.2e} absolute{varied}, cosine at least {self.min_cosine:.6f}); tolerance "
+            f"{self.tolerance:.0e}: {'ok' if self.ok else 'NOT ok'}"
+        )
+        return [line, self.note] if self.note else [line]
+
+
+class _Compared(NamedTuple):
+    """One view of one camera: stored and live rows (n, D), and what they may differ by.
+
+    Attributes:
+        tolerance: bound on a row's largest difference, as a share of its largest value.
+        spread: the features' variation over frames, as a share of their size; None where it was not measured.
+        noise: bound on a row's error, as a share of that variation.
+    """
+
+    stored: Tensor
+    live: Tensor
+    tolerance: float
+    spread: float | None
+    noise: float
+
+    def result(self) -> VerifyResult:
+        difference = self.stored - self.live
+        scale = self.live.abs().amax(1).clamp_min(1e-12)
+        max_rel = float((difference.abs().amax(1) / scale).max())
+        cosine = float(torch.cosine_similarity(self.stored, self.live, dim=1, eps=1e-12).min())
+        error = self._error_over_variation(difference)
+        ok = max_rel <= self.tolerance and (error is None or error <= self.noise)
+        return VerifyResult(
+            len(difference), float(difference.abs().max()), max_rel, min(1.0, cosine), self.tolerance, ok, error
+        )
+
+    def _error_over_variation(self, difference: Tensor) -> float | None:
+        if self.spread is None:
+            return None
+        size = self.live.norm(dim=1).square().mean().sqrt()
+        return float((difference.norm(dim=1) / (self.spread * size).clamp_min(1e-12)).max())
 
 
 def verify(
@@ -91,7 +140,7 @@ def verify(
     packed = np.sort(rng.choice(int(cache.lengths.sum()), min(rows, int(cache.lengths.sum())), replace=False))
     demos = np.searchsorted(cache.packed_starts, packed, side="right") - 1
     offsets = packed - cache.packed_starts[demos]
-    pairs, tolerance = [], 0.0
+    results, notes = [], []
     batches = BatchEncoder(cache.manifest.batch_size, "float32")
     for camera, entry in cache.cameras.items():
         frozen = _frozen(encoders[camera], entry, device)
@@ -99,17 +148,50 @@ def verify(
         frames = np.concatenate(pieces)
         spec = ViewSpec.from_json(entry.view_spec or {})
         keys = [cache.demos[demo].view_key for demo in demos]
+        bounds = _bounds(entry, frozen.precision, cache.manifest.dtype)
+        recorded = entry.identity["precision"]["compute"]
+        if frozen.precision != recorded:
+            where = f"{frozen.device} lacks {recorded}"
+            notes.append(f"{camera}: {where}, so frames were encoded in {frozen.precision} (tolerance {bounds[0]:.0e})")
         for view in range(entry.views):
             views = [view_parameters(spec, key, camera, view) for key in keys] if view else None
-            stored = cache.features(camera, cache.starts[demos] + offsets, view)
-            pairs.append((stored, batches(frozen, frames, views)))
-        tolerance = max(tolerance, TOLERANCE[entry.identity["precision"]["compute"]])
-    return _compare(pairs, tolerance + STORE_TOLERANCE[cache.manifest.dtype])
+            stored = _rows(cache.features(camera, cache.starts[demos] + offsets, view))
+            results.append(_Compared(stored, _rows(batches(frozen, frames, views)), *bounds).result())
+    return _together(results)._replace(note="; ".join(notes))
+
+
+def _rows(features: NDArray) -> Tensor:
+    return torch.from_numpy(features).flatten(1).double()
+
+
+def _bounds(entry: CameraEntry, precision: str, dtype: str) -> tuple[float, float | None, float]:
+    """Tolerance, spread and noise of one camera's rows encoded in ``precision``; see ``_Compared``."""
+    recorded = entry.identity["precision"]["compute"]
+    tolerance = TOLERANCE[recorded] * (OTHER_PRECISION if precision != recorded else 1) + STORE_TOLERANCE[dtype]
+    measured = entry.measured or {}
+    spread, error = measured.get("spread", -1.0), measured.get("error_over_variation", -1.0)
+    if spread < COLLAPSED_SPREAD or error < 0:
+        return tolerance, None, 0.0
+    return tolerance, spread, NOISE_FACTOR * error + LEAST_NOISE
+
+
+def _together(results: Sequence[VerifyResult]) -> VerifyResult:
+    errors = [result.error_over_variation for result in results if result.error_over_variation is not None]
+    return VerifyResult(
+        rows=sum(result.rows for result in results),
+        max_abs=max(result.max_abs for result in results),
+        max_rel=max(result.max_rel for result in results),
+        min_cosine=min(result.min_cosine for result in results),
+        tolerance=max(result.tolerance for result in results),
+        ok=all(result.ok for result in results),
+        error_over_variation=max(errors) if errors else None,
+    )
 
 
 def _frozen(encoder: ImageEncoder, entry: CameraEntry, device: str) -> FrozenEncoder:
-    preprocess = Preprocess.from_json(entry.identity["preprocess"])
-    return FrozenEncoder(encoder, preprocess, resolve_device(device), entry.identity["precision"]["compute"])
+    """The encoder in the precision of the features, or in the nearest one that the device has."""
+    preprocess, where = Preprocess.from_json(entry.identity["preprocess"]), resolve_device(device)
+    return FrozenEncoder(encoder, preprocess, where, nearest_precision(entry.identity["precision"]["compute"], where))
 
 
 def _source(cache: FeatureCache, datasets: Sequence[str | Path] | None) -> Dataset:
@@ -118,18 +200,3 @@ def _source(cache: FeatureCache, datasets: Sequence[str | Path] | None) -> Datas
     if gone:
         raise DatasetError(f"{gone[0]}, the source of {cache.path}, is not there; name the file with --dataset FILE")
     return Dataset.open(paths, cameras=tuple(cache.cameras), low_dim_keys=tuple(cache.low_dim))
-
-
-def _compare(pairs: Sequence[tuple[NDArray, NDArray]], tolerance: float) -> VerifyResult:
-    max_abs, max_rel, min_cosine, count = 0.0, 0.0, 1.0, 0
-    for stored, live in pairs:
-        a = torch.from_numpy(stored).flatten(1).double()
-        b = torch.from_numpy(live).flatten(1).double()
-        difference = (a - b).abs().amax(1)
-        scale = b.abs().amax(1).clamp_min(1e-12)
-        max_abs = max(max_abs, float(difference.max()))
-        max_rel = max(max_rel, float((difference / scale).max()))
-        min_cosine = min(min_cosine, float(torch.cosine_similarity(a, b, dim=1, eps=1e-12).min()))
-        count += len(a)
-    ok = bool(np.isfinite(max_rel)) and max_rel <= tolerance
-    return VerifyResult(count, max_abs, max_rel, min_cosine, tolerance, ok)

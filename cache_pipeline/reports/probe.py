@@ -22,6 +22,7 @@ from cache_pipeline.demos.split import split_demos
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
+from cache_pipeline.encoders.precision import nearest_precision
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import saved_spec
 from cache_pipeline.errors import CacheError, CachePipelineError
@@ -286,7 +287,7 @@ def _encode_random(cache: FeatureCache, dataset: Dataset, rows: NDArray[np.int64
         assert saved is not None
         spec = EncoderSpec(rgb_model_name=saved.rgb_model_name, weights="random", seed=seed, cut=entry.identity["cut"])
         preprocess = Preprocess.from_json(entry.identity["preprocess"])
-        precision = entry.identity["precision"]["compute"]
+        precision = nearest_precision(entry.identity["precision"]["compute"], resolve_device(device))
         frozen = FrozenEncoder(build_encoder(spec), preprocess, resolve_device(device), precision)
         parts, batches = [], BatchEncoder(PROBE_BATCH, "float32")
         with Progress(f"random weights {camera}", len(rows), "images") as progress:
