@@ -148,15 +148,14 @@ def check_names(config: ExtractConfig, dataset: Dataset) -> None:
 
 
 def _sample(dataset: Dataset, camera: str) -> NDArray[np.uint8]:
-    """Up to ``SAMPLE`` frames, spread over the demos."""
-    demos = np.unique(np.linspace(0, len(dataset.demos) - 1, SAMPLE).round().astype(int))
-    count = -(-SAMPLE // len(demos))
-    parts = []
-    for demo in demos.tolist():
-        length = dataset.demos[demo].length
-        places = np.unique(np.linspace(0, length - 1, min(count, length)).round().astype(int))
-        parts += [(demo, place, place + 1) for place in places.tolist()]
-    return dataset.gather(camera, parts[:SAMPLE])
+    """Up to ``SAMPLE`` frames, drawn from all demos alike; of one dataset always the same ones."""
+    lengths = np.array([demo.length for demo in dataset.demos])
+    total, starts = int(lengths.sum()), np.cumsum(lengths) - lengths
+    rows = np.sort(np.random.default_rng(0).choice(total, min(SAMPLE, total), replace=False))
+    demos = np.searchsorted(starts, rows, side="right") - 1
+    return dataset.gather(
+        camera, [(d, t, t + 1) for d, t in zip(demos.tolist(), (rows - starts[demos]).tolist(), strict=True)]
+    )
 
 
 def _measure(

@@ -18,9 +18,11 @@ from cache_pipeline.cache.manifest import read_manifest, write_manifest
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.summary import inspect_cache
 from cache_pipeline.cli import app
+from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders import precision as precision_module
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.errors import ConfigError, EncoderError, StaleCacheError
+from cache_pipeline.extract.camera_encoders import SAMPLE, _sample
 from cache_pipeline.extract.verify import verify_cache
 
 HERE = Path(__file__).resolve()
@@ -70,6 +72,20 @@ def error(cache: Path, camera: str = CAMERA) -> float:
     measured = FeatureCache(cache).cameras[camera].measured
     assert measured is not None
     return float(measured["error_over_variation"])
+
+
+def test_the_frames_that_a_precision_is_judged_on_come_from_all_of_every_demo(tmp_path: Path) -> None:
+    """First frames alone vary by less than a policy sees."""
+    lengths = (10,) * 70
+    dataset = Dataset.open([make_dataset(tmp_path / "many.hdf5", lengths=lengths)])
+    frames = _sample(dataset, CAMERA)
+    firsts = {dataset.frames(demo, CAMERA, 0, 1).tobytes() for demo in range(len(lengths))}
+    assert len(frames) == SAMPLE
+    assert sum(frame.tobytes() in firsts for frame in frames) < SAMPLE / 4
+    assert np.array_equal(frames, _sample(dataset, CAMERA))
+    short = Dataset.open([make_dataset(tmp_path / "short.hdf5", lengths=(3, 2), masks={})])
+    everything = np.concatenate([short.frames(demo, CAMERA, 0, 3 - demo) for demo in range(2)])
+    assert np.array_equal(_sample(short, CAMERA), everything)
 
 
 @pytest.mark.parametrize(("spec", "taken"), [(SMALL, "bf16"), (LARGE, "fp32")])
