@@ -197,7 +197,10 @@ def _raise_changed(cache: FeatureCache, dataset: Dataset, new: int) -> NoReturn:
     file = dataset.files[demo.file].path
     old = next((row for row in cache.demos if row.name == demo.name), None)
     if old is None:
-        raise StaleCacheError(f"demo {demo.name}", "absent", "there", f"{file} has a demo more", EXTEND)
+        names = {row.name for row in cache.demos}
+        more = [other.name for other in dataset.demos if other.file == demo.file and other.name not in names]
+        told = f"{file} has {len(more)} demos more than the cache ({', '.join(more[:5])})"
+        raise StaleCacheError(f"demo {demo.name}", "absent", "there", told, EXTEND)
     if old.length != demo.length:
         raise StaleCacheError(f"demo {demo.name} length", old.length, demo.length, f"it has changed in {file}", EXTEND)
     rows = slice(old.row, old.row + old.length)

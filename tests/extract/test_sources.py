@@ -55,6 +55,7 @@ def test_recorded_files_that_have_changed_are_told_without_being_named(out, data
 def test_demos_that_were_added_are_told(out, dataset):
     make_dataset(dataset, lengths=(7, 5, 9, 4, 6), masks={"train": ["demo_0", "demo_1"], "valid": ["demo_2"]})
     assert "demo demo_3 is 'absent' in the cache" in stale(out)
+    assert "demos.hdf5 has 2 demos more than the cache (demo_3, demo_4)" in stale(out)
 
 
 def test_a_file_that_was_only_touched_is_read_again_and_accepted(out, dataset, caplog):
