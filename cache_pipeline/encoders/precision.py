@@ -52,7 +52,7 @@ def nearest_precision(precision: str, device: torch.device) -> str:
         return "fp32"
 
 
-def error_over_variation(features: Tensor, exact: Tensor) -> float:
+def error_over_variation(features: Tensor, exact: Tensor, spread: float | None = None) -> float:
     """‖features − exact‖ / ‖exact − its mean over frames‖: the error as a share of what a policy sees.
 
     Policies see features normalised over frames, so an error matters as far as it is large against the variation.
@@ -61,8 +61,12 @@ def error_over_variation(features: Tensor, exact: Tensor) -> float:
 
     Args:
         features, exact: (N, …) of the same N frames.
+        spread: ‖variation‖ / ‖exact‖ where it is known from many frames; by default it is taken from these.
     """
     features, exact = features.detach().double(), exact.detach().double()
-    variation = exact - exact.mean(0) if len(exact) > 1 else exact
+    if spread is not None:
+        variation = spread * exact.norm()
+    else:
+        variation = (exact - exact.mean(0) if len(exact) > 1 else exact).norm()
     least = torch.finfo(torch.float32).eps * exact.norm() + torch.finfo(torch.float64).tiny
-    return float((features - exact).norm() / torch.maximum(variation.norm(), least))
+    return float((features - exact).norm() / torch.maximum(variation, least))

@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from cache_pipeline.cache.manifest import CameraEntry
 from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.encoders.identity import COLLAPSED_SPREAD
 from cache_pipeline.encoders.precision import error_over_variation
 from cache_pipeline.errors import CheckpointError, StaleCacheError
 from cache_pipeline.extract.matching import frame_digests
@@ -96,7 +98,7 @@ def check_features(
     features = live.features_of(packed_rows)
     for camera, exact in features.items():
         stored = torch.from_numpy(cache.features(camera, cache_rows)).float()
-        error, allowed = error_over_variation(stored, exact), allowed_error(cache.cameras[camera])
+        error, allowed = compared(stored, exact, cache.cameras[camera])
         if not error <= allowed:
             raise CheckpointError(
                 f"{camera}: the features in {cache.path} differ from live ones on {len(packed_rows)} frames by "
@@ -108,10 +110,16 @@ def check_features(
         )
 
 
-def allowed_error(entry: CameraEntry) -> float:
-    """How far a camera's stored features may be from live float32 ones, as a share of their variation over frames."""
-    recorded = (entry.measured or {}).get("error_over_variation", UNRECORDED_ERROR)
-    return max(LEAST_ALLOWED, ERROR_MARGIN * float(recorded))
+def compared(stored: Tensor, exact: Tensor, entry: CameraEntry) -> tuple[float, float]:
+    """The error of stored features as a share of their variation over frames, and the largest that is allowed.
+
+    The variation is that of many frames, where the cache records it: a few frames may look alike.
+    """
+    measured = entry.measured or {}
+    spread = float(measured.get("spread", -1.0))
+    recorded = float(measured.get("error_over_variation", -1.0))
+    error = error_over_variation(stored, exact, spread if spread >= COLLAPSED_SPREAD else None)
+    return error, max(LEAST_ALLOWED, ERROR_MARGIN * (recorded if recorded >= 0 else UNRECORDED_ERROR))
 
 
 def _check_frames(

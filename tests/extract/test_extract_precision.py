@@ -23,7 +23,7 @@ from cache_pipeline.encoders import precision as precision_module
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.errors import ConfigError, EncoderError, StaleCacheError
 from cache_pipeline.extract.camera_encoders import SAMPLE, _sample
-from cache_pipeline.extract.verify import verify_cache
+from cache_pipeline.extract.verify import verify
 
 HERE = Path(__file__).resolve()
 
@@ -159,7 +159,7 @@ def test_a_cache_without_the_figure_is_read_verified_and_extended_in_its_precisi
     extract(cache, dataset, encoders=LARGE, precision="bf16", cameras=(CAMERA,))
     change_manifest(cache, measured)
     assert not any("variation" in line for line in inspect_cache(cache).lines())
-    result = verify_cache(cache, device="cpu")
+    result = verify(cache, device="cpu", encoder=LARGE.factory)
     assert result.ok
     assert result.error_over_variation is None
     more = make_dataset(tmp_path / "more.hdf5", lengths=(30, 20, 25, 8), masks={})
@@ -186,12 +186,13 @@ def test_a_precision_that_the_device_lacks_is_read_and_verified_in_the_nearest(
     from_elsewhere: Path, dataset: Path
 ) -> None:
     assert np.isfinite(FeatureCache(from_elsewhere).features(CAMERA)).all()
-    result = verify_cache(from_elsewhere, device="cpu")
+    result = verify(from_elsewhere, device="cpu", encoder=SMALL.factory)
     assert result.ok
     assert result.tolerance == pytest.approx(2 * 5e-3 + 1e-3)
     assert 0 < result.max_rel < result.tolerance
     assert any("cpu lacks fp16, so frames were encoded in fp32 (tolerance 1e-02)" in line for line in result.lines())
-    asked = CliRunner().invoke(app, ["--quiet", "verify", str(from_elsewhere), "--device", "cpu", "--json"])
+    command = ["verify", str(from_elsewhere), "--device", "cpu", "--encoder", str(SMALL.factory), "--json"]
+    asked = CliRunner().invoke(app, ["--quiet", *command])
     assert asked.exit_code == 0, asked.output
     assert json.loads(asked.stdout).keys() >= {"rows", "max_abs", "max_rel", "min_cosine", "tolerance", "ok"}
 
@@ -217,7 +218,7 @@ def test_a_wrong_frame_is_found_where_frames_differ_by_less_than_a_precision_rou
     """Mean colours on top of 32: as shares of their size, all frames agree within bf16's tolerance."""
     cache = tmp_path / "bf16.zarr"
     extract(cache, dataset, encoders=LARGE, precision="bf16", cameras=(CAMERA,), store_dtype="float32", shard_rows=128)
-    assert verify_cache(cache, rows=75).ok
+    assert verify(cache, rows=75, encoder=LARGE.factory).ok
     swapped = tmp_path / "swapped.hdf5"
     make_dataset(swapped, lengths=(30, 20, 25))
     import h5py
@@ -229,6 +230,6 @@ def test_a_wrong_frame_is_found_where_frames_differ_by_less_than_a_precision_rou
     other = tmp_path / "other.zarr"
     extract(other, swapped, encoders=LARGE, precision="bf16", cameras=(CAMERA,), store_dtype="float32", shard_rows=128)
     write_manifest(other, manifest)
-    result = verify_cache(other, rows=75)
+    result = verify(other, rows=75, encoder=LARGE.factory)
     assert result.max_rel < result.tolerance
     assert not result.ok
