@@ -100,9 +100,6 @@ def train(
     keep_best: KeepBest = 1,
     device: o.Device = "auto",
     precision: o.Precision = "auto",
-    cuda_graph: Annotated[
-        bool, typer.Option("--cuda-graph/--no-cuda-graph", help="On a GPU: launch a step as one CUDA graph.")
-    ] = True,
     seed: o.Seed = 0,
     wandb: Wandb = None,
     deep: Deep = False,
@@ -155,7 +152,6 @@ def train(
         max_memory=o.byte_count(max_memory),
         device=device,
         precision=cast(Any, precision),
-        cuda_graph=cuda_graph,
         seed=seed,
         wandb=wandb,
         out=out,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from functools import partial
 from typing import cast
@@ -13,7 +12,6 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import Bottleneck
 
-from cache_pipeline.encoders.convolution import convolve
 from cache_pipeline.encoders.resnet import ResNet
 from cache_pipeline.errors import EncoderError, available
 
@@ -57,9 +55,7 @@ def run_stages(net: ResNet, x: Tensor, stages: Iterable[str], gradient_checkpoin
             for block in stage:
                 run = partial(run_block, block)
                 x = checkpoint(run, x, use_reentrant=False) if gradient_checkpointing else run(x)
-        elif name == "maxpool":  # before the ReLU, which then has a quarter of the values: the two commute
-            x = net.relu(net.maxpool(x))
-        elif name not in ("bn1", "relu"):
+        elif name != "bn1":
             x = stage(x)
     return x
 
@@ -80,15 +76,11 @@ def run_block(block: nn.Module, x: Tensor) -> Tensor:
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     """``norm(conv(x))``. While BatchNorm's statistics are frozen it is folded into the convolution's weights, which
-    learn through it as they would without: two passes over every map, forward and backward, are saved. Where there are
-    more weights than values in the maps it is the other way round, and nothing is folded.
+    learn through it as they would without: two passes over every map, forward and backward, are saved.
     """
     if not isinstance(norm, nn.BatchNorm2d) or norm.training:
         return cast(Tensor, norm(conv(x)))
-    places = len(x) * x[0, 0].numel() // math.prod(conv.stride)
-    if places < conv.weight[0].numel():
-        return cast(Tensor, norm(convolve(x, conv.weight, conv.bias, conv)))
     scale = norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
     shift = norm.bias - cast(Tensor, norm.running_mean) * scale
     weight = conv.weight * scale[:, None, None, None]
-    return convolve(x, weight, shift, conv)
+    return functional.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)

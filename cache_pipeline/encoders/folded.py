@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -57,28 +56,6 @@ def folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d, device: torch.device, dty
     return FoldedConv(*_fold(conv, norm), geometry, device, dtype)
 
 
-class PairedStem:
-    """The stem on pairs of columns: a 7×7 convolution of stride 2 on 3 channels as one of 7×4 and stride (2, 1) on 6.
-
-    bfloat16 products go in pairs of channels, so three channels cost as much as four. An image padded to an even width
-    is its own pairs of columns; only the weights are arranged anew.
-    """
-
-    def __init__(self, stem: nn.Conv2d, norm: nn.BatchNorm2d, device: torch.device, dtype: torch.dtype) -> None:
-        weight, bias = _fold(stem, norm)
-        columns = nn.functional.pad(weight, (0, 1)).reshape(*weight.shape[:3], 4, 2)
-        paired = columns.permute(0, 4, 1, 2, 3).flatten(1, 2)
-        self.dtype = dtype
-        self.conv = FoldedConv(paired, bias, ((3, 0), (2, 1), (1, 1), 1), device, dtype)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        """(B,3,H,W), channels-last, to (B,64,ceil(H/2),ceil(W/2)), after the ReLU."""
-        batch, _, height, width = images.shape
-        padded = torch.zeros(batch, height, (width + 7) // 2 * 2, 3, dtype=self.dtype, device=images.device)
-        padded[:, :, 3 : width + 3] = images.permute(0, 2, 3, 1)
-        return self.conv(padded.view(batch, height, -1, 6).permute(0, 3, 1, 2), True)
-
-
 class FoldedBlock:
     """A residual block of folded convolutions."""
 
@@ -117,14 +94,15 @@ class FoldedTrunk:
         blocks = [block for layer in layers for block in layer]
         exact = EXACT_BLOCKS if dtype == torch.bfloat16 and isinstance(blocks[0], Bottleneck) else 0
         self.cut = cut
-        self.stem = _stem(net, device, torch.float32 if exact else dtype)
+        norm = cast(nn.BatchNorm2d, net.bn1)
+        self.stem = folded_conv(net.conv1, norm, device, torch.float32 if exact else dtype)
         self.blocks = [
             FoldedBlock(block, device, torch.float32 if index < exact else dtype) for index, block in enumerate(blocks)
         ]
 
     def __call__(self, images: Tensor) -> Tensor:
         """(B,3,H,W) to (B,D) or (B,D,h,w)."""
-        x = max_pool(self.stem(images))
+        x = max_pool(self.stem(images.to(self.stem.dtype, memory_format=torch.channels_last), True))
         for block in self.blocks:
             x = block(x)
         x = x.float()
@@ -171,15 +149,6 @@ def _every_second(dim: int, start: int) -> tuple[slice, ...]:
 def _fold(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     mean, variance = cast(Tensor, norm.running_mean), cast(Tensor, norm.running_var)
     return fuse_conv_bn_weights(conv.weight, conv.bias, mean, variance, norm.eps, norm.weight, norm.bias)
-
-
-def _stem(net: ResNet, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Images (B,3,H,W), float32, to what comes out of the stem's ReLU, in ``dtype``."""
-    norm = cast(nn.BatchNorm2d, net.bn1)
-    if dtype == torch.bfloat16 and device.type == "cpu":
-        return PairedStem(net.conv1, norm, device, dtype)
-    conv = folded_conv(net.conv1, norm, device, dtype)
-    return lambda images: conv(images.to(dtype, memory_format=torch.channels_last), True)
 
 
 def can_fold(net: nn.Module) -> bool:

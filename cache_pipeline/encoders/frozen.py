@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from cache_pipeline.encoders.folded import FoldedTrunk, can_fold
 from cache_pipeline.encoders.identity import encoder_identity
 from cache_pipeline.encoders.image_encoder import ImageEncoder, with_declared
-from cache_pipeline.encoders.precision import DTYPES, resolve_precision
+from cache_pipeline.encoders.precision import DTYPES, computing_in, resolve_precision
 from cache_pipeline.encoders.preprocess import Preprocess, preprocess
 from cache_pipeline.encoders.resnet import ResNet
 from cache_pipeline.encoders.views import View
@@ -75,7 +74,7 @@ class FrozenEncoder:
         Returns:
             (B,D) or (B,D,h,w) float32 on the device.
         """
-        with torch.inference_mode(), _tf32(self.device, self.precision == "tf32"):
+        with torch.inference_mode(), computing_in(self.precision, self.device):
             images = torch.as_tensor(frames).to(self.device, non_blocking=True)
             return self._trunk(preprocess(images, self.preprocess, view))
 
@@ -104,21 +103,6 @@ def _fast_trunk(encoder: ImageEncoder, device: torch.device, dtype: torch.dtype)
     ready = copy.deepcopy(encoder).to(device, dtype)
     ready = ready.to(memory_format=torch.channels_last)
     return lambda images: ready.trunk(images.to(dtype)).float()
-
-
-@contextmanager
-def _tf32(device: torch.device, allowed: bool) -> Iterator[None]:
-    """TF32 on or off within, whatever the process has chosen: cuDNN has it on by default, and float32 is not TF32."""
-    if device.type != "cuda":
-        yield
-        return
-    convolutions, products = torch.backends.cudnn, torch.backends.cuda.matmul
-    before = convolutions.allow_tf32, products.allow_tf32
-    convolutions.allow_tf32 = products.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        convolutions.allow_tf32, products.allow_tf32 = before
 
 
 def preferred_batch_size(device: torch.device | str) -> int:

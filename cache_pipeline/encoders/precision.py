@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -50,6 +53,37 @@ def nearest_precision(precision: str, device: torch.device) -> str:
         return resolve_precision(precision, device)
     except EncoderError:
         return "fp32"
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """To what ``torch.autocast`` is to cast for a resolved precision; None where float32 stays float32."""
+    dtype = DTYPES[precision]
+    return None if dtype == torch.float32 else dtype
+
+
+@contextmanager
+def computing_in(precision: str, device: torch.device) -> Iterator[None]:
+    """Within, float32 means float32 in matrix products and convolutions, forward and backward; with ``tf32``, TF32.
+
+    torch's defaults differ: cuDNN convolutions take TF32. The flags belong to the process and are restored at the end.
+    Nested uses of the same precision change nothing, so that threads may do so at the same time.
+    """
+    tf32 = precision == "tf32" and device.type == "cuda"
+    before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+    wanted = ("high" if tf32 else "highest", tf32 if device.type == "cuda" else before[1])
+    if before == wanted:
+        yield
+        return
+    _set_float32(*wanted)
+    try:
+        yield
+    finally:
+        _set_float32(*before)
+
+
+def _set_float32(products: str, convolutions_in_tf32: bool) -> None:
+    torch.set_float32_matmul_precision(products)
+    torch.backends.cudnn.allow_tf32 = convolutions_in_tf32
 
 
 def error_over_variation(features: Tensor, exact: Tensor, spread: float | None = None) -> float:

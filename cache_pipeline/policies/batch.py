@@ -15,18 +15,16 @@ class Batch(NamedTuple):
             ``{low-dim key: (B,To,…)}``.
         actions: (B,Ta,A).
         mask: (B,Ta), True where an action step lies inside its demo.
-        rows: (B,To,n) what ``VisuomotorPolicy.prepare`` made of the obs, which are left out then.
     """
 
     obs: dict[str, Tensor]
     actions: Tensor
     mask: Tensor
-    rows: Tensor | None = None
 
     def select(self, rows: slice) -> Batch:
         """Some of the windows."""
         obs = {key: values[rows] for key, values in self.obs.items()}
-        return Batch(obs, self.actions[rows], self.mask[rows], None if self.rows is None else self.rows[rows])
+        return Batch(obs, self.actions[rows], self.mask[rows])
 
 
 def masked_mean(values: Tensor, mask: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.obs import acting_obs, camera_frames, is_frames
 from cache_pipeline.encoders.obs_encoder import MultiImageObsEncoder
+from cache_pipeline.encoders.precision import autocast_dtype, computing_in
 from cache_pipeline.encoders.preprocess import preprocess
 from cache_pipeline.encoders.views import ViewSpec
 from cache_pipeline.errors import CheckpointError, ConfigError
@@ -43,9 +44,9 @@ class VisuomotorPolicy(nn.Module):
         augmentation: of frames in training, one draw per window; ``None`` for none.
         feature_noise: deviation of noise on normalised features in training.
         feature_dropout: share of normalised features set to 0 in training, the others scaled up.
-        encoder_dtype: to which encoders that learn are autocast; ``None`` for float32.
-        compute_dtype: of the weights with which a training step is to compute projection and action head; ``None`` for
-            float32. :meth:`loss` takes the dtype in which it finds them.
+        precision: what :meth:`loss` computes encoders, projection and action head in: ``fp32``, ``tf32``, ``bf16`` or
+            ``fp16``. Weights, normalisation and sums stay in float32. :meth:`act` computes encoders that are not frozen
+            in it, for the time of a training, and all else in float32.
         frozen_trunks: camera → the fast path of what lies below the cut, for frames, while none of it learns.
     """
 
@@ -68,8 +69,7 @@ class VisuomotorPolicy(nn.Module):
         self.feature_noise = self.feature_dropout = 0.0
         self.augmentation: ViewSpec | None = None
         self.frozen_trunks: Mapping[str, FrozenEncoder] = {}
-        self.encoder_dtype: torch.dtype | None = None
-        self.compute_dtype: torch.dtype | None = None
+        self.precision = "fp32"
         self.carries_encoder = False
         self.env_args: dict[str, Any] | None = None
         self.render_flags: dict[str, Any] | None = None
@@ -83,18 +83,6 @@ class VisuomotorPolicy(nn.Module):
     def low_dim(self) -> dict[str, tuple[int, ...]]:
         """Low-dim key → shape of one row."""
         return self.obs_encoder.shapes.low_dim
-
-    @property
-    def prepared_bytes(self) -> int | None:
-        """Size of one row that ``prepare`` makes; ``None`` where it cannot: something below the projection is learned,
-        drawn anew for each window, or computed from maps.
-        """
-        encoders = self.obs_encoder
-        maps = any(len(shape) > 1 for shape in encoders.feature_shapes.values())
-        learns = any(parameter.requires_grad for _, parameter in self.encoder_parameters())
-        if maps or learns or self.feature_noise or self.feature_dropout:
-            return None
-        return self.inputs.offset.numel() * self._prepared_dtype.itemsize
 
     @property
     def device(self) -> torch.device:
@@ -122,11 +110,9 @@ class VisuomotorPolicy(nn.Module):
         """
         parts = []
         for camera in self.cameras:
-            encoder = self.obs_encoder.key_model_map[camera]
-            pooled = torch.cat(
-                [encoder.head(part.to(self.device).float()) for part in torch.split(features[camera], 256)]
-            )
-            rows = pooled.cpu().numpy()
+            encoder, split = self.obs_encoder.key_model_map[camera], torch.split(features[camera], 256)
+            with computing_in("fp32", self.device):
+                rows = torch.cat([encoder.head(part.to(self.device).float()) for part in split]).cpu().numpy()
             parts.append(Normalizer(rows.shape[1:]).fit(rows, "gaussian", ROUNDING["float16"]))
         for key, shape in self.low_dim.items():
             parts.append(Normalizer(shape).fit(np.asarray(low_dim[key]), "gaussian"))
@@ -158,25 +144,13 @@ class VisuomotorPolicy(nn.Module):
         rows, (batch, steps) = self._rows(obs, generator)
         return self.obs_encoder.projection(rows).view(batch, steps * self.obs_encoder.out_dim)
 
-    @torch.no_grad()
-    def prepare(self, obs: Mapping[str, Tensor]) -> Tensor:
-        """(B,To,n) what ``loss`` takes as a batch's rows in place of ``obs``, the same at every step of training.
-
-        Only where ``prepared_bytes`` says so. Arguments and errors as of ``condition``.
-        """
-        rows, leading = self._rows(obs, None)
-        return rows.to(self._prepared_dtype).view(*leading, -1)
-
     def loss(self, batch: Batch, generator: Draws = None) -> Tensor:
-        """The policy's loss on a batch, in normalised action units; a scalar."""
-        if batch.rows is None:
-            rows, (size, steps) = self._rows(batch.obs, generator)
-        else:
-            rows, (size, steps) = batch.rows.flatten(0, 1), batch.rows.shape[:2]
-        projection = self.obs_encoder.projection
-        rows = rows.to(cast(nn.Linear, projection[0]).weight.dtype)
-        cond = projection(rows).view(size, steps * self.obs_encoder.out_dim)
-        return self.policy.loss(cond, self.actions(batch.actions), batch.mask, generator)
+        """The policy's loss on a batch, in normalised action units; a scalar, computed in ``precision``."""
+        rows, (size, steps) = self._rows(batch.obs, generator)
+        actions = self.actions(batch.actions)
+        with self._autocast():
+            cond = self.obs_encoder.projection(rows).view(size, steps * self.obs_encoder.out_dim)
+            return self.policy.loss(cond, actions, batch.mask, generator)
 
     @torch.no_grad()
     def act(
@@ -198,8 +172,10 @@ class VisuomotorPolicy(nn.Module):
         if noise is not None and tuple(noise.shape[1:]) != self.noise_shape:
             wanted = "none" if self.noise_shape is None else f"(B, {', '.join(map(str, self.noise_shape))})"
             raise ConfigError(f"noise has the shape {tuple(noise.shape)}; this policy takes {wanted}")
-        condition = self.condition(obs)
-        actions = self.policy.act(condition, generator) if noise is None else self.policy.act(condition, noise=noise)
+        with computing_in("fp32", self.device):
+            condition = self.condition(obs)
+            drawn = {"generator": generator} if noise is None else {"noise": noise}
+            actions = self.policy.act(condition, **drawn)
         if self.clip_actions:
             actions = actions.clamp(-1, 1)
         return self.actions.invert(actions)
@@ -233,14 +209,10 @@ class VisuomotorPolicy(nn.Module):
                 )
         self.load_state_dict(dict(tensors), strict=False)
 
-    @property
-    def _prepared_dtype(self) -> torch.dtype:
-        return self.compute_dtype or torch.float32
-
     def _rows(self, obs: Mapping[str, Tensor], draws: Draws) -> tuple[Tensor, tuple[int, ...]]:
         """Normalised features and low-dim obs (B·To, n), and (B, To)."""
         features = self._features(obs, draws)
-        with self._autocast(self.encoder_dtype):
+        with self._autocast():
             rows, leading = self.obs_encoder.join(features, obs, torch.float32)
         return self._disturbed(self.inputs(rows), draws), leading
 
@@ -259,7 +231,7 @@ class VisuomotorPolicy(nn.Module):
             # What inference mode makes cannot take part in a backward pass; its copy can.
             features = self.frozen_trunks[camera](frames, view).clone()
         else:
-            with self._autocast(self.encoder_dtype):
+            with self._autocast():
                 images = preprocess(frames, self.obs_encoder.preprocessing[camera], view)
                 features = self.obs_encoder.key_model_map[camera].trunk(images)
         return features.reshape(*leading, *features.shape[1:])
@@ -277,5 +249,6 @@ class VisuomotorPolicy(nn.Module):
             features = features * kept / (1 - self.feature_dropout)
         return torch.cat((features, joined[:, width:]), dim=1)
 
-    def _autocast(self, dtype: torch.dtype | None) -> Any:
+    def _autocast(self) -> Any:
+        dtype = autocast_dtype(self.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)

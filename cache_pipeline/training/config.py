@@ -148,8 +148,6 @@ class TrainConfig:
     device: str = "auto"
     precision: Precision = "auto"
     """Arithmetic of the image encoder in live runs; projection and policy compute in fp32 (tf32 where allowed)."""
-    cuda_graph: bool = True
-    """On a CUDA device, record a step on cached features as a CUDA graph, which spares the launches of its kernels."""
     seed: int = 0
     wandb: str | None = None
     """A Weights & Biases project that gets the figures too."""

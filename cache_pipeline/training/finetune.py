@@ -50,7 +50,6 @@ from cache_pipeline.training.distributed import Ranks, current_ranks, joined_ran
 from cache_pipeline.training.learner import PolicyLearner
 from cache_pipeline.training.loop import Phase
 from cache_pipeline.training.metrics import check_wandb
-from cache_pipeline.training.mixed_precision import set_precision
 from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.rows import cache_row_numbers
@@ -228,7 +227,7 @@ class FinetuneSession:
     def _choose_precision(self) -> str:
         """The precision that was asked for, else that in which the run's features were made, if the device has it."""
         if self._config.precision != "auto":
-            return self._config.precision
+            return resolve_precision(self._config.precision, self._device)
         cache = self.data.cache
         made_in = features_precision(cache, tuple(self.data.cameras)) if cache else self._before.get("precision")
         try:
@@ -268,7 +267,7 @@ class FinetuneSession:
         if not config.resume:
             policy.load_tensors({**self._start_from.model, **self._start_from.ema})
         policy.carries_encoder = True
-        set_precision(policy, self._precision, self._device)
+        policy.precision = self._precision
         for encoder in policy.obs_encoder.key_model_map.distinct():
             encoder.train_batch_norm = config.batchnorm == "update"
             if config.checkpointing:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from cache_pipeline.encoders.precision import computing_in
 from cache_pipeline.errors import CheckpointError
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.config import OptimConfig
-from cache_pipeline.training.cuda_graph import GraphedUpdate, Number, Recorder
 from cache_pipeline.training.distributed import current_ranks
 from cache_pipeline.training.gradients import BatchGradient
-from cache_pipeline.training.mixed_precision import working_copies
 from cache_pipeline.training.optim import AveragedWeights, Optimizer, Part
 
 GENERATOR = "generator"
@@ -72,7 +71,6 @@ class PolicyLearner:
         steps: length of the schedule.
         seed: of the noise in the loss.
         accumulate: parts into which a batch is cut, more when memory runs out.
-        recorder: from the source of random numbers, what records updates so that they can be replayed; none by default.
     """
 
     def __init__(
@@ -85,17 +83,15 @@ class PolicyLearner:
         seed: int,
         device: torch.device,
         accumulate: int = 1,
-        recorder: Callable[[torch.Generator], Recorder] | None = None,
     ) -> None:
-        self._policy = policy
-        self._optimizer = Optimizer(optim, rates, steps)
+        self._policy, self._device = policy, device
+        self._optimizer = Optimizer(optim, rates, steps, device=device, precision=policy.precision)
         self._average = None if optim.ema is None else AveragedWeights(optim.ema)
         self._generator = torch.Generator(device).manual_seed(seed)
-        ranks = current_ranks()
-        self._recorder = recorder if accumulate == 1 and ranks.world == 1 else None
+        self._gradient = BatchGradient(
+            policy, self._generator, parts=accumulate, ranks=current_ranks(), scaled=self._optimizer.scaled
+        )
         self.learn("policy", policy.policy_parameters())
-        copies = working_copies(policy, self._optimizer.packs)
-        self._gradient = BatchGradient(policy, self._generator, copies, parts=accumulate, ranks=ranks)
 
     @property
     def policy(self) -> VisuomotorPolicy:
@@ -113,13 +109,15 @@ class PolicyLearner:
             parameter.requires_grad_(True)
         self._optimizer.add(part, parameters)
         if self._average is not None:
-            self._average.add(self._optimizer.packs)
-        self._graphed = self._to_be_recorded()
+            self._average.add(self._optimizer.parameters)
 
     def step(self, batch: Batch, number: int) -> Tensor:
-        weight = 0.0 if self._average is None else self._average.weight(number)
-        numbers = (self._optimizer.share(number), weight)
-        return self._update(batch, numbers) if self._graphed is None else self._graphed(batch, numbers)
+        with computing_in(self._policy.precision, self._device):
+            loss = self._gradient(batch, self._optimizer.parameters.values())
+        self._optimizer.step(number)
+        if self._average is not None:
+            self._average.update(number)
+        return loss
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
@@ -144,33 +142,3 @@ class PolicyLearner:
         if state is None or state.dtype != torch.uint8 or state.shape != self._generator.get_state().shape:
             raise CheckpointError("the checkpoint's random state is not of this device or version; start a new run")
         self._generator.set_state(state.cpu())
-
-    def _update(self, batch: Batch, numbers: Sequence[Number]) -> Tensor:
-        """One update with a share of the peak learning rate and a weight in the average; the loss, detached."""
-        loss = self._gradient(batch, self._optimizer.parameters.values())
-        self._apply(numbers)
-        return loss
-
-    def _update_at_once(self, batch: Batch, numbers: Sequence[Number]) -> Tensor:
-        try:
-            loss = self._gradient.at_once(batch)
-            self._apply(numbers)
-        finally:
-            self._optimizer.drop_gradients()
-        return loss
-
-    def _apply(self, numbers: Sequence[Number]) -> None:
-        share, weight = numbers
-        self._optimizer.step(share)
-        if self._average is not None:
-            self._average.update(weight)
-
-    def _to_be_recorded(self) -> GraphedUpdate | None:
-        """For the parameters that learn now."""
-        if self._recorder is None:
-            return None
-        recorder = self._recorder(self._generator)
-        return GraphedUpdate(self._update, self._update_at_once, self._changed, self._generator, recorder)
-
-    def _changed(self) -> list[Tensor]:
-        return [*self._optimizer.memory, *(() if self._average is None else self._average.memory)]

@@ -25,7 +25,6 @@ FREE_TO_CHANGE = {
     "out",
     "saving",
     "device",
-    "cuda_graph",
     "encoder_factory",
     "deep",
     "max_memory",

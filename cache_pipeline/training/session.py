@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder, make_preprocess
+from cache_pipeline.encoders.precision import resolve_precision
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.extract.camera_encoders import restore_encoders
@@ -26,7 +26,6 @@ from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, read_run, run_encoders
 from cache_pipeline.training.config import TrainConfig
 from cache_pipeline.training.contents import recorded_contents
-from cache_pipeline.training.cuda_graph import CudaRecorder
 from cache_pipeline.training.data import (
     RunData,
     SourcePlan,
@@ -41,12 +40,9 @@ from cache_pipeline.training.data import (
     tell_choice,
 )
 from cache_pipeline.training.learner import Learner, PolicyLearner
-from cache_pipeline.training.mixed_precision import set_precision
 from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.robomimic import RobomimicLearner, fit_robomimic, robomimic_config, robomimic_splits
 from cache_pipeline.training.run import check_resumed
-from cache_pipeline.training.sources.memory import memory_budget
-from cache_pipeline.training.sources.resident import ResidentSource
 from cache_pipeline.training.sources.source import Source, SplitRows
 
 STATISTICS_ROWS = 1024
@@ -119,15 +115,13 @@ def _open_own(
     assert config.batch_size is not None
     policy = build_policy(spec, encoders, config.seed).to(device)
     policy.feature_noise, policy.feature_dropout = config.feature_noise, config.feature_dropout
-    set_precision(policy, config.precision, device)
+    policy.precision = resolve_precision(config.precision, device)
     splits = data.splits(WindowSpec(spec.obs_horizon, spec.action_horizon), device)
     plan = _plan(config, data, len(splits[0]), device, before)
     source = _source(config, data, plan, splits, spec, encoders, device)
     learner = _learner(config, policy, device)
     if before is None:
         fit_statistics(policy, data, source, config.action_normalization)
-    if isinstance(source, ResidentSource):
-        _prepare_rows(source, policy, config.max_memory, device)
     return _Opened(splits, plan, source, learner, config.batch_size)
 
 
@@ -257,16 +251,6 @@ def _plan(
     return plan if before is None else plan.in_order_of(before)
 
 
-def _prepare_rows(
-    source: ResidentSource, policy: VisuomotorPolicy, max_memory: int | None, device: torch.device
-) -> None:
-    """Has rows prepared once for all steps, if they fit into memory beside the features."""
-    left = memory_budget(device, None) if max_memory is None else max_memory - source.nbytes
-    size = policy.prepared_bytes
-    if size is not None and size * source.n_rows <= left:
-        source.prepare_with(policy.prepare)
-
-
 def _views(config: TrainConfig, data: RunData) -> int:
     if data.cache is None:
         return 1
@@ -299,7 +283,6 @@ def _source(
 
 
 def _learner(config: TrainConfig, policy: VisuomotorPolicy, device: torch.device) -> PolicyLearner:
-    graphed = config.cuda_graph and device.type == "cuda" and config.freeze_encoder
     learner = PolicyLearner(
         policy,
         config.optim,
@@ -307,7 +290,6 @@ def _learner(config: TrainConfig, policy: VisuomotorPolicy, device: torch.device
         steps=config.steps,
         seed=config.seed,
         device=device,
-        recorder=partial(CudaRecorder, device) if graphed else None,
     )
     if not config.freeze_encoder:
         policy.carries_encoder = True

@@ -50,7 +50,6 @@ SAMPLES: dict[str, list[str]] = {
     "camera_encoder": ["--camera-encoder", "front_image=resnet34"],
     "cameras": ["--cameras", "front_image"],
     "crop_shape": ["--crop-shape", "20,20"],
-    "cuda_graph": ["--no-cuda-graph"],
     "cut": ["--cut", "layer3"],
     "dataset": ["--dataset", "more.hdf5"],
     "deep": ["--deep"],

@@ -4,7 +4,7 @@ from torch import nn
 
 from cache_pipeline.encoders.cut import CUTS
 from cache_pipeline.encoders.device import resolve_device
-from cache_pipeline.encoders.folded import PairedStem, can_fold, folded_conv, max_pool, onednn_fuses
+from cache_pipeline.encoders.folded import can_fold, folded_conv, max_pool, onednn_fuses
 from cache_pipeline.encoders.frozen import FrozenEncoder, preferred_batch_size
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder
 from cache_pipeline.encoders.precision import error_over_variation, nearest_precision, resolve_precision
@@ -77,16 +77,6 @@ def test_pooling_gives_the_same_bits_as_torch(dtype):
             x = torch.randn(2, 8, height, width, generator=generator).relu().to(dtype)
             x = x.contiguous(memory_format=torch.channels_last)
             assert torch.equal(max_pool(x), torch.max_pool2d(x, 3, 2, 1)), (height, width)
-
-
-@pytest.mark.parametrize(("height", "width"), [(32, 32), (31, 33), (30, 47), (7, 8)])
-def test_the_stem_on_pairs_of_columns_is_the_stem(height, width):
-    net = trained("resnet18").net
-    images = torch.randn(2, 3, height, width, generator=torch.Generator().manual_seed(0))
-    images = images.contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode():
-        found = PairedStem(net.conv1, net.bn1, CPU, torch.float32)(images)
-        torch.testing.assert_close(found, net.relu(net.bn1(net.conv1(images))), rtol=1e-4, atol=1e-5)
 
 
 def test_trying_the_fused_convolution_gives_an_answer():

@@ -11,9 +11,6 @@ from cache_pipeline.policies.batch import Batch, masked_mean
 from cache_pipeline.policies.draws import Draws, normal
 from cache_pipeline.training.distributed import ALONE
 from cache_pipeline.training.gradients import BatchGradient, cut
-from cache_pipeline.training.mixed_precision import WorkingCopies
-
-NO_COPIES = WorkingCopies((), (), torch.float32)
 
 
 class Shifted(nn.Module):
@@ -23,6 +20,7 @@ class Shifted(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(2))
         self.room = room
+        self.precision, self.device = "fp32", torch.device("cpu")
 
     def loss(self, batch: Batch, generator: Draws = None) -> torch.Tensor:
         if len(batch.actions) > self.room:
@@ -38,7 +36,7 @@ def batch() -> Batch:
 
 def gradient(policy: Any, parts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    measured = BatchGradient(policy, generator, NO_COPIES, parts=parts, ranks=ALONE)
+    measured = BatchGradient(policy, generator, parts=parts, ranks=ALONE)
     loss = measured(batch(), [policy.weight])
     return loss, policy.weight.grad, generator.get_state()
 

@@ -10,22 +10,19 @@ from torch import nn
 from cache_pipeline.errors import CheckpointError
 from cache_pipeline.training.config import OptimConfig
 from cache_pipeline.training.optim import AveragedWeights, Optimizer, Part, schedule
-from cache_pipeline.training.packing import Packed
 
 RATES: dict[Part, float] = {"policy": 0.1, "encoder": 0.01}
 
 
-def stepped(model: nn.Module, max_norm: float | None, *, together: bool = False) -> list[torch.Tensor]:
+def stepped(model: nn.Module, max_norm: float | None) -> list[torch.Tensor]:
     """The parameters after one update of a copy of ``model``."""
     ours = copy.deepcopy(model)
     for theirs, own in zip(model.parameters(), ours.parameters(), strict=True):
         own.grad = None if theirs.grad is None else theirs.grad.clone()
     optimizer = Optimizer(OptimConfig(grad_clip=max_norm, warmup_steps=0), {"policy": 0.1}, 100)
     optimizer.add("policy", ours.named_parameters())
-    if together:
-        bring_together(optimizer)
-    optimizer.step(optimizer.share(0))
-    moments = [value for name, value in sorted(optimizer.tensors().items()) if not name.startswith("step")]
+    optimizer.step(0)
+    moments = [value for name, value in sorted(optimizer.tensors().items()) if name.startswith("exp_avg")]
     return [*ours.parameters(), *moments]
 
 
@@ -36,11 +33,10 @@ def model_with_gradients() -> nn.Sequential:
     return model
 
 
-@pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e3])
-def test_gradients_are_clipped_as_torch_does(max_norm: float, together: bool) -> None:
+def test_gradients_are_clipped_as_torch_does(max_norm: float) -> None:
     model = model_with_gradients()
-    ours = stepped(model, max_norm, together=together)
+    ours = stepped(model, max_norm)
     nn.utils.clip_grad_norm_(model.parameters(), max_norm)
     assert model[2].weight.grad is None
     torch.testing.assert_close(ours, stepped(model, None), rtol=1e-5, atol=1e-12)
@@ -52,7 +48,7 @@ def test_a_small_gradient_after_a_large_one_is_not_scaled() -> None:
     optimizer.add("policy", [("w", parameter)])
     for size in (100.0, 0.1):
         parameter.grad = torch.full((3,), size)
-        optimizer.step(optimizer.share(0))
+        optimizer.step(0)
     moment = optimizer.tensors()["exp_avg/w"]
     torch.testing.assert_close(moment, torch.full((3,), 0.9 * 0.1 / math.sqrt(3) + 0.1 * 0.1))
 
@@ -62,22 +58,11 @@ def test_a_norm_that_is_not_finite_is_not_taken_for_a_small_one() -> None:
     optimizer = Optimizer(OptimConfig(grad_clip=1.0), {"policy": 0.1}, 100)
     optimizer.add("policy", [("w", parameter)])
     parameter.grad = torch.tensor([1.0, float("nan")])
-    optimizer.step(optimizer.share(0))
+    optimizer.step(0)
     assert parameter.isnan().all()
 
 
-def bring_together(optimizer: Optimizer) -> None:
-    """Moves the gradients that there are to where those of one pack lie together."""
-    for packed in optimizer.packs:
-        gradients = [value.grad for value in packed.parameters]
-        packed.drop_gradients()
-        for number, gradient in enumerate(gradients):
-            if gradient is not None:
-                packed.add_gradient(number, gradient)
-
-
-@pytest.mark.parametrize("together", [False, True])
-def test_updates_and_state_are_those_of_torch(together: bool) -> None:
+def test_updates_and_state_are_those_of_torch() -> None:
     """Over five steps, with two rates, decay of matrices alone, and a layer that has a gradient in some steps only."""
     torch.manual_seed(0)
     ours = nn.ModuleList(nn.Linear(3, 3) for _ in range(3))
@@ -101,9 +86,7 @@ def test_updates_and_state_are_those_of_torch(together: bool) -> None:
             sum(layer(drawn).square().mean() for layer in used).backward()
         for group, peak in zip(reference.param_groups, peaks, strict=True):
             group["lr"] = peak * schedule(number, 100, 0, OptimConfig().min_lr_ratio)
-        if together:
-            bring_together(optimizer)
-        optimizer.step(optimizer.share(number))
+        optimizer.step(number)
         reference.step()
         reference.zero_grad()
     torch.testing.assert_close(list(ours.parameters()), list(theirs.parameters()), rtol=1e-5, atol=1e-7)
@@ -118,7 +101,7 @@ def test_state_goes_through_a_file_by_name(tmp_path: Path) -> None:
     model = model_with_gradients()
     optimizer = Optimizer(OptimConfig(), {"policy": 0.1}, 100)
     optimizer.add("policy", model.named_parameters())
-    optimizer.step(optimizer.share(0))
+    optimizer.step(0)
     saved = {name: value.clone() for name, value in optimizer.tensors().items()}
     save_file(optimizer.tensors(), tmp_path / "state.safetensors")
     other = Optimizer(OptimConfig(), {"policy": 0.1}, 100)
@@ -129,36 +112,32 @@ def test_state_goes_through_a_file_by_name(tmp_path: Path) -> None:
     for resumed in (optimizer, other):
         for value in resumed.parameters.values():
             value.grad = torch.ones_like(value)
-    bring_together(other)
     for resumed in (optimizer, other):
-        resumed.step(resumed.share(1))
+        resumed.step(1)
     assert all(torch.equal(value, optimizer.parameters[name]) for name, value in other.parameters.items())
     with pytest.raises(CheckpointError, match=r"0\.weight does not fit"):
         other.load({**saved, "exp_avg/0.weight": torch.zeros(2, 2)})
 
 
-def two_packs() -> tuple[nn.Sequential, list[Packed]]:
+def two_layers() -> tuple[nn.Sequential, dict[str, nn.Parameter]]:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2))
-    return model, [
-        Packed({f"{number}.{name}": value for name, value in layer.named_parameters()})
-        for number, layer in enumerate(model)
-    ]
+    return model, dict(model.named_parameters())
 
 
 def test_the_average_starts_at_the_weights_and_follows_them() -> None:
-    model, packs = two_packs()
+    model, named = two_layers()
     average = AveragedWeights(0.5)
-    average.add(packs[:1])
+    average.add({name: value for name, value in named.items() if name.startswith("0.")})
     expected = {name: value.detach().clone() for name, value in model.named_parameters()}
     for number in range(8):
         with torch.no_grad():
             for value in model.parameters():
                 value.add_(1 + number)
         if number == 3:
-            average.add(packs)
+            average.add(named)
             expected |= {name: value.detach().clone() for name, value in model[1].named_parameters("1")}
-        average.update(average.weight(number))
+        average.update(number)
         decay = min(0.5, (1 + number) / (10 + number))
         for name, value in model.named_parameters():
             if number >= 3 or name.startswith("0."):
@@ -169,9 +148,9 @@ def test_the_average_starts_at_the_weights_and_follows_them() -> None:
 
 
 def test_the_average_takes_the_weights_place_for_a_while_and_leaves_it_after_an_error() -> None:
-    model, packs = two_packs()
+    model, named = two_layers()
     average = AveragedWeights(0.5)
-    average.add(packs)
+    average.add(named)
     average.load({name: torch.full_like(value, 7.0) for name, value in average.tensors().items()})
     held = list(model.parameters())
     before = [value.detach().clone() for value in held]
@@ -181,7 +160,5 @@ def test_the_average_takes_the_weights_place_for_a_while_and_leaves_it_after_an_
     with pytest.raises(RuntimeError), average.applied():
         torch.zeros(2) @ torch.zeros(3)
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
-    packs[0].values.zero_()
-    assert not model[0].weight.any()
     with pytest.raises(CheckpointError, match=r"no fitting 1\.bias"):
         average.load({name: value for name, value in average.tensors().items() if name != "1.bias"})

@@ -21,16 +21,13 @@ from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import CheckpointError, ConfigError, DatasetError
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.policies.visuomotor import VisuomotorPolicy
+from cache_pipeline.training import gradients
 from cache_pipeline.training import learner as learner_module
 from cache_pipeline.training.checkpoint import inspect_run, load_policy
 from cache_pipeline.training.config import OptimConfig, SavingConfig, TrainConfig
 from cache_pipeline.training.distributed import ALONE
 from cache_pipeline.training.gradients import BatchGradient
 from cache_pipeline.training.metrics import read_metrics
-from cache_pipeline.training.mixed_precision import WorkingCopies, set_precision, working_copies
-from cache_pipeline.training.order import Plan
-from cache_pipeline.training.packing import Packed
 from cache_pipeline.training.session import open_session
 from cache_pipeline.training.train import train
 
@@ -61,10 +58,6 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int, number: signal.Signal
         return real(self, batch, index)
 
     monkeypatch.setattr(learner_module.PolicyLearner, "step", step_and_signal)
-
-
-def packs(policy: VisuomotorPolicy) -> list[Packed]:
-    return [Packed(dict(policy.policy_parameters()))]
 
 
 @pytest.fixture(scope="module")
@@ -116,55 +109,6 @@ def test_views_are_drawn_alike_by_resident_and_streamed_training(order: str, cac
     assert losses(resident) != losses(clean)
 
 
-@pytest.mark.parametrize("choice", ["bf16", "fp32"])
-def test_rows_prepared_once_give_the_bits_of_rows_prepared_at_every_step(
-    choice: str, cache: Path, tmp_path: Path
-) -> None:
-    shared: dict[str, Any] = {"order": "full", "augment": True, "precision": choice}
-    once = train(config(tmp_path / "once", cache, **shared), progress=False).run
-    pools = FeatureCache(cache).nbytes() // 2
-    anew = train(config(tmp_path / "anew", cache, source="streamed", max_memory=pools, **shared), progress=False).run
-    assert read_metrics(once)[-1]["validation/action_mse"] == read_metrics(anew)[-1]["validation/action_mse"]
-    assert losses(once) == losses(anew)
-
-
-@pytest.mark.parametrize(
-    ("options", "prepared"),
-    [
-        ({}, True),
-        ({"feature_noise": 0.1}, False),
-        ({"feature_dropout": 0.1}, False),
-        ({"max_memory": 42 * 2 * 512 * 4 + 10_000}, False),
-        ({"max_memory": 42 * 2 * 512 * 4 * 2 + 10_000}, True),
-    ],
-)
-def test_rows_are_prepared_once_where_nothing_in_them_changes_and_they_fit(
-    options: dict[str, Any], prepared: bool, cache: Path, tmp_path: Path
-) -> None:
-    session = open_session(config(tmp_path / "run", cache, **options), tmp_path / "run")
-    policy, source = session.learner.policy, session.source
-    assert source.name == "resident"
-    assert (source.n_rows, source.nbytes) == (42, 42 * 2 * 512 * 4)
-    batch = next(source.batches(session.sampler.plans(0, 1)))
-    assert (batch.rows is not None) is prepared
-    assert bool(batch.obs) is not prepared
-    if batch.rows is not None:
-        assert batch.rows.nbytes == 8 * 2 * policy.prepared_bytes
-        assert batch.select(slice(2, 5)).rows.equal(batch.rows[2:5])
-    held_out = Plan(0, np.arange(2), np.zeros(2, np.int64), 0)
-    assert set(next(source.batches([held_out], valid=True)).obs) == {*policy.cameras, *policy.low_dim}
-
-
-def test_no_rows_are_prepared_of_maps_or_below_what_learns(run: Path, frontier: Path, tmp_path: Path) -> None:
-    maps = open_session(config(tmp_path / "maps", frontier), tmp_path / "maps")
-    assert maps.learner.policy.prepared_bytes is None
-    assert next(maps.source.batches(maps.sampler.plans(0, 1))).rows is None
-    policy = load_policy(run)
-    assert policy.prepared_bytes == 4 * policy.inputs.offset.numel()
-    policy.obs_encoder.unfreeze_rgb_encoder(["layer4"])
-    assert policy.prepared_bytes is None
-
-
 @pytest.mark.parametrize("policy", ["flow", "mlp", "gmm"])
 def test_bfloat16_training_keeps_float32_weights_and_stays_near_float32(
     policy: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -177,50 +121,48 @@ def test_bfloat16_training_keeps_float32_weights_and_stays_near_float32(
     assert all(value.dtype != torch.bfloat16 for value in load_policy(fast).tensors().values())
 
 
-@pytest.mark.parametrize(
-    ("device", "choice", "dtype"), [("cpu", "bf16", torch.bfloat16), ("cpu", "fp32", None), ("cuda", "bf16", None)]
-)
-def test_policies_compute_in_bfloat16_on_cpus_alone(
-    device: str, choice: str, dtype: torch.dtype | None, run: Path
-) -> None:
-    policy = load_policy(run)
-    set_precision(policy, choice, torch.device(device))
-    assert policy.compute_dtype is dtype
-
-
-@pytest.mark.parametrize("choice", ["bf16", "fp32"])
-def test_steps_in_bfloat16_compute_with_copies_of_all_but_the_encoders_weights(choice: str, run: Path) -> None:
-    policy = load_policy(run)
-    set_precision(policy, choice, torch.device("cpu"))
-    held = dict(policy.named_parameters())
-    with working_copies(policy, packs(policy)).applied():
-        within = {name: parameter.dtype for name, parameter in policy.named_parameters()}
-    learning = {name for name, _ in policy.policy_parameters()}
-    assert {name for name, dtype in within.items() if dtype == torch.bfloat16} == (
-        learning if choice == "bf16" else set()
-    )
-    assert all(held[name] is now for name, now in policy.named_parameters())
-
-
-def test_copies_of_the_weights_change_no_bit_of_loss_and_gradient(run: Path) -> None:
+def test_copies_of_the_weights_change_no_bit_of_loss_and_gradient(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy, drawn = load_policy(run), torch.Generator().manual_seed(0)
-    set_precision(policy, "bf16", torch.device("cpu"))
+    policy.precision = "bf16"
     for _, parameter in policy.policy_parameters():
         parameter.requires_grad_(True)
     obs = {camera: 40 + torch.randn(4, 2, 512, generator=drawn) for camera in policy.cameras}
     obs |= {key: torch.randn(4, 2, *shape, generator=drawn) for key, shape in policy.low_dim.items()}
     batch = Batch(obs, torch.rand(4, 8, 7, generator=drawn), torch.ones(4, 8, dtype=torch.bool))
     found = []
-    for copies, autocast in (
-        (WorkingCopies((), (), torch.float32), True),
-        (working_copies(policy, packs(policy)), False),
-    ):
-        measured = BatchGradient(policy, torch.Generator().manual_seed(1), copies, parts=1, ranks=ALONE)
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+    for copies in (True, False):
+        monkeypatch.setattr(gradients, "uses_copies", lambda policy, copies=copies: copies)
+        for parts in (1, 2):
+            measured = BatchGradient(policy, torch.Generator().manual_seed(1), parts=parts, ranks=ALONE)
             loss = measured(batch, [])
-        found.append([loss, *(parameter.grad for _, parameter in policy.policy_parameters())])
-        policy.zero_grad()
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+            found.append([loss, *(parameter.grad for _, parameter in policy.policy_parameters())])
+            assert all(value.dtype == torch.float32 for value in found[-1])
+            policy.zero_grad()
+    for with_copies, by_autocast in zip(found[:2], found[2:], strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(with_copies, by_autocast, strict=True))
+
+
+def test_a_step_in_bfloat16_computes_all_layers_in_it_and_acting_in_float32(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, set[torch.dtype]] = {"loss": set(), "act": set()}
+    for copies in (True, False):
+        monkeypatch.setattr(gradients, "uses_copies", lambda policy, copies=copies: copies)
+        session = open_session(config(tmp_path / "run", cache, precision="bf16"), tmp_path / "run")
+        policy, doing = session.learner.policy, "loss"
+
+        def note(module: Any, args: Any, output: torch.Tensor) -> None:
+            seen[doing].add(output.dtype)  # noqa: B023
+
+        for module in policy.modules():
+            if isinstance(module, torch.nn.Linear):
+                module.register_forward_hook(note)
+        batch = next(session.source.batches(session.sampler.plans(0, 1)))
+        session.learner.step(batch, 0)
+        doing = "act"
+        assert policy.act(batch.obs).dtype == torch.float32
+        assert seen == {"loss": {torch.bfloat16}, "act": {torch.float32}}
+        assert all(value.dtype == torch.float32 for value in policy.parameters())
 
 
 @pytest.mark.parametrize("policy", ["flow", "mlp", "gmm"])

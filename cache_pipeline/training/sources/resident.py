@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -12,13 +12,8 @@ from torch import Tensor
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.training.order import Plan
-from cache_pipeline.training.sources.memory import PIECES, piece_rows
+from cache_pipeline.training.sources.memory import piece_rows
 from cache_pipeline.training.sources.source import SplitRows, take_rows
-
-PREPARED_AT_ONCE = 4096  # rows, and a small share of all of them
-
-Prepare = Callable[[dict[str, Tensor]], Tensor]
-"""Obs, ``{camera: features (B,To,…), low-dim key: (B,To,…)}``, to what a policy makes of them row by row, (B,To,n)."""
 
 
 class ResidentSource:
@@ -48,7 +43,6 @@ class ResidentSource:
         self._splits = {False: train, True: valid}
         self._n, self._views, self._device = len(numbers), views, device
         self._features = {camera: _load(cache, camera, numbers, views, device) for camera in cameras}
-        self._prepare: Prepare | None = None
 
     @property
     def n_rows(self) -> int:
@@ -60,44 +54,20 @@ class ResidentSource:
         """What their features take."""
         return sum(values.nbytes for values in self._features.values())
 
-    def prepare_with(self, prepare: Prepare) -> None:
-        """Has training batches hold what ``prepare`` makes of their rows, made once for all when training begins."""
-        self._prepare = prepare
-
     def batches(self, plans: Iterable[Plan], *, valid: bool = False) -> Generator[Batch, None, None]:
         split = self._splits[valid]
         assert split is not None
-        prepared = None if valid or self._prepare is None else self._prepared(self._prepare, split)
         for plan in plans:
             rows, actions, mask = split.gather(plan)
             places = rows
             if self._views > 1 and plan.views.any():
                 places = rows + torch.from_numpy(plan.views * self._n).to(self._device, non_blocking=True)[:, None]
-            if prepared is not None:
-                yield Batch({}, actions, mask, take_rows(prepared, places))
-            else:
-                yield Batch(self._obs(split, rows, places), actions, mask)
+            features = {camera: take_rows(values, places).float() for camera, values in self._features.items()}
+            yield Batch({**features, **split.low_dim(rows)}, actions, mask)
 
     def features_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
         chosen = torch.from_numpy(rows).to(self._device)
         return {camera: values.index_select(0, chosen).cpu() for camera, values in self._features.items()}
-
-    def _obs(self, split: SplitRows, rows: Tensor, places: Tensor) -> dict[str, Tensor]:
-        """Obs of packed rows (B,To), whose features of the views that were drawn lie at ``places``."""
-        features = {camera: take_rows(values, places).float() for camera, values in self._features.items()}
-        return {**features, **split.low_dim(rows)}
-
-    def _prepared(self, prepare: Prepare, split: SplitRows) -> Tensor:
-        """(views·N, n), in the order of the features."""
-        prepared = None
-        at_once = min(PREPARED_AT_ONCE, max(1, self.n_rows // PIECES))
-        for places in torch.split(torch.arange(self.n_rows, device=self._device), at_once):
-            part = prepare(self._obs(split, places[None] % self._n, places[None])).squeeze(0)
-            if prepared is None:
-                prepared = part.new_empty(self.n_rows, part.shape[1])
-            prepared[places] = part
-        assert prepared is not None
-        return prepared
 
 
 def _load(
