@@ -12,6 +12,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torchvision.models.resnet import Bottleneck
 
+from cache_pipeline.encoders.convolution import convolve
 from cache_pipeline.encoders.resnet import ResNet
 from cache_pipeline.errors import EncoderError, available
 
@@ -83,4 +84,4 @@ def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
     scale = norm.weight * torch.rsqrt(cast(Tensor, norm.running_var) + norm.eps)
     shift = norm.bias - cast(Tensor, norm.running_mean) * scale
     weight = conv.weight * scale[:, None, None, None]
-    return functional.conv2d(x, weight, shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return convolve(x, weight, shift, conv)

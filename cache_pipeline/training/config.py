@@ -147,7 +147,9 @@ class TrainConfig:
     """Bytes that features (or frames) may take on the device; by default half of what is free."""
     device: str = "auto"
     precision: Precision = "auto"
-    """Arithmetic of the image encoder in live runs; projection and policy compute in fp32 (tf32 where allowed)."""
+    """What a step computes encoder, projection and action head in; weights, sums and the optimiser stay in float32.
+    ``auto`` is the fastest of the device: bf16, fp16 on CUDA below 8.0, fp32 on CPUs that do not multiply bfloat16.
+    Cached features keep the precision that they were made in. robomimic's algorithms compute in fp32, or in tf32."""
     seed: int = 0
     wandb: str | None = None
     """A Weights & Biases project that gets the figures too."""
@@ -249,6 +251,7 @@ class FinetuneConfig:
     max_memory: int | None = None
     device: str = "auto"
     precision: Precision = "auto"
+    """As in TrainConfig, but ``auto`` is the precision in which the run's features were made."""
     seed: int = 0
     wandb: str | None = None
     """A Weights & Biases project that gets the figures too."""
@@ -349,6 +352,11 @@ def _check_robomimic(config: TrainConfig) -> None:
                 f"{name} is for the policies {', '.join(POLICIES)}; robomimic's algorithms have theirs in the JSON of "
                 f"--robomimic-config, such as algo.optim_params"
             )
+    if config.precision in ("bf16", "fp16"):
+        raise ConfigError(
+            f"--precision {config.precision} with one of robomimic's algorithms, which compute in float32: give fp32, "
+            f"tf32 or auto; cached features keep the precision that they were made in"
+        )
     if not config.freeze_encoder:
         raise OptionError("robomimic's algorithms learn from frozen features: leave --no-freeze-encoder out")
 

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_pipeline.demos.windows import Windows, WindowSpec
+from cache_pipeline.encoders.precision import computing_in
 from cache_pipeline.errors import CheckpointError, ConfigError
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.policies.robomimic_bridge import (
@@ -152,10 +153,11 @@ class RobomimicLearner:
         policy: the policy that learns.
         windows: number of training windows: an epoch where the config says None.
         seed: of what the algorithm draws.
+        precision: ``fp32`` or ``tf32``.
     """
 
-    def __init__(self, policy: RobomimicPolicy, *, windows: int, seed: int) -> None:
-        self._policy, self._algo = policy, policy.algo
+    def __init__(self, policy: RobomimicPolicy, *, windows: int, seed: int, precision: str = "fp32") -> None:
+        self._policy, self._algo, self._precision = policy, policy.algo, precision
         self._epoch_steps = policy.config.epoch_steps or max(1, windows // policy.config.batch_size)
         self._cuda = policy.device.type == "cuda"
         with self._forked():
@@ -169,7 +171,7 @@ class RobomimicLearner:
     def step(self, batch: Batch, number: int) -> Tensor:
         """Makes update ``number``, counted from 0; the sum of the algorithm's losses as a scalar on the device."""
         epoch = number // self._epoch_steps + 1
-        with self._own_random():
+        with self._own_random(), computing_in(self._precision, self._policy.device):
             with self._policy.device if self._cuda else nullcontext():
                 prepared = self._algo.process_batch_for_training(self.robomimic_batch(batch))
             info = self._algo.train_on_batch(prepared, epoch)

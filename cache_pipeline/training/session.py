@@ -137,7 +137,8 @@ def _open_robomimic(
     splits = robomimic_splits(policy.config, data.rows, device)
     plan = _plan(config, data, len(splits[0]), device, before)
     source = _source(config, data, plan, splits, spec, encoders, device)
-    learner = RobomimicLearner(policy, windows=len(splits[0]), seed=config.seed)
+    precision = "tf32" if config.precision == "tf32" else "fp32"
+    learner = RobomimicLearner(policy, windows=len(splits[0]), seed=config.seed, precision=precision)
     if before is None:
         fit_robomimic(policy, data.rows, source)
     return _Opened(splits, plan, source, learner, policy.config.batch_size)

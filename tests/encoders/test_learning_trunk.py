@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from cache_pipeline.encoders.convolution import Geometry, convolve, weight_gradient
 from cache_pipeline.encoders.cut import STAGES, run_stages
 from cache_pipeline.encoders.resnet import get_resnet
 
@@ -54,3 +55,37 @@ def test_statistics_that_learn_are_those_of_the_batch():
     torch.testing.assert_close(maps, expected)
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(dict(made.named_buffers()), dict(reference.named_buffers()))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "padding", "size"),
+    [(3, 1, 1, (3, 3)), (3, 2, 1, (6, 7)), (3, 2, 1, (7, 6)), (1, 2, 0, (7, 6)), (3, 1, 1, (1, 1)), (7, 2, 3, (9, 5))],
+)
+def test_the_gradient_of_weights_is_torchs(kernel, stride, padding, size):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 5, kernel, stride, padding).double()
+    x = torch.randn(4, 3, *size, dtype=torch.float64)
+    out = conv(x)
+    gradient = torch.randn_like(out)
+    out.backward(gradient)
+    found = weight_gradient(x, gradient, (kernel, kernel), Geometry((stride, stride), (padding, padding)))
+    torch.testing.assert_close(found, conv.weight.grad)
+
+
+@pytest.mark.parametrize(("channels", "kernel", "stride"), [((256, 512), 3, 2), ((64, 128), 1, 2), ((32, 32), 3, 1)])
+def test_bfloat16_learns_as_torchs_convolution_does(channels, kernel, stride):
+    torch.manual_seed(0)
+    conv = nn.Conv2d(*channels, kernel, stride, kernel // 2)
+    images = torch.randn(2, channels[0], 6, 6).contiguous(memory_format=torch.channels_last)
+    found, wanted = [], []
+    for results, run in ((found, lambda x: convolve(x, conv.weight, conv.bias, conv)), (wanted, conv)):
+        x = images.clone().requires_grad_(True)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = run(x)
+        assert out.dtype == torch.bfloat16
+        out.float().square().mean().backward()
+        results += [out.detach(), x.grad, conv.weight.grad, conv.bias.grad]
+        conv.zero_grad()
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours - theirs).norm() <= 5e-3 * theirs.norm()

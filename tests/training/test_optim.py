@@ -162,3 +162,73 @@ def test_the_average_takes_the_weights_place_for_a_while_and_leaves_it_after_an_
     assert all(torch.equal(now, then) for now, then in zip(model.parameters(), before, strict=True))
     with pytest.raises(CheckpointError, match=r"no fitting 1\.bias"):
         average.load({name: value for name, value in average.tensors().items() if name != "1.bias"})
+
+
+class FakeScaler:
+    """GradScaler's bookkeeping without a GPU: what it is asked, in order."""
+
+    def __init__(self, device: str, enabled: bool) -> None:
+        self.enabled, self.calls, self.state = enabled, [], {"scale": 65536.0, "_growth_tracker": 3}
+
+    def is_enabled(self) -> bool:
+        return self.enabled
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        return loss * self.state["scale"]
+
+    def unscale_(self, optimizer: torch.optim.Optimizer) -> None:
+        self.calls.append("unscale")
+        for group in optimizer.param_groups:
+            for value in group["params"]:
+                value.grad.div_(self.state["scale"])
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        self.calls.append("step")
+        optimizer.step()
+
+    def update(self) -> None:
+        self.calls.append("update")
+
+    def state_dict(self) -> dict[str, float]:
+        return dict(self.state)
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.state = state
+
+
+def test_float16_scales_the_loss_and_unscales_before_clipping(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.amp, "GradScaler", FakeScaler)
+    made = [Optimizer(OptimConfig(warmup_steps=0), {"policy": 0.1}, 100, precision=p) for p in ("fp16", "fp32")]
+    models = [copy.deepcopy(nn.Linear(3, 2)) for _ in made]
+    models[1].load_state_dict(models[0].state_dict())
+    for optimizer, model in zip(made, models, strict=True):
+        optimizer._scaler.state["scale"] = 65536.0 if optimizer._scaler.is_enabled() else 1.0
+        optimizer.add("policy", model.named_parameters())
+        optimizer.scaled(model(torch.ones(1, 3)).square().sum()).backward()
+        optimizer.step(0)
+    assert [optimizer._scaler.is_enabled() for optimizer in made] == [True, False]
+    assert made[0]._scaler.calls == ["unscale", "step", "update"]
+    torch.testing.assert_close(list(models[0].parameters()), list(models[1].parameters()))
+    saved = made[0].tensors()
+    other = Optimizer(OptimConfig(), {"policy": 0.1}, 100, precision="fp16")
+    other.add("policy", models[0].named_parameters())
+    other._scaler.state = {"scale": 1.0, "_growth_tracker": 0}
+    other.load(saved)
+    assert other._scaler.state == {"scale": 65536.0, "_growth_tracker": 3}
+
+
+def test_the_peak_rates_of_a_checkpoint_hold_and_an_earlier_versions_state_is_refused() -> None:
+    model = model_with_gradients()
+    optimizer = Optimizer(OptimConfig(), RATES, 100)
+    optimizer.add("policy", model.named_parameters())
+    optimizer.step(0)
+    saved = optimizer.tensors()
+    other = Optimizer(OptimConfig(), {"policy": 0.5, "encoder": 0.5}, 100)
+    other.add("policy", copy.deepcopy(model).named_parameters())
+    other.load(saved)
+    assert {name: float(value) for name, value in other.tensors().items() if name.startswith("peak_rate/")} == {
+        "peak_rate/policy": 0.1,
+        "peak_rate/encoder": 0.01,
+    }
+    with pytest.raises(CheckpointError, match="of an earlier version and cannot be resumed; start a new run"):
+        other.load({name: value for name, value in saved.items() if not name.startswith("peak_rate/")})

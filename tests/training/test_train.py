@@ -165,6 +165,35 @@ def test_a_step_in_bfloat16_computes_all_layers_in_it_and_acting_in_float32(
         assert all(value.dtype == torch.float32 for value in policy.parameters())
 
 
+@pytest.mark.parametrize("choice", ["tf32", "fp32"])
+def test_the_flags_of_a_precision_hold_in_the_forward_and_backward_pass(
+    choice: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on CUDA: the flags are the process's, whatever device computes."""
+    session = open_session(config(tmp_path / "run", cache), tmp_path / "run")
+    learner, seen = session.learner, {}
+    policy = learner.policy
+    policy.precision = choice
+    on_cuda = precision.computing_in
+    for module in ("cache_pipeline.training.learner", "cache_pipeline.policies.visuomotor"):
+        monkeypatch.setattr(f"{module}.computing_in", lambda name, device: on_cuda(name, torch.device("cuda")))
+
+    def note(when: str) -> None:
+        seen[when] = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+
+    layer = policy.obs_encoder.projection[2]
+    layer.register_forward_hook(lambda *args: note("forward"))
+    layer.register_full_backward_hook(lambda *args: note("backward"))
+    batch = next(session.source.batches(session.sampler.plans(0, 1)))
+    before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
+    learner.step(batch, 0)
+    wanted = ("high", True) if choice == "tf32" else ("highest", False)
+    assert seen == {"forward": wanted, "backward": wanted}
+    policy.act(batch.obs)
+    assert seen["forward"] == ("highest", False)
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
 @pytest.mark.parametrize("policy", ["flow", "mlp", "gmm"])
 def test_each_policy_trains_and_acts_in_dataset_units(policy: str, cache: Path, dataset: Path, tmp_path: Path) -> None:
     result = train(config(tmp_path / "run", cache, policy=policy, steps=3), progress=False)
