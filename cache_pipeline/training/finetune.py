@@ -175,7 +175,7 @@ class FinetuneSession:
             check_resumed(self._run, config, self.data.identity)
             for item in self._unfreezing:
                 if item.step < self._start_from.step:
-                    self._begin(item.layers)
+                    self._begin(item)
             self.learner.load(self._start_from.model, self._start_from.ema, self._start_from.resume)
             return self._start_from
         self._source_at(0)
@@ -200,7 +200,7 @@ class FinetuneSession:
         items = self._unfreezing if self._unfreezing[0].step == 0 else (Unfreezing(0, ()), *self._unfreezing)
         stops = [*(item.step for item in items[1:]), self._config.steps]
         return [
-            Phase(item.step, stop, partial(self._begin, item.layers), partial(self._source_at, item.step))
+            Phase(item.step, stop, partial(self._begin, item), partial(self._source_at, item.step))
             for item, stop in zip(items, stops, strict=True)
         ]
 
@@ -285,9 +285,9 @@ class FinetuneSession:
         logger.info("encoder learning rate %.2g, since features vary by %.2g of their mean", rate, variation)
         return rate
 
-    def _begin(self, layers: tuple[str, ...]) -> None:
-        if layers:
-            self.learner.learn("encoder", unfreeze(self.policy, layers, self._config.freeze))
+    def _begin(self, item: Unfreezing) -> None:
+        if item.layers:
+            self.learner.learn("encoder", unfreeze(self.policy, item.layers, self._config.freeze), item.step)
 
     def _layers(self, step: int) -> tuple[str, ...]:
         """All that learns at ``step``."""

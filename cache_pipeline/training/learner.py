@@ -102,12 +102,12 @@ class PolicyLearner:
         """The source of the loss's noise."""
         return self._generator
 
-    def learn(self, part: Part, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Lets parameters learn from now on, with the learning rate of ``part``."""
+    def learn(self, part: Part, parameters: Iterable[tuple[str, nn.Parameter]], start: int = 0) -> None:
+        """Lets parameters learn from step ``start`` on, with the learning rate of ``part``."""
         parameters = list(parameters)
         for _, parameter in parameters:
             parameter.requires_grad_(True)
-        self._optimizer.add(part, parameters)
+        self._optimizer.add(part, parameters, start)
         if self._average is not None:
             self._average.add(self._optimizer.parameters)
 

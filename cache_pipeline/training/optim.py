@@ -46,8 +46,12 @@ class Optimizer:
         self._adamw: torch.optim.AdamW | None = None
         self.parameters: dict[str, nn.Parameter] = {}
 
-    def add(self, part: Part, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
-        """Trains parameters from now on; those that are trained already are left as they are."""
+    def add(self, part: Part, parameters: Iterable[tuple[str, nn.Parameter]], start: int = 0) -> None:
+        """Trains parameters from step ``start`` on; those that are trained already are left as they are.
+
+        Their learning rate has a warm-up of its own from there: Adam's first steps are as large as the rate, however
+        small the gradient is.
+        """
         known = set(self.parameters.values())
         fresh = {name: parameter for name, parameter in parameters if parameter not in known}
         self.parameters |= fresh
@@ -55,11 +59,12 @@ class Optimizer:
             chosen = [parameter for parameter in fresh.values() if (parameter.dim() > 1) is decayed]
             decay = self._config.weight_decay if decayed else 0.0
             if chosen:
-                self._add_group({"params": chosen, "weight_decay": decay, "part": part})
+                self._add_group({"params": chosen, "weight_decay": decay, "part": part, "start": start})
 
-    def share(self, number: int) -> float:
-        """Of the peak learning rate, at step ``number``, counted from 0."""
-        return schedule(number, self._steps, self._warmup, self._config.min_lr_ratio)
+    def share(self, number: int, start: int = 0) -> float:
+        """Of the peak learning rate at step ``number``, counted from 0, of parameters trained from ``start`` on."""
+        share = schedule(number, self._steps, self._warmup, self._config.min_lr_ratio)
+        return share if start == 0 or self._warmup == 0 else share * min(1.0, (number - start + 1) / self._warmup)
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss whose gradient :meth:`step` expects: ``loss`` itself but for float16."""
@@ -69,7 +74,7 @@ class Optimizer:
         """Makes update ``number``, counted from 0; gradients are clipped before, and dropped after."""
         assert self._adamw is not None
         for group in self._adamw.param_groups:
-            group["lr"] = self._rates[group["part"]] * self.share(number)
+            group["lr"] = self._rates[group["part"]] * self.share(number, group["start"])
         self._scaler.unscale_(self._adamw)
         if self._config.grad_clip is not None:
             self._clip(self._config.grad_clip)

@@ -232,3 +232,17 @@ def test_the_peak_rates_of_a_checkpoint_hold_and_an_earlier_versions_state_is_re
     }
     with pytest.raises(CheckpointError, match="of an earlier version and cannot be resumed; start a new run"):
         other.load({name: value for name, value in saved.items() if not name.startswith("peak_rate/")})
+
+
+def test_parameters_that_begin_late_are_warmed_up_from_their_first_step() -> None:
+    early, late = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+    optimizer = Optimizer(OptimConfig(warmup_steps=4, weight_decay=0), {"policy": 0.1, "encoder": 0.1}, 1000)
+    optimizer.add("policy", [("early", early)])
+    optimizer.add("encoder", [("late", late)], 100)
+    moved = []
+    for number in range(100, 105):
+        before = early.item(), late.item()
+        early.grad, late.grad = torch.ones(1), torch.ones(1)
+        optimizer.step(number)
+        moved.append((late.item() - before[1]) / (early.item() - before[0]))
+    assert moved == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0], rel=1e-3)
