@@ -102,7 +102,8 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(("overwrite",), lambda v: not v["out"], "no file is written without --out FILE"),
     ),
-    "inspect": (Rule(("overwrite",), lambda v: not v["views"], "no file is written without --views FILE"),),
+    # ``cache inspect`` has the same name and draws nothing.
+    "inspect": (Rule(("overwrite",), lambda v: not v.get("views"), "no file is written without --views FILE"),),
     "probe": (Rule(("overwrite",), lambda v: not v["out"], "no file is written without --out FILE"),),
     "rollout": (Rule(("videos", "overwrite"), lambda v: not v["video"], "nothing is filmed without --video FOLDER"),),
 }
@@ -126,22 +127,13 @@ class CheckedCommand(TyperCommand):
 
 def refuse_without_effect(ctx: Any) -> None:
     """Raises OptionError for the first option on the command line that has no effect beside the others."""
-    for rule in RULES.get(_command_name(ctx), ()):
+    for rule in RULES.get(ctx.command.name, ()):
         if not rule.when(ctx.params):
             continue
         for parameter in ctx.command.params:
             if parameter.name in rule.options and ctx.get_parameter_source(parameter.name).name == "COMMANDLINE":
                 flag = _flag(parameter, ctx.params[parameter.name])
                 raise OptionError(f"{flag} has no effect: {rule.why}; leave {flag} out")
-
-
-def _command_name(ctx: Any) -> str:
-    """The words that name the command, such as ``train`` or ``cache inspect``."""
-    words: list[str] = []
-    while ctx.parent is not None:
-        words.insert(0, ctx.info_name)
-        ctx = ctx.parent
-    return " ".join(words)
 
 
 def _repeatable(parameter: Any) -> bool:
