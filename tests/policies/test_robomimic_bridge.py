@@ -105,7 +105,7 @@ def test_without_robomimic_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -
     for module in [name for name in sys.modules if name.split(".")[0] == "robomimic"]:
         monkeypatch.delitem(sys.modules, module)
     monkeypatch.setitem(sys.modules, "robomimic", None)
-    with pytest.raises(MissingExtraError, match=r"cache-pipeline\[robomimic\]"):
+    with pytest.raises(MissingExtraError, match=r"uv sync --extra robomimic"):
         bridge.default_config("robomimic:bc")
 
 

@@ -18,7 +18,7 @@ def test_a_missing_simulator_names_the_extra(module: str, monkeypatch: pytest.Mo
         "find_spec",
         lambda name, *rest: None if name == module else find("json" if name == "mujoco" else name, *rest),
     )
-    with pytest.raises(MissingExtraError, match=rf"{module}.*cache-pipeline\[sim\]"):
+    with pytest.raises(MissingExtraError, match=rf"{module}.*uv sync --extra sim"):
         opengl.load_robosuite()
 
 

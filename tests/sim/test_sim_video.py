@@ -45,7 +45,7 @@ def test_without_ffmpeg_a_gif_is_written(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_without_imageio_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hide(monkeypatch, "imageio")
-    with pytest.raises(MissingExtraError, match=r"cache-pipeline\[sim\]"):
+    with pytest.raises(MissingExtraError, match=r"uv sync --extra sim"):
         write_video(tmp_path / "episode", [np.zeros((8, 8, 3), np.uint8)], fps=20)
 
 

@@ -180,10 +180,11 @@ def test_values_that_are_not_finite_are_never_saved(
         loss = real(self, batch, number)
         if number == 3:
             assert self._average is not None
+            name, weights = next(iter(self._optimizer.parameters.items()))
             memory = {
-                "weights": self._optimizer.packs[0].values,
-                "average": self._average.memory[0],
-                "moments": self._optimizer.memory[1],
+                "weights": weights.data,
+                "average": self._average.tensors()[name],
+                "moments": self._optimizer.tensors()[f"exp_avg/{name}"],
             }
             memory[part].fill_(float("inf"))
         return loss

@@ -167,7 +167,7 @@ def test_an_unknown_ending_is_refused_before_any_work(tmp_path: Path, name: str)
 
 def test_onnx_without_its_packages_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtraError, match=r"cache-pipeline\[onnx\]"):
+    with pytest.raises(MissingExtraError, match=r"uv sync --extra onnx"):
         export_policy(tmp_path / "no run", tmp_path / "policy.onnx")
 
 

@@ -47,7 +47,7 @@ def test_without_its_client_wandb_is_refused_before_any_work(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(MissingExtraError, match=r"cache-pipeline\[wandb\]"):
+    with pytest.raises(MissingExtraError, match=r"uv sync --extra wandb"):
         train(config(tmp_path / "run", cache, wandb="lift"), progress=False)
     assert not (tmp_path / "run").exists()
 

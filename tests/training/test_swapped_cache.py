@@ -1,7 +1,7 @@
 """A training whose cache is swapped under it ends with an error, and never learns from other rows."""
 
 import pytest
-from cache_fakes import extract
+from cache_fakes import TINY, extract
 from fakes import make_dataset
 from training_runs import config, losses
 
@@ -18,7 +18,13 @@ def test_a_streamed_training_ends_when_its_cache_is_compacted(tmp_path, monkeypa
     extract(cache, dataset, store_dtype="float32")
     make_dataset(dataset, lengths=(20,) * 4, names=names[1:])
     extract(cache, dataset, store_dtype="float32")
-    options = {"steps": 24, "source": "streamed", "max_memory": 3 * 48 * 12 * 4, "order": "full"}
+    options = {
+        "encoder_factory": TINY.factory,
+        "steps": 24,
+        "source": "streamed",
+        "max_memory": 3 * 48 * 12 * 4,
+        "order": "full",
+    }
     options["saving"] = SavingConfig(log_every=1, eval_every=0, save_every=0)
     train(config(tmp_path / "whole", cache, **options), progress=False)
     real = PolicyLearner.step
