@@ -44,16 +44,6 @@ class ResidentSource:
         self._n, self._views, self._device = len(numbers), views, device
         self._features = {camera: _load(cache, camera, numbers, views, device) for camera in cameras}
 
-    @property
-    def n_rows(self) -> int:
-        """How many rows are in memory, of all views."""
-        return self._views * self._n
-
-    @property
-    def nbytes(self) -> int:
-        """What their features take."""
-        return sum(values.nbytes for values in self._features.values())
-
     def batches(self, plans: Iterable[Plan], *, valid: bool = False) -> Generator[Batch, None, None]:
         split = self._splits[valid]
         assert split is not None
