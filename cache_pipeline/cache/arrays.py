@@ -158,12 +158,6 @@ def check_metadata(path: Path, name: str, manifest: Manifest) -> None:
 MEND = "run the extract-features command of this cache again: it makes anew what is missing or damaged"
 
 
-def shard_file(path: Path, name: str, spec: ArraySpec, view: int, block: int) -> Path:
-    """Where a shard lies."""
-    lead = () if spec.views is None else (view,)
-    return path.joinpath(name, "c", *map(str, (*lead, block, *(0 for _ in spec.row_shape))))
-
-
 class _Piece(NamedTuple):
     """Rows of one shard, from ``row`` on, to be read into ``out``."""
 

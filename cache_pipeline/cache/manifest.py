@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,10 +222,6 @@ class Manifest:
             "filter_key": rest.get("filter_key", UNKNOWN),
         }
         return cls(**{**{key: item for key, item in rest.items() if key != "fingerprint"}, **converted})
-
-    def with_results(self, *, demos: tuple[DemoRows, ...], units: dict[str, str], metadata: dict[str, str]) -> Manifest:
-        """This manifest with what is known only when the last unit is written."""
-        return replace(self, demos=demos, units=units, metadata=metadata)
 
 
 def _digest_fits(rest: dict[str, Any], value: dict[str, Any]) -> bool:

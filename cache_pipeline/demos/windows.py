@@ -82,37 +82,6 @@ def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
     return _generator(seed, epoch).permutation(n)
 
 
-def weighted_order(counts: Sequence[int], weights: Sequence[float], n: int, seed: int, epoch: int) -> np.ndarray:
-    """(n,) int64 sample numbers drawn from several datasets laid one after another; a pure function of its arguments.
-
-    Each draw takes dataset i with probability ``weights[i]`` / sum, whatever its size. Within a dataset every sample
-    comes once before any comes again.
-
-    Args:
-        counts: samples in each dataset. weights: how often each is drawn; 0 leaves it out.
-        n: samples in the epoch.
-
-    Raises:
-        ConfigError: weights that do not fit the datasets.
-    """
-    counts_, shares = np.asarray(counts, np.int64), np.asarray(weights, np.float64)
-    if counts_.shape != shares.shape or counts_.ndim != 1:
-        raise ConfigError(f"{shares.size} weights for {counts_.size} datasets; give one weight per dataset")
-    if not np.isfinite(shares).all() or (shares < 0).any() or shares.sum() <= 0:
-        raise ConfigError(f"dataset weights {shares.tolist()} must be 0 or more, and one of them above 0")
-    if ((counts_ < 1) & (shares > 0)).any():
-        raise ConfigError(f"dataset number {int(np.argmax((counts_ < 1) & (shares > 0)))} has a weight but no samples")
-    rng = _generator(seed, epoch)
-    source = rng.choice(len(counts_), size=n, p=shares / shares.sum())
-    order = np.empty(n, np.int64)
-    for number, first in enumerate(np.cumsum(counts_) - counts_):
-        places = np.flatnonzero(source == number)
-        rounds = -(-len(places) // max(int(counts_[number]), 1))
-        drawn = [rng.permutation(counts_[number]) for _ in range(rounds)]
-        order[places] = first + np.concatenate(drawn)[: len(places)] if drawn else first
-    return order
-
-
 def _generator(seed: int, epoch: int) -> np.random.Generator:
     """Philox keyed by (seed, epoch): streams of different epochs are independent."""
     if seed < 0 or epoch < 0:

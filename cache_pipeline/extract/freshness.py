@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Literal, NoReturn
 
 import numpy as np
 
@@ -16,38 +16,10 @@ from cache_pipeline.demos.dataset import Dataset, distinct_paths
 from cache_pipeline.demos.hdf5 import FileStamp
 from cache_pipeline.errors import StaleCacheError
 from cache_pipeline.extract.matching import Matching, array_digest, camera_frame_digests, match_demos
-from cache_pipeline.extract.staleness import check_camera
 
 logger = logging.getLogger("cache_pipeline")
 
 EXTEND = "run the extract-features command of this cache again, which encodes just what differs"
-
-
-def open_for_training(
-    cache_path: str | Path,
-    datasets: Sequence[str | Path] = (),
-    *,
-    identities: Mapping[str, Mapping[str, Any]] | None = None,
-    deep: bool = False,
-) -> FeatureCache:
-    """Opens a cache and holds it against what is to be trained on.
-
-    Args:
-        cache_path: the cache.
-        datasets, deep: as in ``check_sources``.
-        identities: camera → ``FrozenEncoder.identity`` that its features must come from.
-
-    Raises:
-        NotACacheError, IncompleteCacheError, CorruptCacheError: there is no sound cache.
-        StaleCacheError: names the demo (and camera and frame) or the item of the identity that differs.
-    """
-    cache = FeatureCache(cache_path)
-    for camera, identity in (identities or {}).items():
-        if camera in cache.cameras:
-            entry = cache.cameras[camera]
-            check_camera(camera, entry, entry._replace(identity=dict(identity)))
-    check_sources(cache, datasets, deep=deep)
-    return cache
 
 
 def check_sources(cache: FeatureCache, datasets: Sequence[str | Path] = (), *, deep: bool = False) -> None:

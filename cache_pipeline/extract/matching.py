@@ -30,11 +30,6 @@ class Matching(NamedTuple):
     changed: tuple[str, ...]
     removed: tuple[str, ...]
 
-    @property
-    def unchanged(self) -> bool:
-        """Whether the cache holds exactly the dataset's demos."""
-        return not (self.added or self.changed or self.removed)
-
 
 def source_records(dataset: Dataset) -> tuple[SourceRecord, ...]:
     """The dataset's files as a manifest records them, by absolute path."""

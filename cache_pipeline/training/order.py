@@ -98,10 +98,6 @@ class Sampler:
         """The plans of the steps ``start`` to ``stop``."""
         return map(self.plan, range(start, stop))
 
-    def epoch_of(self, step: int) -> float:
-        """Epochs finished before ``step``."""
-        return step * self._batch / self._n
-
     @property
     def _pool_windows(self) -> int:
         assert self._blocks is not None

@@ -11,7 +11,7 @@ from fakes import make_dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_pipeline.demos.windows import WindowSpec, epoch_order, make_windows, weighted_order
+from cache_pipeline.demos.windows import WindowSpec, epoch_order, make_windows
 from cache_pipeline.errors import ConfigError
 
 
@@ -119,45 +119,6 @@ def test_an_epoch_is_a_permutation_that_depends_on_seed_and_epoch_alone():
 
 def test_the_order_of_an_epoch_never_changes_between_versions():
     assert epoch_order(8, 0, 0).tolist() == [3, 6, 4, 0, 7, 5, 2, 1]
-
-
-def test_weights_and_not_sizes_decide_how_often_a_dataset_is_drawn():
-    order = weighted_order([1000, 10], [1, 3], 8000, 0, 0)
-    assert 0.72 < (order >= 1000).mean() < 0.78
-    assert order.min() >= 0
-    assert order.max() < 1010
-
-
-def test_within_a_dataset_every_sample_comes_once_before_any_comes_again():
-    order = weighted_order([7, 50], [1, 1], 100, 2, 1)
-    counts = np.bincount(order[order < 7], minlength=7)
-    assert counts.max() - counts.min() <= 1
-    assert np.bincount(order[order >= 7] - 7).max() <= 2
-
-
-def test_a_weighted_order_is_a_pure_function_of_its_arguments():
-    order = weighted_order([5, 6], [0.5, 0.5], 30, 1, 2)
-    np.testing.assert_array_equal(weighted_order([5, 6], [2, 2], 30, 1, 2), order)
-    assert (weighted_order([5, 6], [0.5, 0.5], 30, 1, 3) != order).any()
-
-
-def test_a_weight_of_zero_leaves_a_dataset_out():
-    assert weighted_order([5, 0, 6], [1, 0, 0], 20, 0, 0).max() < 5
-
-
-@pytest.mark.parametrize(
-    ("counts", "weights", "message"),
-    [
-        ([5, 6], [1], "1 weights for 2 datasets"),
-        ([5, 6], [0, 0], "one of them above 0"),
-        ([5, 6], [1, -1], "0 or more"),
-        ([5, 6], [1, float("nan")], "0 or more"),
-        ([5, 0], [1, 1], "dataset number 1 has a weight but no samples"),
-    ],
-)
-def test_weights_that_do_not_fit_are_refused(counts, weights, message):
-    with pytest.raises(ConfigError, match=message):
-        weighted_order(counts, weights, 10, 0, 0)
 
 
 def test_a_negative_seed_is_refused():

@@ -4,6 +4,7 @@ import os
 import shutil
 import stat
 import subprocess
+from dataclasses import replace
 
 import h5py
 import numpy as np
@@ -148,7 +149,7 @@ def as_made_by_an_earlier_version(path):
         units[unit.name] = output
         for old in (Unit("steps", "", 0, block), *(Unit("low_dim", key, 0, block) for key in manifest.low_dim)):
             (path / "ledger" / f"{old.name}.json").unlink()
-    write_manifest(path, manifest.with_results(demos=manifest.demos, units=units, metadata=manifest.metadata))
+    write_manifest(path, replace(manifest, units=units))
 
 
 def test_a_cache_of_an_earlier_version_is_read_checked_and_extended(dataset, out):
