@@ -168,11 +168,18 @@ def test_the_policy_is_measured_before_the_first_step_and_stays_the_best_if_noth
     assert all(torch.equal(value, acting[name]) for name, value in load_policy(base).policy_parameters())
 
 
-def test_the_encoders_rate_follows_the_variation_of_the_features(base: Path, caplog: pytest.LogCaptureFixture) -> None:
-    policy = load_policy(base)
-    offset, spread = policy.inputs.offset[:512], policy.inputs.spread[:512]
-    policy.inputs.offset[512:1024], policy.inputs.spread[512:1024] = offset, 3 * spread
-    assert policy.feature_variation() == pytest.approx(float(spread.norm() / offset.norm()), rel=1e-6)
+def test_the_encoders_rate_follows_the_variation_of_the_features_unless_one_is_given(
+    base: Path, tmp_path: Path
+) -> None:
+    rates = {}
+    for asked in (None, 3e-4):
+        last = finetune(tuning(base, tmp_path / str(asked), encoder_lr=asked, steps=1), progress=False).checkpoint
+        rates[asked] = float(load_file(last / "resume" / "optimizer.safetensors")["peak_rate/encoder"])
+    inputs = load_policy(base).inputs
+    cameras = [slice(0, 512), slice(512, 1024)]
+    variation = min(float(inputs.spread[part].norm() / inputs.offset[part].norm()) for part in cameras)
+    assert 0 < variation < 1
+    assert rates == {None: pytest.approx(1e-5 * variation, rel=1e-5), 3e-4: pytest.approx(3e-4)}
 
 
 def test_a_schedule_that_reaches_past_the_end_is_refused_by_both_numbers(base: Path, tmp_path: Path) -> None:
