@@ -80,7 +80,7 @@ def extract_features(
     )
     encoders, preprocessing = o.camera_encoders(camera_encoder, spec, preprocess, imagenet_norm, cut)
     if encoder_from is not None:
-        from cache_pipeline.training.tuned_encoder import encoders_of_run
+        from cache_pipeline.runs.tuned_encoder import encoders_of_run
 
         encoders, preprocessing = encoders_of_run(encoder_from, cut, encoder=encoder)
     config = ExtractConfig(

@@ -72,7 +72,7 @@ def bench(
     json: o.Json = False,
 ) -> None:
     """Measure ours, peers and limits side by side in one run."""
-    from cache_pipeline.reports.bench import run_bench
+    from cache_pipeline.reports.bench.run import run_bench
 
     result = run_bench(
         tuple(cases or ()),

@@ -267,7 +267,7 @@ def export(
     json: o.Json = False,
 ) -> None:
     """Write one file that takes raw images and low-dim obs and gives the action chunk."""
-    from cache_pipeline.training.export import export_policy
+    from cache_pipeline.runs.export import export_policy
 
     result = export_policy(run, out, overwrite=overwrite, encoder=encoder)
     o.emit(json, result.to_json(), result.lines())
@@ -275,7 +275,7 @@ def export(
 
 def _emit(run: Callable[[], TrainResult], json: bool) -> None:
     """Runs and prints the result, under torchrun in the first process alone."""
-    from cache_pipeline.training.distributed import launched
+    from cache_pipeline.training.update.distributed import launched
 
     try:
         result = run()

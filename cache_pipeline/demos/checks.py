@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 
 from cache_pipeline.demos.choice import Choice, choose_from
-from cache_pipeline.demos.hdf5 import READ_ERRORS, ArrayInfo, DemoInfo, FileInfo, demo_order
+from cache_pipeline.demos.layouts.robomimic import READ_ERRORS, ArrayInfo, DemoInfo, FileInfo, demo_order
 from cache_pipeline.demos.links import missing_filter
 from cache_pipeline.demos.split import absent_demos
 from cache_pipeline.errors import DatasetError, available

@@ -36,7 +36,7 @@ from cache_pipeline.demos.checks import (
     unused_images,
 )
 from cache_pipeline.demos.frames import INFLATE_THREADS, start_reading
-from cache_pipeline.demos.hdf5 import DemoInfo, FileInfo, FileStamp, damage_told, open_file, scan_file
+from cache_pipeline.demos.layouts.robomimic import DemoInfo, FileInfo, FileStamp, damage_told, open_file, scan_file
 from cache_pipeline.demos.split import VALID_KEY
 from cache_pipeline.errors import DatasetError, available
 

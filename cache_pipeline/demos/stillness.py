@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 import h5py
 import numpy as np
 
-from cache_pipeline.demos.hdf5 import READ_ERRORS, DemoInfo
+from cache_pipeline.demos.layouts.robomimic import READ_ERRORS, DemoInfo
 
 MOST_DEMOS = 1000
 """Demos that are looked at, spread over the file."""

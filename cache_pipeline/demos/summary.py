@@ -12,7 +12,7 @@ import numpy as np
 
 from cache_pipeline.demos import checks
 from cache_pipeline.demos.dataset import Paths, distinct_paths
-from cache_pipeline.demos.hdf5 import READ_ERRORS, DemoInfo, FileInfo, open_file, scan_file
+from cache_pipeline.demos.layouts.robomimic import READ_ERRORS, DemoInfo, FileInfo, open_file, scan_file
 from cache_pipeline.demos.stillness import still_cameras
 
 SHOWN = 12

@@ -13,7 +13,7 @@ import numpy as np
 from cache_pipeline.cache.manifest import UNKNOWN, SourceRecord
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset, distinct_paths
-from cache_pipeline.demos.hdf5 import FileStamp
+from cache_pipeline.demos.layouts.robomimic import FileStamp
 from cache_pipeline.errors import StaleCacheError
 from cache_pipeline.extract.matching import Matching, array_digest, camera_frame_digests, match_demos
 

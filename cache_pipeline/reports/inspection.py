@@ -80,7 +80,7 @@ def _inspect_dataset(path: Path) -> Inspection:
 
 
 def _inspect_run(path: Path) -> Inspection:
-    from cache_pipeline.training.checkpoint import inspect_run
+    from cache_pipeline.runs.checkpoint import inspect_run
 
     try:
         summary = inspect_run(path)
@@ -109,7 +109,7 @@ def _run_problems(run: Path, checkpoints: list[str]) -> Iterator[str]:
     from safetensors import SafetensorError, safe_open
 
     from cache_pipeline.policies.spec import PolicySpec
-    from cache_pipeline.training.checkpoint import CHECKPOINTS, read_checkpoint, read_run
+    from cache_pipeline.runs.checkpoint import CHECKPOINTS, read_checkpoint, read_run
 
     for name in checkpoints:
         try:

@@ -13,7 +13,7 @@ from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import EncoderError
 from cache_pipeline.progress import logger
-from cache_pipeline.reports.bench import sample_dataset
+from cache_pipeline.reports.bench.run import sample_dataset
 from cache_pipeline.reports.inspection import inspect_path
 from cache_pipeline.reports.page import is_ours
 from cache_pipeline.reports.run_report import write_report

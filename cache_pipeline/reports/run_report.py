@@ -21,10 +21,10 @@ from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.progress import logger
 from cache_pipeline.reports import plots
 from cache_pipeline.reports.page import HTML, Page, is_ours
+from cache_pipeline.runs.checkpoint import find_checkpoint, inspect_run, load_policy, read_run
+from cache_pipeline.runs.contents import Contents, recorded_contents, split_of_run
+from cache_pipeline.runs.metrics import read_metrics
 from cache_pipeline.sim.rollout import ROLLOUTS
-from cache_pipeline.training.checkpoint import find_checkpoint, inspect_run, load_policy, read_run
-from cache_pipeline.training.contents import Contents, recorded_contents, split_of_run
-from cache_pipeline.training.metrics import read_metrics
 
 SHOWN_FRAMES = 6
 MAPPED_DEMOS = 5

@@ -25,7 +25,7 @@ from cache_pipeline.sim.environment import (
     Obs,
 )
 from cache_pipeline.sim.opengl import load_robosuite
-from cache_pipeline.sim.scripted import Phase, lift_action, lift_phase
+from cache_pipeline.sim.tasks.lift import Phase, lift_action, lift_phase
 
 LOW_DIM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
 HOLD_STEPS = 5

@@ -159,7 +159,7 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
     device = _device(config.device)
     check_outputs(config)
     if policy is None:
-        from cache_pipeline.training.checkpoint import load_policy
+        from cache_pipeline.runs.checkpoint import load_policy
 
         policy = load_policy(config.run, device, encoder=config.encoder)
     environment = choose_environment(config, policy)
@@ -209,7 +209,7 @@ def keep(result: RolloutResult, config: RolloutConfig) -> Path:
 
 def result_file(config: RolloutConfig) -> Path:
     """Where the result of a run's rollouts is kept; the same episodes replace their earlier result."""
-    from cache_pipeline.training.checkpoint import find_checkpoint
+    from cache_pipeline.runs.checkpoint import find_checkpoint
 
     return find_checkpoint(config.run)[0] / ROLLOUTS / f"seed_{config.seed}_{config.episodes}.json"
 

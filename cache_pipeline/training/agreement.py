@@ -20,8 +20,8 @@ from cache_pipeline.errors import CheckpointError, StaleCacheError
 from cache_pipeline.extract.matching import frame_digests
 from cache_pipeline.policies.spec import PolicySpec
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
-from cache_pipeline.training.data import DataShapes
-from cache_pipeline.training.sources.live import LiveSource
+from cache_pipeline.training.data.live import LiveSource
+from cache_pipeline.training.data.opening import DataShapes
 
 logger = logging.getLogger("cache_pipeline")
 

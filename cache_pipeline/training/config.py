@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 from cache_pipeline.errors import CheckpointError, ConfigError, OptionError, available
-from cache_pipeline.policies.robomimic_bridge import PREFIX, check_name
+from cache_pipeline.policies.robomimic.config import PREFIX, check_name
 
 if TYPE_CHECKING:
     from cache_pipeline.encoders.image_encoder import EncoderSpec

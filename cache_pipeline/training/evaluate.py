@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_pipeline.training.learner import ActingPolicy
-from cache_pipeline.training.order import Plan
-from cache_pipeline.training.sources.source import Source
+from cache_pipeline.training.data.sampler import Plan
+from cache_pipeline.training.data.source import Source
+from cache_pipeline.training.update.learner import ActingPolicy
 
 BATCH = 256
 

@@ -22,17 +22,20 @@ from cache_pipeline.extract.freshness import check_sources
 from cache_pipeline.files import resolved
 from cache_pipeline.policies.spec import PolicySpec, build_policy
 from cache_pipeline.policies.visuomotor import ENCODERS, VisuomotorPolicy
-from cache_pipeline.training.agreement import check_encoders, check_features, check_fits
-from cache_pipeline.training.checkpoint import (
+from cache_pipeline.runs.checkpoint import (
     Checkpoint,
     find_checkpoint,
     read_checkpoint,
     read_run,
     run_encoders,
 )
+from cache_pipeline.runs.contents import recorded_contents
+from cache_pipeline.runs.folder import RunFolder, run_folder
+from cache_pipeline.runs.metrics import check_wandb
+from cache_pipeline.training.agreement import check_encoders, check_features, check_fits
 from cache_pipeline.training.config import FinetuneConfig
-from cache_pipeline.training.contents import recorded_contents
-from cache_pipeline.training.data import (
+from cache_pipeline.training.data.live import LiveSource
+from cache_pipeline.training.data.opening import (
     RunData,
     SourcePlan,
     SplitNames,
@@ -46,19 +49,16 @@ from cache_pipeline.training.data import (
     plan_source,
     tell_choice,
 )
-from cache_pipeline.training.distributed import Ranks, current_ranks, joined_ranks
-from cache_pipeline.training.learner import PolicyLearner
+from cache_pipeline.training.data.rows import cache_row_numbers
+from cache_pipeline.training.data.sampler import Sampler
+from cache_pipeline.training.data.source import Source
 from cache_pipeline.training.loop import Phase
-from cache_pipeline.training.metrics import check_wandb
-from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.result import TrainResult
-from cache_pipeline.training.rows import cache_row_numbers
 from cache_pipeline.training.run import check_resumed, start_run
-from cache_pipeline.training.run_folder import RunFolder, run_folder
-from cache_pipeline.training.sources.live import LiveSource
-from cache_pipeline.training.sources.source import Source
 from cache_pipeline.training.train import begins_anew, complete, measurement
-from cache_pipeline.training.unfreezing import (
+from cache_pipeline.training.update.distributed import Ranks, current_ranks, joined_ranks
+from cache_pipeline.training.update.learner import PolicyLearner
+from cache_pipeline.training.update.unfreezing import (
     Unfreezing,
     above_cut,
     check_freeze,

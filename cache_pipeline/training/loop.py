@@ -16,15 +16,15 @@ from torch import Tensor
 from cache_pipeline.errors import CheckpointError, ConfigError, RunStopped
 from cache_pipeline.memory import retained_memory
 from cache_pipeline.progress import Progress
-from cache_pipeline.training.checkpoint import Checkpoint, CheckpointFolder
+from cache_pipeline.runs.checkpoint import Checkpoint, CheckpointFolder
+from cache_pipeline.runs.metrics import MetricsLog
 from cache_pipeline.training.config import SavingConfig
-from cache_pipeline.training.distributed import current_ranks
+from cache_pipeline.training.data.sampler import Sampler
+from cache_pipeline.training.data.source import Source
 from cache_pipeline.training.evaluate import ActionError
 from cache_pipeline.training.interrupt import StopWish, stop_wish
-from cache_pipeline.training.learner import Learner
-from cache_pipeline.training.metrics import MetricsLog
-from cache_pipeline.training.order import Sampler
-from cache_pipeline.training.sources.source import Source
+from cache_pipeline.training.update.distributed import current_ranks
+from cache_pipeline.training.update.learner import Learner
 
 logger = logging.getLogger("cache_pipeline")
 

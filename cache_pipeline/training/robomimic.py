@@ -17,16 +17,16 @@ from cache_pipeline.demos.windows import Windows, WindowSpec
 from cache_pipeline.encoders.precision import computing_in
 from cache_pipeline.errors import CheckpointError, ConfigError
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.policies.robomimic_bridge import (
+from cache_pipeline.policies.robomimic.config import (
     RobomimicConfig,
     default_config,
     read_config,
     with_horizons,
 )
-from cache_pipeline.policies.robomimic_policy import STD_FLOOR, RobomimicPolicy
+from cache_pipeline.policies.robomimic.policy import STD_FLOOR, RobomimicPolicy
 from cache_pipeline.training.config import TrainConfig
-from cache_pipeline.training.rows import RunRows
-from cache_pipeline.training.sources.source import Source, SplitRows
+from cache_pipeline.training.data.rows import RunRows
+from cache_pipeline.training.data.source import Source, SplitRows
 
 logger = logging.getLogger("cache_pipeline")
 

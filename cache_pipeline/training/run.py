@@ -14,9 +14,9 @@ import torch
 from cache_pipeline import __version__
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.errors import CheckpointError
-from cache_pipeline.training.checkpoint import FORMAT, read_run
+from cache_pipeline.runs.checkpoint import FORMAT, read_run
+from cache_pipeline.runs.folder import RunFolder
 from cache_pipeline.training.config import FinetuneConfig, TrainConfig
-from cache_pipeline.training.run_folder import RunFolder
 
 # Options that may differ when a run is resumed: they change what is kept or where it runs, not what is learned.
 FREE_TO_CHANGE = {

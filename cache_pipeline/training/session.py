@@ -19,14 +19,14 @@ from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.extract.camera_encoders import restore_encoders
 from cache_pipeline.extract.freshness import check_sources
-from cache_pipeline.policies.robomimic_bridge import RobomimicConfig
-from cache_pipeline.policies.robomimic_policy import CONFIG, build_robomimic_policy
+from cache_pipeline.policies.robomimic.config import RobomimicConfig
+from cache_pipeline.policies.robomimic.policy import CONFIG, build_robomimic_policy
 from cache_pipeline.policies.spec import PolicySpec, build_policy
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
-from cache_pipeline.training.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, read_run, run_encoders
+from cache_pipeline.runs.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, read_run, run_encoders
+from cache_pipeline.runs.contents import recorded_contents
 from cache_pipeline.training.config import TrainConfig
-from cache_pipeline.training.contents import recorded_contents
-from cache_pipeline.training.data import (
+from cache_pipeline.training.data.opening import (
     RunData,
     SourcePlan,
     SplitNames,
@@ -39,11 +39,11 @@ from cache_pipeline.training.data import (
     plan_source,
     tell_choice,
 )
-from cache_pipeline.training.learner import Learner, PolicyLearner
-from cache_pipeline.training.order import Sampler
+from cache_pipeline.training.data.sampler import Sampler
+from cache_pipeline.training.data.source import Source, SplitRows
 from cache_pipeline.training.robomimic import RobomimicLearner, fit_robomimic, robomimic_config, robomimic_splits
 from cache_pipeline.training.run import check_resumed
-from cache_pipeline.training.sources.source import Source, SplitRows
+from cache_pipeline.training.update.learner import Learner, PolicyLearner
 
 STATISTICS_ROWS = 1024
 

@@ -14,21 +14,21 @@ import torch
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.precision import resolve_precision
 from cache_pipeline.files import resolved
-from cache_pipeline.training.checkpoint import Checkpoint, CheckpointFolder
+from cache_pipeline.runs.checkpoint import Checkpoint, CheckpointFolder
+from cache_pipeline.runs.folder import RunFolder, run_folder
+from cache_pipeline.runs.metrics import MetricsLog, check_wandb
+from cache_pipeline.runs.plateau import plateau_notes
 from cache_pipeline.training.config import FinetuneConfig, SavingConfig, TrainConfig
-from cache_pipeline.training.data import RunData, features_precision
-from cache_pipeline.training.distributed import Ranks, joined_ranks
+from cache_pipeline.training.data.opening import RunData, features_precision
+from cache_pipeline.training.data.sampler import Sampler
+from cache_pipeline.training.data.source import Source, SplitRows
 from cache_pipeline.training.evaluate import ActionError, evaluate
-from cache_pipeline.training.learner import Learner
 from cache_pipeline.training.loop import Journal, Phase, run_loop
-from cache_pipeline.training.metrics import MetricsLog, check_wandb
-from cache_pipeline.training.order import Sampler
-from cache_pipeline.training.plateau import plateau_notes
 from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.run import start_run
-from cache_pipeline.training.run_folder import RunFolder, run_folder
 from cache_pipeline.training.session import TrainSession, open_session
-from cache_pipeline.training.sources.source import Source, SplitRows
+from cache_pipeline.training.update.distributed import Ranks, joined_ranks
+from cache_pipeline.training.update.learner import Learner
 
 logger = logging.getLogger("cache_pipeline")
 

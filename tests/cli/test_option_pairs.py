@@ -24,7 +24,7 @@ from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import ConfigError, OptionError
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.training.config import OWN_POLICY_OPTIONS, FinetuneConfig, TrainConfig
-from cache_pipeline.training.unfreezing import parse_unfreezing
+from cache_pipeline.training.update.unfreezing import parse_unfreezing
 
 GROUP: Any = typer.main.get_command(app)
 
@@ -183,7 +183,7 @@ def outcome():
     with pytest.MonkeyPatch.context() as patch:
         for name in FUNCTIONS:
             patch.setattr(f"cache_pipeline.{name}", fake(name))
-        patch.setattr("cache_pipeline.training.tuned_encoder.encoders_of_run", encoders_of_run)
+        patch.setattr("cache_pipeline.runs.tuned_encoder.encoders_of_run", encoders_of_run)
         yield run
 
 

@@ -157,7 +157,7 @@ def test_a_full_disk_is_told_and_the_file_that_was_there_stays(tmp_path, monkeyp
 
 def test_bench_replaces_its_own_figures(tmp_path):
     from cache_pipeline.files import check_output
-    from cache_pipeline.reports.bench import BENCH_JSON
+    from cache_pipeline.reports.bench.run import BENCH_JSON
 
     file = tmp_path / "bench.json"
     file.write_text(json.dumps({"device": "a CPU", "rows": []}))

@@ -10,7 +10,7 @@ import pytest
 from fakes import make_dataset
 
 from cache_pipeline.demos.dataset import Dataset, Demo
-from cache_pipeline.demos.hdf5 import demo_order
+from cache_pipeline.demos.layouts.robomimic import demo_order
 from cache_pipeline.errors import DatasetError
 
 CAMERA, EYE = "agentview_image", "robot0_eye_in_hand_image"

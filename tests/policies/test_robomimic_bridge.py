@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from cache_pipeline.errors import ConfigError, MissingExtraError
-from cache_pipeline.policies import robomimic_bridge as bridge
+from cache_pipeline.policies.robomimic import config as bridge
 
 pytest.importorskip("robomimic")
 

@@ -6,8 +6,9 @@ import pytest
 from fakes import make_dataset
 
 from cache_pipeline.errors import ConfigError
-from cache_pipeline.reports import bench_encoding, bench_training
-from cache_pipeline.reports.bench import BenchRow, BenchSetup, run_bench
+from cache_pipeline.reports.bench import encoding as bench_encoding
+from cache_pipeline.reports.bench import training as bench_training
+from cache_pipeline.reports.bench.run import BenchRow, BenchSetup, run_bench
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from functools import partial
 import pytest
 
 from cache_pipeline.errors import CachePipelineError, DatasetError
-from cache_pipeline.reports.measure import MIN_ROUNDS, side_by_side
+from cache_pipeline.reports.bench.measure import MIN_ROUNDS, side_by_side
 
 
 def rests(folder, seconds):

@@ -17,7 +17,7 @@ from cache_pipeline.sim.collect import CollectConfig, collect
 from cache_pipeline.sim.environment import Environment
 from cache_pipeline.sim.opengl import find_opengl_backend
 from cache_pipeline.sim.rollout import RolloutConfig, rollout
-from cache_pipeline.sim.scripted import Phase, lift_action, lift_phase
+from cache_pipeline.sim.tasks.lift import Phase, lift_action, lift_phase
 
 pytestmark = pytest.mark.sim
 SAMPLE = Path(__file__).parents[2] / "data" / "lift_sample.hdf5"

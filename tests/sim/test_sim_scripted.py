@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from cache_pipeline.sim.scripted import ABOVE_M, CLOSE_STEPS, CLOSED, OPEN, Phase, lift_action, lift_phase
+from cache_pipeline.sim.tasks.lift import ABOVE_M, CLOSE_STEPS, CLOSED, OPEN, Phase, lift_action, lift_phase
 
 CUBE = np.array([0.02, -0.01, 0.82])
 

@@ -15,12 +15,12 @@ from cache_pipeline.encoders import saving as saving_module
 from cache_pipeline.errors import CheckpointError, ConfigError
 from cache_pipeline.files import digest
 from cache_pipeline.policies.batch import Batch
+from cache_pipeline.runs.checkpoint import find_checkpoint, inspect_run, load_policy
 from cache_pipeline.training import train as train_module
-from cache_pipeline.training.checkpoint import find_checkpoint, inspect_run, load_policy
 from cache_pipeline.training.config import SavingConfig
 from cache_pipeline.training.evaluate import ActionError
-from cache_pipeline.training.learner import PolicyLearner
 from cache_pipeline.training.train import train
+from cache_pipeline.training.update.learner import PolicyLearner
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from fakes import make_dataset
 from training_runs import ENCODER, PREPROCESS, config, extracted, losses
 
 from cache_pipeline.errors import CheckpointError, DatasetError, StaleCacheError
-from cache_pipeline.training import contents
-from cache_pipeline.training.checkpoint import read_run
+from cache_pipeline.runs import contents
+from cache_pipeline.runs.checkpoint import read_run
 from cache_pipeline.training.config import FinetuneConfig, SavingConfig, TrainConfig
 from cache_pipeline.training.finetune import finetune
 from cache_pipeline.training.train import train
@@ -50,7 +50,7 @@ def tuned(run: Path, name: str, **options: Any) -> Path:
 @pytest.fixture
 def stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> TrainConfig:
     """A live run on a.hdf5 and b.hdf5 that was stopped after three of six steps."""
-    from cache_pipeline.training.learner import PolicyLearner
+    from cache_pipeline.training.update.learner import PolicyLearner
 
     step = PolicyLearner.step
 

@@ -15,13 +15,13 @@ from training_runs import config, losses
 
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.training.checkpoint import inspect_run
+from cache_pipeline.runs.checkpoint import inspect_run
 from cache_pipeline.training.config import FinetuneConfig, SavingConfig, TrainConfig
-from cache_pipeline.training.distributed import ALONE, Ranks
+from cache_pipeline.training.data.sampler import Sampler
 from cache_pipeline.training.finetune import finetune
-from cache_pipeline.training.learner import PolicyLearner
-from cache_pipeline.training.order import Sampler
 from cache_pipeline.training.train import train
+from cache_pipeline.training.update.distributed import ALONE, Ranks
+from cache_pipeline.training.update.learner import PolicyLearner
 
 
 def two(kind: str, options: TrainConfig | FinetuneConfig) -> None:
@@ -112,7 +112,7 @@ def test_shares_of_a_plan_make_up_the_plan() -> None:
 
 SLOW_SAVES = """
 import time
-from cache_pipeline.training import checkpoint
+from cache_pipeline.runs import checkpoint
 real = checkpoint.write_tensors
 def slow(path, tensors):
     time.sleep(0.5)
@@ -159,7 +159,7 @@ session.plan_source = plan_source
 def test_processes_with_different_free_memory_train_from_one_kind_of_source(cache: Path, tmp_path: Path) -> None:
     less = """
 import os
-from cache_pipeline.training import data
+from cache_pipeline.training.data import opening as data
 data.memory_budget = lambda device, most: 10_000 if os.environ["RANK"] == "1" else 1 << 30
 """
     options = config(tmp_path / "run", cache, steps=1)

@@ -22,15 +22,15 @@ from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.precision import cpu_has_bf16
 from cache_pipeline.errors import CheckpointError, ConfigError, OptionError, StaleCacheError
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.training import learner as learner_module
-from cache_pipeline.training.checkpoint import load_policy, read_run
+from cache_pipeline.runs.checkpoint import load_policy, read_run
+from cache_pipeline.runs.metrics import read_metrics
 from cache_pipeline.training.config import FinetuneConfig, SavingConfig
-from cache_pipeline.training.data import frozen_encoders
+from cache_pipeline.training.data.opening import frozen_encoders
 from cache_pipeline.training.finetune import finetune
-from cache_pipeline.training.metrics import read_metrics
 from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.train import train
-from cache_pipeline.training.unfreezing import frozen_cut, unfreeze
+from cache_pipeline.training.update import learner as learner_module
+from cache_pipeline.training.update.unfreezing import frozen_cut, unfreeze
 
 ENCODERS = "obs_encoder.key_model_map."
 

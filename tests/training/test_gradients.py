@@ -9,8 +9,8 @@ from torch import nn
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.policies.batch import Batch, masked_mean
 from cache_pipeline.policies.draws import Draws, normal
-from cache_pipeline.training.distributed import ALONE
-from cache_pipeline.training.gradients import BatchGradient, cut
+from cache_pipeline.training.update.distributed import ALONE
+from cache_pipeline.training.update.gradients import BatchGradient, cut
 
 
 class Shifted(nn.Module):

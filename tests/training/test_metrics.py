@@ -9,7 +9,7 @@ import pytest
 from training_runs import config
 
 from cache_pipeline.errors import CheckpointError, MissingExtraError
-from cache_pipeline.training.metrics import CSV_NAME, TENSORBOARD, MetricsLog, read_metrics
+from cache_pipeline.runs.metrics import CSV_NAME, TENSORBOARD, MetricsLog, read_metrics
 from cache_pipeline.training.train import train
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from cache_pipeline.errors import CheckpointError
 from cache_pipeline.training.config import OptimConfig
-from cache_pipeline.training.optim import AveragedWeights, Optimizer, Part, schedule
+from cache_pipeline.training.update.optimizer import AveragedWeights, Optimizer, Part, schedule
 
 RATES: dict[Part, float] = {"policy": 0.1, "encoder": 0.01}
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_pipeline.training.config import Order
-from cache_pipeline.training.data import SplitNames, open_cache_data, plan_source
-from cache_pipeline.training.order import BlockOrder, Sampler
+from cache_pipeline.training.data.opening import SplitNames, open_cache_data, plan_source
+from cache_pipeline.training.data.sampler import BlockOrder, Sampler
 
 orders = st.sampled_from([None, BlockOrder(block=3, pool=7), BlockOrder(block=4, pool=4), BlockOrder(block=5, pool=99)])
 

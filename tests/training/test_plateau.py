@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from training_runs import config
 
-from cache_pipeline.training.metrics import COLUMNS
-from cache_pipeline.training.plateau import has_flattened, plateau_notes
+from cache_pipeline.runs.metrics import COLUMNS
+from cache_pipeline.runs.plateau import has_flattened, plateau_notes
 from cache_pipeline.training.train import train
 
 

@@ -21,11 +21,11 @@ from cache_pipeline.cache.export import export_robomimic, feature_key
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.errors import CheckpointError, ConfigError, EncoderError
-from cache_pipeline.policies.robomimic_bridge import ALGORITHMS
+from cache_pipeline.policies.robomimic.config import ALGORITHMS
+from cache_pipeline.runs.checkpoint import find_checkpoint, inspect_run, load_policy
 from cache_pipeline.training import robomimic as module
-from cache_pipeline.training.checkpoint import find_checkpoint, inspect_run, load_policy
 from cache_pipeline.training.config import SavingConfig, TrainConfig
-from cache_pipeline.training.order import Sampler
+from cache_pipeline.training.data.sampler import Sampler
 from cache_pipeline.training.session import open_session
 from cache_pipeline.training.train import train
 

@@ -20,8 +20,8 @@ from cache_pipeline.cache.lock import writer_lock
 from cache_pipeline.encoders.image_encoder import build_encoder
 from cache_pipeline.errors import CheckpointError, RunLockedError
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.training import run_folder as run_folder_module
-from cache_pipeline.training.checkpoint import (
+from cache_pipeline.runs import folder as run_folder_module
+from cache_pipeline.runs.checkpoint import (
     CheckpointFolder,
     find_checkpoint,
     inspect_run,
@@ -30,10 +30,10 @@ from cache_pipeline.training.checkpoint import (
     read_index,
     read_run,
 )
-from cache_pipeline.training.learner import PolicyLearner
-from cache_pipeline.training.metrics import read_metrics
-from cache_pipeline.training.run_folder import run_folder
+from cache_pipeline.runs.folder import run_folder
+from cache_pipeline.runs.metrics import read_metrics
 from cache_pipeline.training.train import train
+from cache_pipeline.training.update.learner import PolicyLearner
 
 CALLS = ("mkdir", "rename", "replace", "unlink", "rmdir")
 ENCODER = build_encoder(TINY)

@@ -8,8 +8,8 @@ from training_runs import config, losses
 from cache_pipeline.cache.compact import compact
 from cache_pipeline.errors import StaleCacheError
 from cache_pipeline.training.config import SavingConfig
-from cache_pipeline.training.learner import PolicyLearner
 from cache_pipeline.training.train import train
+from cache_pipeline.training.update.learner import PolicyLearner
 
 
 def test_a_streamed_training_ends_when_its_cache_is_compacted(tmp_path, monkeypatch):

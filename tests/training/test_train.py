@@ -21,15 +21,15 @@ from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import CheckpointError, ConfigError, DatasetError
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.training import gradients
-from cache_pipeline.training import learner as learner_module
-from cache_pipeline.training.checkpoint import inspect_run, load_policy
+from cache_pipeline.runs.checkpoint import inspect_run, load_policy
+from cache_pipeline.runs.metrics import read_metrics
 from cache_pipeline.training.config import OptimConfig, SavingConfig, TrainConfig
-from cache_pipeline.training.distributed import ALONE
-from cache_pipeline.training.gradients import BatchGradient
-from cache_pipeline.training.metrics import read_metrics
 from cache_pipeline.training.session import open_session
 from cache_pipeline.training.train import train
+from cache_pipeline.training.update import gradients
+from cache_pipeline.training.update import learner as learner_module
+from cache_pipeline.training.update.distributed import ALONE
+from cache_pipeline.training.update.gradients import BatchGradient
 
 RESULT_FIELDS = [
     "run",
@@ -175,7 +175,7 @@ def test_the_flags_of_a_precision_hold_in_the_forward_and_backward_pass(
     policy = learner.policy
     policy.precision = choice
     on_cuda = precision.computing_in
-    for module in ("cache_pipeline.training.learner", "cache_pipeline.policies.visuomotor"):
+    for module in ("cache_pipeline.training.update.learner", "cache_pipeline.policies.visuomotor"):
         monkeypatch.setattr(f"{module}.computing_in", lambda name, device: on_cuda(name, torch.device("cuda")))
 
     def note(when: str) -> None:

@@ -9,8 +9,8 @@ from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.pipeline import extract_features
+from cache_pipeline.runs.metrics import read_metrics
 from cache_pipeline.training.config import SavingConfig, TrainConfig
-from cache_pipeline.training.metrics import read_metrics
 
 ENCODER = EncoderSpec(weights="random")
 PREPROCESS = Preprocess(imagenet_norm=False)

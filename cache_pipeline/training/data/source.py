@@ -12,8 +12,8 @@ from torch import Tensor
 
 from cache_pipeline.demos.windows import Windows
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.training.order import Plan
-from cache_pipeline.training.rows import RunRows
+from cache_pipeline.training.data.rows import RunRows
+from cache_pipeline.training.data.sampler import Plan
 
 
 class Source(Protocol):

@@ -19,9 +19,9 @@ from torch import Tensor
 
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.training.order import Plan
-from cache_pipeline.training.sources.memory import fits, piece_rows
-from cache_pipeline.training.sources.source import SplitRows, take_rows
+from cache_pipeline.training.data.memory import fits, piece_rows
+from cache_pipeline.training.data.sampler import Plan
+from cache_pipeline.training.data.source import SplitRows, take_rows
 
 READ_AHEAD, READERS = 4, 4
 ENCODE_ROWS = 256

@@ -22,8 +22,8 @@ from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.saving import save_encoder
 from cache_pipeline.errors import CheckpointError, RunLockedError
 from cache_pipeline.files import exchange, free_path, read_json, remove, sync_folder, write_json
-from cache_pipeline.training.checkpoint import CHECKPOINTS, RUN_JSON, has_checkpoint, remove_checkpoints
-from cache_pipeline.training.metrics import CSV_NAME, TENSORBOARD
+from cache_pipeline.runs.checkpoint import CHECKPOINTS, RUN_JSON, has_checkpoint, remove_checkpoints
+from cache_pipeline.runs.metrics import CSV_NAME, TENSORBOARD
 
 logger = logging.getLogger("cache_pipeline")
 

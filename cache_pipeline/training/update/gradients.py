@@ -15,7 +15,7 @@ from cache_pipeline.errors import ConfigError
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.policies.draws import Share
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
-from cache_pipeline.training.distributed import Ranks
+from cache_pipeline.training.update.distributed import Ranks
 
 logger = logging.getLogger("cache_pipeline")
 

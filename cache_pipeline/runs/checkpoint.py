@@ -25,13 +25,13 @@ from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.saving import load_encoders
 from cache_pipeline.errors import CachePipelineError, CheckpointError, ConfigError
 from cache_pipeline.files import free_path, read_json, remove, write_json
-from cache_pipeline.policies.robomimic_bridge import PREFIX
-from cache_pipeline.policies.robomimic_policy import build_robomimic_policy
+from cache_pipeline.policies.robomimic.config import PREFIX
+from cache_pipeline.policies.robomimic.policy import build_robomimic_policy
 from cache_pipeline.policies.spec import PolicySpec, build_policy
-from cache_pipeline.training.tensors import first_not_finite, place_folder, read_tensors, write_tensors
+from cache_pipeline.runs.tensors import first_not_finite, place_folder, read_tensors, write_tensors
 
 if TYPE_CHECKING:
-    from cache_pipeline.training.learner import Learner
+    from cache_pipeline.training.update.learner import Learner
 
 FORMAT = 1
 RUN_JSON, CHECKPOINT_JSON, INDEX = "run.json", "checkpoint.json", "index.json"

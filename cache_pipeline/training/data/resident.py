@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.training.order import Plan
-from cache_pipeline.training.sources.memory import piece_rows
-from cache_pipeline.training.sources.source import SplitRows, take_rows
+from cache_pipeline.training.data.memory import piece_rows
+from cache_pipeline.training.data.sampler import Plan
+from cache_pipeline.training.data.source import SplitRows, take_rows
 
 
 class ResidentSource:

@@ -170,7 +170,8 @@ def _cpu_name() -> str:
 
 
 def _choose(cases: tuple[str, ...]) -> dict[str, Callable[[BenchSetup], list[BenchRow]]]:
-    from cache_pipeline.reports import bench_encoding, bench_training
+    from cache_pipeline.reports.bench import encoding as bench_encoding
+    from cache_pipeline.reports.bench import training as bench_training
 
     known: dict[str, Callable[[BenchSetup], list[BenchRow]]] = {
         "encode": bench_encoding.encode,

@@ -23,11 +23,11 @@ from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.pipeline import extract_features
 from cache_pipeline.memory import retained_memory
-from cache_pipeline.reports.bench import BenchRow
-from cache_pipeline.reports.measure import Prepare, Work, side_by_side
+from cache_pipeline.reports.bench.measure import Prepare, Work, side_by_side
+from cache_pipeline.reports.bench.run import BenchRow
 
 if TYPE_CHECKING:
-    from cache_pipeline.reports.bench import BenchSetup
+    from cache_pipeline.reports.bench.run import BenchSetup
 
 EAGER_BATCH = 64
 LARGE_CACHE_BYTES = 500_000_000

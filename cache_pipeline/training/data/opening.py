@@ -24,11 +24,12 @@ from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import ConfigError
+from cache_pipeline.runs.contents import Contents, Digests, Known, split_of_run
 from cache_pipeline.training.config import Order, SourceName
-from cache_pipeline.training.contents import Contents, Digests, Known, split_of_run
-from cache_pipeline.training.distributed import current_ranks
-from cache_pipeline.training.order import BlockOrder
-from cache_pipeline.training.rows import (
+from cache_pipeline.training.data.live import DemoFrames, Encode, LiveSource
+from cache_pipeline.training.data.memory import fits, host_budget, memory_budget
+from cache_pipeline.training.data.resident import ResidentSource
+from cache_pipeline.training.data.rows import (
     RunRows,
     cache_row_numbers,
     choose_keys,
@@ -36,11 +37,10 @@ from cache_pipeline.training.rows import (
     rows_of_cache,
     rows_of_dataset,
 )
-from cache_pipeline.training.sources.live import DemoFrames, Encode, LiveSource
-from cache_pipeline.training.sources.memory import fits, host_budget, memory_budget
-from cache_pipeline.training.sources.resident import ResidentSource
-from cache_pipeline.training.sources.source import Source, SplitRows
-from cache_pipeline.training.sources.streamed import StreamedSource, block_order, pool_rows
+from cache_pipeline.training.data.sampler import BlockOrder
+from cache_pipeline.training.data.source import Source, SplitRows
+from cache_pipeline.training.data.streamed import StreamedSource, block_order, pool_rows
+from cache_pipeline.training.update.distributed import current_ranks
 
 logger = logging.getLogger("cache_pipeline")
 

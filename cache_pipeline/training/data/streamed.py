@@ -18,8 +18,8 @@ from torch import Tensor
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.training.order import BlockOrder, Plan
-from cache_pipeline.training.sources.source import SplitRows, take_rows, view_rows
+from cache_pipeline.training.data.sampler import BlockOrder, Plan
+from cache_pipeline.training.data.source import SplitRows, take_rows, view_rows
 
 # Two pools, and the decoded shards that one of them is being assembled from.
 POOLS_IN_MEMORY = 3

@@ -15,7 +15,7 @@ from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.obs import acting_obs, is_frames
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import CheckpointError, ConfigError, available
-from cache_pipeline.policies.robomimic_bridge import (
+from cache_pipeline.policies.robomimic.config import (
     CONFIG_ERRORS,
     RobomimicConfig,
     quiet,

@@ -14,9 +14,9 @@ from cache_pipeline.errors import CheckpointError
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.config import OptimConfig
-from cache_pipeline.training.distributed import current_ranks
-from cache_pipeline.training.gradients import BatchGradient
-from cache_pipeline.training.optim import AveragedWeights, Optimizer, Part
+from cache_pipeline.training.update.distributed import current_ranks
+from cache_pipeline.training.update.gradients import BatchGradient
+from cache_pipeline.training.update.optimizer import AveragedWeights, Optimizer, Part
 
 GENERATOR = "generator"
 

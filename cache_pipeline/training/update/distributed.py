@@ -18,7 +18,7 @@ from torch import Tensor
 from torch import distributed as dist
 
 from cache_pipeline.errors import CachePipelineError, ConfigError
-from cache_pipeline.training.order import Plan
+from cache_pipeline.training.data.sampler import Plan
 
 logger = logging.getLogger("cache_pipeline")
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from shlex import quote
 
 from cache_pipeline.policies.spec import PolicySpec
-from cache_pipeline.training.checkpoint import read_run
-from cache_pipeline.training.metrics import read_metrics
+from cache_pipeline.runs.checkpoint import read_run
+from cache_pipeline.runs.metrics import read_metrics
 
 LEAST_MEASUREMENTS = 6
 IMPROVEMENT = 0.02

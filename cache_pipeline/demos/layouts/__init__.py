@@ -1,0 +1,1 @@
+"""One module per layout of datasets on disk."""

@@ -1,0 +1,1 @@
+"""robomimic's algorithms on cached features."""

@@ -1,0 +1,1 @@
+"""Ours, peers and limits, measured side by side."""

@@ -1,0 +1,1 @@
+"""What a run trains on: rows, their order, and where features come from."""

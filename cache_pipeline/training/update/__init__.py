@@ -1,0 +1,1 @@
+"""One optimiser step: gradients, parameter groups, and what is unfrozen when."""
