@@ -16,7 +16,7 @@ import torch
 from typer.testing import CliRunner
 
 from cache_pipeline.cli import app
-from cache_pipeline.encoders import get_resnet, weights
+from cache_pipeline.encoders import get_resnet, resnet
 
 ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
@@ -42,7 +42,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "lift.hdf5").symlink_to(ROOT / "data" / "lift_sample.hdf5")
     torch.manual_seed(0)
     torch.save(get_resnet("resnet18").state_dict(), tmp_path / "my_weights.pth")
-    monkeypatch.setattr(weights, "imagenet_state", lambda name: get_resnet(name).state_dict())
+    monkeypatch.setattr(resnet, "imagenet_state", lambda name: get_resnet(name).state_dict())
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 from torchvision.models.resnet import ResNet as TorchvisionResNet
 
+from cache_pipeline.encoders.weights import COUNTER, imagenet_state, read_weights, strip_prefix
 from cache_pipeline.errors import EncoderError, available
 
 RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, int, int, int]]] = {
@@ -57,8 +58,6 @@ def get_resnet(name: str, weights: str | Path | None = None, *, use_group_norm: 
     Raises:
         EncoderError: unknown name, or the weights cannot be had or do not fit.
     """
-    from cache_pipeline.encoders.weights import imagenet_state, load_backbone, read_weights
-
     if name not in RESNETS:
         raise EncoderError(
             f"there is no ResNet named {name!r}; {available(RESNETS, name)}; any other network: --encoder"
@@ -71,6 +70,51 @@ def get_resnet(name: str, weights: str | Path | None = None, *, use_group_norm: 
     else:
         load_backbone(resnet, name, read_weights(weights), str(weights))
     return resnet
+
+
+def load_backbone(resnet: ResNet, name: str, state: Mapping[str, Tensor], source: str) -> None:
+    """Loads weights into ``resnet`` as float32.
+
+    Args:
+        resnet: the network, which may have GroupNorm.
+        name: its architecture, for messages.
+        state: a ResNet's state dict; prefixes and a classifier are left out.
+        source: where it comes from, for messages.
+
+    Raises:
+        EncoderError: names or shapes do not fit (the message names the architecture that would), values are not
+            finite, or BatchNorm weights are to go into a network with GroupNorm.
+    """
+    state = {key: value for key, value in strip_prefix(state, source).items() if not key.startswith("fc.")}
+    wanted = resnet.state_dict()
+    if "bn1.running_mean" in state and "bn1.running_mean" not in wanted:
+        raise EncoderError(
+            f"{source} was trained with BatchNorm: its weights give other features under GroupNorm; "
+            f"leave use_group_norm off, or start from random weights (--no-pretrained-encoder)"
+        )
+    shapes = {key: tuple(value.shape) for key, value in state.items() if not key.endswith(COUNTER)}
+    if shapes != {key: tuple(value.shape) for key, value in wanted.items() if not key.endswith(COUNTER)}:
+        raise EncoderError(_misfit(name, shapes, {key: tuple(value.shape) for key, value in wanted.items()}, source))
+    broken = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
+    if broken:
+        raise EncoderError(f"{source} holds values that are not finite in {broken[0]} ({len(broken)} tensors in all)")
+    counters = {key: value for key, value in wanted.items() if key.endswith(COUNTER)}
+    resnet.load_state_dict({**counters, **state})
+
+
+def _misfit(name: str, shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], source: str) -> str:
+    fitting = [other for other in RESNETS if backbone_shapes(other).items() <= shapes.items() and other != name]
+    if fitting:
+        return f"{source} holds the weights of a {fitting[0]}, not of a {name}; use --rgb-model-name {fitting[0]}"
+    missing = sorted(key for key in wanted if key not in shapes and not key.endswith(COUNTER))
+    extra = sorted(key for key in shapes if key not in wanted)
+    other_shape = sorted(key for key in shapes if key in wanted and shapes[key] != wanted[key])
+    facts = [
+        f"{len(keys)} {what} ({keys[0]})"
+        for keys, what in ((missing, "missing"), (extra, "unknown"), (other_shape, "of another shape"))
+        if keys
+    ]
+    return f"{source} does not fit a {name} or any of {', '.join(RESNETS)}: tensors {', '.join(facts)}"
 
 
 def backbone_shapes(name: str) -> dict[str, tuple[int, ...]]:

@@ -7,7 +7,7 @@ import os
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,9 +16,6 @@ from torch import Tensor
 
 from cache_pipeline.errors import EncoderError
 from cache_pipeline.files import DIGEST_BYTES
-
-if TYPE_CHECKING:
-    from cache_pipeline.encoders.resnet import ResNet
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "encoder", "backbone")
 COUNTER = "num_batches_tracked"
@@ -123,53 +120,6 @@ def strip_prefix(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
         raise EncoderError(f"{source} holds {what} {found}; save the state dict of the one wanted and give that file")
     (prefix,) = prefixes
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def load_backbone(resnet: ResNet, name: str, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads weights into ``resnet`` as float32.
-
-    Args:
-        resnet: the network, which may have GroupNorm.
-        name: its architecture, for messages.
-        state: a ResNet's state dict; prefixes and a classifier are left out.
-        source: where it comes from, for messages.
-
-    Raises:
-        EncoderError: names or shapes do not fit (the message names the architecture that would), values are not
-            finite, or BatchNorm weights are to go into a network with GroupNorm.
-    """
-    state = {key: value for key, value in strip_prefix(state, source).items() if not key.startswith("fc.")}
-    wanted = resnet.state_dict()
-    if "bn1.running_mean" in state and "bn1.running_mean" not in wanted:
-        raise EncoderError(
-            f"{source} was trained with BatchNorm: its weights give other features under GroupNorm; "
-            f"leave use_group_norm off, or start from random weights (--no-pretrained-encoder)"
-        )
-    shapes = {key: tuple(value.shape) for key, value in state.items() if not key.endswith(COUNTER)}
-    if shapes != {key: tuple(value.shape) for key, value in wanted.items() if not key.endswith(COUNTER)}:
-        raise EncoderError(_misfit(name, shapes, {key: tuple(value.shape) for key, value in wanted.items()}, source))
-    broken = [key for key, value in state.items() if value.is_floating_point() and not torch.isfinite(value).all()]
-    if broken:
-        raise EncoderError(f"{source} holds values that are not finite in {broken[0]} ({len(broken)} tensors in all)")
-    counters = {key: value for key, value in wanted.items() if key.endswith(COUNTER)}
-    resnet.load_state_dict({**counters, **state})
-
-
-def _misfit(name: str, shapes: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]], source: str) -> str:
-    from cache_pipeline.encoders.resnet import RESNETS, backbone_shapes
-
-    fitting = [other for other in RESNETS if backbone_shapes(other).items() <= shapes.items() and other != name]
-    if fitting:
-        return f"{source} holds the weights of a {fitting[0]}, not of a {name}; use --rgb-model-name {fitting[0]}"
-    missing = sorted(key for key in wanted if key not in shapes and not key.endswith(COUNTER))
-    extra = sorted(key for key in shapes if key not in wanted)
-    other_shape = sorted(key for key in shapes if key in wanted and shapes[key] != wanted[key])
-    facts = [
-        f"{len(keys)} {what} ({keys[0]})"
-        for keys, what in ((missing, "missing"), (extra, "unknown"), (other_shape, "of another shape"))
-        if keys
-    ]
-    return f"{source} does not fit a {name} or any of {', '.join(RESNETS)}: tensors {', '.join(facts)}"
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:

@@ -6,7 +6,7 @@ import math
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,11 +23,8 @@ from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.pipeline import extract_features
 from cache_pipeline.memory import retained_memory
+from cache_pipeline.reports.bench.case import BenchRow, BenchSetup
 from cache_pipeline.reports.bench.measure import Prepare, Work, side_by_side
-from cache_pipeline.reports.bench.run import BenchRow
-
-if TYPE_CHECKING:
-    from cache_pipeline.reports.bench.run import BenchSetup
 
 EAGER_BATCH = 64
 LARGE_CACHE_BYTES = 500_000_000

@@ -10,59 +10,13 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_pipeline.errors import ConfigError, available
 from cache_pipeline.files import FileKind, check_output, output_file, read_json, write_json
 from cache_pipeline.progress import logger
-
-
-class BenchRow(NamedTuple):
-    """One comparison.
-
-    Attributes:
-        case: what is measured, with its unit, such as ``train resnet18 (steps/s)``.
-        ours, peer, limit: rates in that unit; None where there is no such contender.
-        peer_name: who the peer is and how it was set.
-    """
-
-    case: str
-    ours: float
-    peer: float | None = None
-    peer_name: str | None = None
-    limit: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            "case": self.case,
-            "ours": _rounded(self.ours),
-            "peer": _rounded(self.peer),
-            "peer_name": self.peer_name,
-            "ratio": None if self.peer is None else _rounded(self.ours / self.peer),
-            "limit": _rounded(self.limit),
-            "of_limit": None if self.limit is None else _rounded(self.ours / self.limit),
-        }
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchSetup:
-    """What the cases work on."""
-
-    dataset: Path
-    folder: Path
-    """A scratch folder that goes when the bench ends."""
-    rgb_model_name: str = "resnet18"
-    batch_size: int = 64
-    seconds: float = 10.0
-    device: str = "cpu"
-    frames: int = 1024
-    """Frames that the encoder alone is timed on."""
-    cached_steps: int = 200
-    """Training steps in one turn of a contender that encodes nothing: about as long as those of the others."""
-    live_steps: int = 2
-    """Training steps in one turn of one that encodes frames."""
+from cache_pipeline.reports.bench.case import BenchRow, BenchSetup
 
 
 class BenchResult(NamedTuple):
@@ -143,7 +97,7 @@ def run_bench(
 
 def sample_dataset() -> Path:
     """The sample that lies beside the package in a checkout."""
-    path = Path(__file__).parents[2] / "data" / "lift_sample.hdf5"
+    path = Path(__file__).parents[3] / "data" / "lift_sample.hdf5"
     if not path.is_file():
         raise ConfigError(f"{path} is not there: run from a checkout of the project, or name a file with --dataset")
     return path
@@ -185,7 +139,3 @@ def _choose(cases: tuple[str, ...]) -> dict[str, Callable[[BenchSetup], list[Ben
         if case not in known:
             raise ConfigError(f"bench has no case {case!r}; {available(known, case)}")
     return {name: known[name] for name in (cases or known)}
-
-
-def _rounded(value: float | None) -> float | None:
-    return None if value is None else float(f"{value:.5g}")

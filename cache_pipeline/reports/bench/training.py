@@ -8,7 +8,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import count, repeat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -21,9 +21,9 @@ from cache_pipeline.extract.pipeline import extract_features
 from cache_pipeline.memory import retained_memory
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.progress import logger
+from cache_pipeline.reports.bench.case import BenchRow, BenchSetup
 from cache_pipeline.reports.bench.measure import Prepare, Work, side_by_side
 from cache_pipeline.reports.bench.peers import PEER_NAME, RobomimicImages
-from cache_pipeline.reports.bench.run import BenchRow
 from cache_pipeline.runs.checkpoint import find_checkpoint
 from cache_pipeline.runs.folder import RunFolder
 from cache_pipeline.training.config import FinetuneConfig, OptimConfig, TrainConfig
@@ -31,9 +31,6 @@ from cache_pipeline.training.finetune import FinetuneSession
 from cache_pipeline.training.session import TrainSession, open_session
 from cache_pipeline.training.train import train as train_run
 from cache_pipeline.training.update.learner import PolicyLearner
-
-if TYPE_CHECKING:
-    from cache_pipeline.reports.bench.run import BenchSetup
 
 OBS_HORIZON, ACTION_HORIZON = 2, 8
 UNLIMITED = 10**9

@@ -1,0 +1,57 @@
+"""One comparison of a bench, and what its cases work on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class BenchRow(NamedTuple):
+    """One comparison.
+
+    Attributes:
+        case: what is measured, with its unit, such as ``train resnet18 (steps/s)``.
+        ours, peer, limit: rates in that unit; None where there is no such contender.
+        peer_name: who the peer is and how it was set.
+    """
+
+    case: str
+    ours: float
+    peer: float | None = None
+    peer_name: str | None = None
+    limit: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "case": self.case,
+            "ours": _rounded(self.ours),
+            "peer": _rounded(self.peer),
+            "peer_name": self.peer_name,
+            "ratio": None if self.peer is None else _rounded(self.ours / self.peer),
+            "limit": _rounded(self.limit),
+            "of_limit": None if self.limit is None else _rounded(self.ours / self.limit),
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSetup:
+    """What the cases work on."""
+
+    dataset: Path
+    folder: Path
+    """A scratch folder that goes when the bench ends."""
+    rgb_model_name: str = "resnet18"
+    batch_size: int = 64
+    seconds: float = 10.0
+    device: str = "cpu"
+    frames: int = 1024
+    """Frames that the encoder alone is timed on."""
+    cached_steps: int = 200
+    """Training steps in one turn of a contender that encodes nothing: about as long as those of the others."""
+    live_steps: int = 2
+    """Training steps in one turn of one that encodes frames."""
+
+
+def _rounded(value: float | None) -> float | None:
+    return None if value is None else float(f"{value:.5g}")
