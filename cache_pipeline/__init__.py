@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from cache_pipeline.extract.config import ExtractConfig as ExtractConfig
     from cache_pipeline.extract.pipeline import extract_features as extract_features
     from cache_pipeline.extract.verify import verify as verify
-    from cache_pipeline.runs.checkpoint import load_policy as load_policy
+    from cache_pipeline.runs.policy import load_policy as load_policy
     from cache_pipeline.sim.rollout import RolloutConfig as RolloutConfig
     from cache_pipeline.sim.rollout import rollout as rollout
     from cache_pipeline.training.config import FinetuneConfig as FinetuneConfig
@@ -57,7 +57,7 @@ _MODULES = {
     "verify": "extract.verify",
     "RolloutConfig": "sim.rollout",
     "rollout": "sim.rollout",
-    "load_policy": "runs.checkpoint",
+    "load_policy": "runs.policy",
     "FinetuneConfig": "training.config",
     "TrainConfig": "training.config",
     "finetune": "training.finetune",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -103,6 +103,23 @@ def _fast_trunk(encoder: ImageEncoder, device: torch.device, dtype: torch.dtype)
     ready = copy.deepcopy(encoder).to(device, dtype)
     ready = ready.to(memory_format=torch.channels_last)
     return lambda images: ready.trunk(images.to(dtype)).float()
+
+
+def frozen_encoders(
+    encoders: Mapping[str, ImageEncoder],
+    preprocess: Mapping[str, Preprocess],
+    device: torch.device,
+    precision: str,
+) -> dict[str, FrozenEncoder]:
+    """The fast path of each camera's encoder; cameras with one encoder and preprocessing share it."""
+    made: dict[tuple[int, Preprocess], FrozenEncoder] = {}
+    by_camera: dict[str, FrozenEncoder] = {}
+    for camera, encoder in encoders.items():
+        key = (id(encoder), preprocess[camera])
+        if key not in made:
+            made[key] = FrozenEncoder(encoder, preprocess[camera], device, precision)
+        by_camera[camera] = made[key]
+    return by_camera
 
 
 def preferred_batch_size(device: torch.device | str) -> int:

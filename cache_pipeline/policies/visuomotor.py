@@ -12,10 +12,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.obs import acting_obs, camera_frames, is_frames
 from cache_pipeline.encoders.obs_encoder import MultiImageObsEncoder
 from cache_pipeline.encoders.precision import autocast_dtype, computing_in
-from cache_pipeline.encoders.preprocess import preprocess
+from cache_pipeline.encoders.preprocess import Preprocess, preprocess
 from cache_pipeline.encoders.views import ViewSpec
 from cache_pipeline.errors import CheckpointError, ConfigError
 from cache_pipeline.policies.augment import draw_views
@@ -83,6 +84,16 @@ class VisuomotorPolicy(nn.Module):
     def low_dim(self) -> dict[str, tuple[int, ...]]:
         """Low-dim key → shape of one row."""
         return self.obs_encoder.shapes.low_dim
+
+    @property
+    def encoders(self) -> dict[str, ImageEncoder]:
+        """Camera → its encoder, as it is now."""
+        return dict(self.obs_encoder.key_model_map.items())
+
+    @property
+    def preprocessing(self) -> dict[str, Preprocess]:
+        """Camera → what happens to its frames before the encoder."""
+        return self.obs_encoder.preprocessing
 
     @property
     def device(self) -> torch.device:

@@ -80,7 +80,7 @@ def _inspect_dataset(path: Path) -> Inspection:
 
 
 def _inspect_run(path: Path) -> Inspection:
-    from cache_pipeline.runs.checkpoint import inspect_run
+    from cache_pipeline.runs.summary import inspect_run
 
     try:
         summary = inspect_run(path)
@@ -108,15 +108,15 @@ def _run_problems(run: Path, checkpoints: list[str]) -> Iterator[str]:
     """Checkpoints and encoder files that cannot be read. Nothing that the run names is executed."""
     from safetensors import SafetensorError, safe_open
 
-    from cache_pipeline.policies.spec import PolicySpec
-    from cache_pipeline.runs.checkpoint import CHECKPOINTS, read_checkpoint, read_run
+    from cache_pipeline.runs.checkpoint import CHECKPOINTS, check_checkpoint
+    from cache_pipeline.runs.record import read_record
 
     for name in checkpoints:
         try:
-            read_checkpoint(run / CHECKPOINTS / name)
+            check_checkpoint(run / CHECKPOINTS / name)
         except CheckpointError as error:
             yield str(error)
-    for file in dict.fromkeys(PolicySpec.from_json(read_run(run)["policy"]).encoder_files.values()):
+    for file in dict.fromkeys(read_record(run).policy.encoder_files.values()):
         try:
             with safe_open(run / file, "np"):
                 pass

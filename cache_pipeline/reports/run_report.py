@@ -21,9 +21,12 @@ from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.progress import logger
 from cache_pipeline.reports import plots
 from cache_pipeline.reports.page import HTML, Page, is_ours
-from cache_pipeline.runs.checkpoint import find_checkpoint, inspect_run, load_policy, read_run
+from cache_pipeline.runs.checkpoint import find_checkpoint
 from cache_pipeline.runs.contents import Contents, recorded_contents, split_of_run
 from cache_pipeline.runs.metrics import read_metrics
+from cache_pipeline.runs.policy import load_policy
+from cache_pipeline.runs.record import RunRecord, read_record
+from cache_pipeline.runs.summary import inspect_run
 from cache_pipeline.sim.rollout import ROLLOUTS
 
 SHOWN_FRAMES = 6
@@ -70,34 +73,33 @@ def write_report(
         out = folder / "report.html"
         overwrite = overwrite or is_ours(out)
     check_output(out, HTML, overwrite=overwrite)
-    value, summary = read_run(folder), inspect_run(folder)
+    record, summary = read_record(folder), inspect_run(folder)
     page = Page(f"Run {resolved(folder).name}", " · ".join(summary.lines()[:2]))
-    _figures(page, value, summary)
+    _figures(page, record, summary)
     _curves(page, folder, summary.mean_action_mse)
-    found = _run_demos(value, cached=value["data"]["cache"] is not None and value["kind"] != "finetune")
+    found = _run_demos(record, cached=record.data.cache is not None and record.kind != "finetune")
     if found is not None:
         _what_it_does(page, load_policy(run, encoder=encoder), *found)
     if stages:
         page.heading("Where the time of extraction went")
         page.text("Stages run at the same time; the encoder should be the longest.")
         page.picture(plots.stage_times(stages, "seconds per stage"), "stage times")
-    _what_it_saw(page, value)
+    _what_it_saw(page, record)
     _rollouts(page, folder)
     page.heading("How it was made")
-    page.code(" ".join(value.get("command", [])))
-    versions = value.get("versions", {})
-    page.table(["package", "version"], sorted(versions.items()))
+    page.code(" ".join(record.command))
+    page.table(["package", "version"], sorted(record.versions.items()))
     return page.write(out, overwrite=overwrite)
 
 
-def _figures(page: Page, value: Mapping[str, Any], summary: Any) -> None:
+def _figures(page: Page, record: RunRecord, summary: Any) -> None:
     facts = [(f"{summary.step:,}", f"of {summary.steps:,} steps")]
     if summary.valid_action_mse is not None:
         share = summary.valid_action_mse / summary.mean_action_mse
         facts.append((f"{summary.valid_action_mse:.4g}", "held-out action error (MSE)"))
         facts.append((f"{share:.0%}", "of the error of always predicting the mean action"))
     facts.append((summary.policy, "policy"))
-    facts.append((f"{len(value['data']['train'])} + {len(value['data']['valid'])}", "demos: training + held out"))
+    facts.append((f"{len(record.data.train)} + {len(record.data.valid)}", "demos: training + held out"))
     page.facts(facts)
 
 
@@ -114,15 +116,16 @@ def _number(value: Any) -> float:
     return float("nan") if value is None else float(value)
 
 
-def _run_demos(value: Mapping[str, Any], *, cached: bool) -> tuple[FeatureCache | Dataset, Split] | None:
+def _run_demos(record: RunRecord, *, cached: bool) -> tuple[FeatureCache | Dataset, Split] | None:
     """The run's cache or its files, and the run's demos in them, known by what they hold."""
-    data, cameras, low_dim = value["data"], tuple(value["policy"]["cameras"]), tuple(value["policy"]["low_dim"])
+    data, cameras, low_dim = record.data, tuple(record.policy.cameras), tuple(record.policy.low_dim)
     try:
         opened: FeatureCache | Dataset
         if cached:
-            opened = FeatureCache(data["cache"])
+            assert data.cache is not None
+            opened = FeatureCache(data.cache)
         else:
-            opened = Dataset.open(data["datasets"], cameras=cameras, low_dim_keys=low_dim)
+            opened = Dataset.open(data.datasets, cameras=cameras, low_dim_keys=low_dim)
         contents = Contents(opened, cameras, low_dim, recorded_contents(data))
         return opened, split_of_run(opened, contents, data, "the run")
     except CachePipelineError as error:
@@ -190,8 +193,8 @@ def principal(features: list[NDArray[Any]]) -> list[NDArray[np.float64]]:
     return np.split(mapped, np.cumsum([len(values) for values in flat])[:-1])
 
 
-def _what_it_saw(page: Page, value: Mapping[str, Any]) -> None:
-    found = _run_demos(value, cached=False)
+def _what_it_saw(page: Page, record: RunRecord) -> None:
+    found = _run_demos(record, cached=False)
     if found is None:
         return
     dataset, split = found

@@ -1,11 +1,8 @@
-"""Runs and checkpoints on disk.
+"""Checkpoints of a run on disk.
 
-    runs/lift/
-      run.json                  what was asked, what it was trained on, what the policy is built from
-      encoder.safetensors       the encoder that the run began with
-      metrics.csv  tensorboard/
-      checkpoints/index.json    latest, best by held-out action error, and the names of all that were made here
-      checkpoints/step_0004000/ model.safetensors  ema.safetensors  resume/optimizer.safetensors  checkpoint.json
+    runs/lift/checkpoints/
+      index.json       latest, best by held-out action error, and the names of all checkpoints that were made here
+      step_0004000/    model.safetensors  ema.safetensors  resume/optimizer.safetensors  checkpoint.json
 
 A checkpoint is written beside its place and renamed when it is whole; ``checkpoint.json`` lists its files' digests.
 """
@@ -13,30 +10,39 @@ A checkpoint is written beside its place and renamed when it is whole; ``checkpo
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import Tensor
-
-from cache_pipeline.encoders.device import resolve_device
-from cache_pipeline.encoders.factory import Factories
-from cache_pipeline.encoders.image_encoder import ImageEncoder
-from cache_pipeline.encoders.saving import load_encoders
-from cache_pipeline.errors import CachePipelineError, CheckpointError, ConfigError
-from cache_pipeline.files import free_path, read_json, remove, write_json
-from cache_pipeline.policies.robomimic.config import PREFIX
-from cache_pipeline.policies.robomimic.policy import build_robomimic_policy
-from cache_pipeline.policies.spec import PolicySpec, build_policy
-from cache_pipeline.runs.tensors import first_not_finite, place_folder, read_tensors, write_tensors
+from cache_pipeline.errors import CheckpointError
+from cache_pipeline.files import free_path, remove, write_json
+from cache_pipeline.runs.record import FORMAT, RUN_JSON, read_object
+from cache_pipeline.runs.tensors import check_tensors, first_not_finite, place_folder, read_tensors, write_tensors
 
 if TYPE_CHECKING:
-    from cache_pipeline.training.update.learner import Learner
+    from torch import Tensor
 
-FORMAT = 1
-RUN_JSON, CHECKPOINT_JSON, INDEX = "run.json", "checkpoint.json", "index.json"
+CHECKPOINT_JSON, INDEX = "checkpoint.json", "index.json"
 MODEL, EMA, RESUME = "model.safetensors", "ema.safetensors", "resume/optimizer.safetensors"
 CHECKPOINTS = "checkpoints"
+
+
+class State(NamedTuple):
+    """The tensors of a checkpoint, by name.
+
+    Attributes:
+        model: weights and statistics of the policy.
+        ema: averaged weights; empty without them.
+        resume: optimiser and random state.
+    """
+
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    resume: dict[str, Tensor]
+
+    def by_file(self) -> dict[str, dict[str, Tensor]]:
+        """File name → its tensors."""
+        return {MODEL: self.model, EMA: self.ema, RESUME: self.resume}
 
 
 class Checkpoint(NamedTuple):
@@ -45,46 +51,14 @@ class Checkpoint(NamedTuple):
     Attributes:
         step: updates made before it was saved.
         metrics: figures at that step, as in metrics.csv.
-        progress: figures that the loop carries on with.
+        progress: figures that the training loop continues from.
     """
 
     path: Path
     step: int
     metrics: dict[str, Any]
     progress: dict[str, Any]
-    model: dict[str, Tensor]
-    ema: dict[str, Tensor]
-    resume: dict[str, Tensor]
-
-
-class RunSummary(NamedTuple):
-    """What a run folder holds."""
-
-    run: Path
-    kind: str
-    policy: str
-    step: int
-    steps: int
-    cameras: tuple[str, ...]
-    low_dim: tuple[str, ...]
-    action_dim: int
-    valid_action_mse: float | None
-    mean_action_mse: float | None
-    latest: str | None
-    best: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {**self._asdict(), "run": str(self.run)}
-
-    def lines(self) -> list[str]:
-        """The summary as lines for a terminal."""
-        lines = [
-            f"run {self.run}: {self.kind}, policy {self.policy}, step {self.step} of {self.steps}",
-            f"cameras {', '.join(self.cameras)}; low-dim {', '.join(self.low_dim) or 'none'}",
-        ]
-        if self.valid_action_mse is not None:
-            lines.append(f"held-out action error {self.valid_action_mse:.4g} (mean action {self.mean_action_mse:.4g})")
-        return [*lines, f"latest {self.latest or 'none'}; best {', '.join(self.best) or 'none'}"]
+    state: State
 
 
 class CheckpointFolder:
@@ -119,15 +93,14 @@ class CheckpointFolder:
         return self._keep > 0 and (len(best) < self._keep or error < best[-1]["valid_action_mse"])
 
     def save(
-        self, step: int, learner: Learner, metrics: dict[str, Any], progress: dict[str, Any], error: float | None
+        self, step: int, state: State, metrics: dict[str, Any], progress: dict[str, Any], error: float | None
     ) -> Path:
-        """Saves the learner after ``step`` updates; ``error`` is its held-out action error if it was measured there.
+        """Saves the state after ``step`` updates; ``error`` is its held-out action error if it was measured there.
 
         Raises:
             CheckpointError: a value is not finite, or it cannot be written; earlier checkpoints are whole.
         """
-        tensors = {MODEL: learner.model_tensors(), EMA: learner.ema_tensors(), RESUME: learner.resume_tensors()}
-        self.check_finite(step, tensors)
+        self.check_finite(step, state)
         folder, value = self._run / CHECKPOINTS, {"format": FORMAT, "step": step, "metrics": metrics}
         name = self._name(step)
         partial = _partial(folder / name)
@@ -136,7 +109,7 @@ class CheckpointFolder:
             self._write_index({**self._index, "made": list(dict.fromkeys([*self._index["made"], name]))})
             remove(partial)
             (partial / "resume").mkdir(parents=True)
-            files = {file: write_tensors(partial / file, values) for file, values in tensors.items()}
+            files = {file: write_tensors(partial / file, values) for file, values in state.by_file().items()}
             write_json(partial / CHECKPOINT_JSON, {**value, "progress": progress, "files": files})
             place_folder(partial, folder / name)
             self._enter(name, step, error)
@@ -148,9 +121,9 @@ class CheckpointFolder:
             shutil.rmtree(partial, ignore_errors=True)
         return self._run / CHECKPOINTS / name
 
-    def check_finite(self, step: int, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Raises CheckpointError if a tensor of ``{file: {name: tensor}}`` holds a value that is not finite."""
-        for file, values in tensors.items():
+    def check_finite(self, step: int, state: State) -> None:
+        """Raises CheckpointError if a tensor holds a value that is not finite."""
+        for file, values in state.by_file().items():
             name = first_not_finite(values)
             if name is not None:
                 raise CheckpointError(
@@ -196,7 +169,7 @@ def read_index(run: Path) -> dict[str, Any]:
     path = run / CHECKPOINTS / INDEX
     if not path.is_file():
         return {"latest": None, "best": [], "made": []}
-    value = _read_object(path)
+    value = read_object(path)
     best, latest = value.get("best", []), value.get("latest")
     names = [*([] if latest is None else [latest]), *(entry.get("name") for entry in best)]
     made = value.get("made", names)
@@ -248,114 +221,29 @@ def find_checkpoint(path: Path, *, latest: bool = False) -> tuple[Path, Path]:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Reads one checkpoint folder and checks every file's digest; raises CheckpointError."""
-    value = _read_object(path / CHECKPOINT_JSON)
-    files = value.get("files")
-    if value.get("format") != FORMAT or not isinstance(files, dict) or not isinstance(value.get("step"), int):
+    value = _described(path)
+    read = [read_tensors(path / file, str(value["files"].get(file))) for file in (MODEL, EMA, RESUME)]
+    return Checkpoint(path, value["step"], value.get("metrics", {}), value.get("progress", {}), State(*read))
+
+
+def check_checkpoint(path: Path) -> None:
+    """Checks every file's digest without building tensors; raises CheckpointError."""
+    value = _described(path)
+    for file in (MODEL, EMA, RESUME):
+        check_tensors(path / file, str(value["files"].get(file)))
+
+
+def _described(path: Path) -> dict[str, Any]:
+    value = read_object(path / CHECKPOINT_JSON)
+    if (
+        value.get("format") != FORMAT
+        or not isinstance(value.get("files"), dict)
+        or not isinstance(value.get("step"), int)
+    ):
         raise CheckpointError(f"{path / CHECKPOINT_JSON} is not a checkpoint of format {FORMAT}")
-    read = {file: read_tensors(path / file, str(files.get(file))) for file in (MODEL, EMA, RESUME)}
-    metrics, progress = value.get("metrics", {}), value.get("progress", {})
-    return Checkpoint(path, value["step"], metrics, progress, read[MODEL], read[EMA], read[RESUME])
-
-
-def read_run(run: Path) -> dict[str, Any]:
-    """``run.json``; raises CheckpointError if it is missing, damaged or from another version."""
-    value = _read_object(run / RUN_JSON)
-    if value.get("format") != FORMAT:
-        raise CheckpointError(f"{run / RUN_JSON} is not a run of format {FORMAT}")
     return value
-
-
-def run_encoders(run: Path, spec: PolicySpec, encoder: Factories = None) -> dict[str, ImageEncoder]:
-    """The encoders that a run began with; cameras with the same file share one module.
-
-    Args:
-        encoder: the factories that the user names; one that the run names alone is not run.
-    """
-    for file in spec.encoder_files.values():
-        if Path(file).name != file:
-            raise CheckpointError(f"{run / RUN_JSON} names an encoder outside the run: {file!r}")
-    try:
-        encoders = load_encoders({camera: run / file for camera, file in spec.encoder_files.items()}, encoder)
-    except CachePipelineError as error:
-        raise CheckpointError(f"the run's encoder cannot be loaded: {error}") from error
-    for made in encoders.values():
-        made.cut = spec.cut
-    return encoders
-
-
-def load_policy(path: str | Path, device: str = "cpu", *, encoder: Factories = None) -> Any:
-    """The policy of a run (its best checkpoint, else its latest) or of one checkpoint folder, ready for ``act``.
-
-    A ``VisuomotorPolicy`` with the averaged weights, if the run kept any; of a robomimic run a ``RobomimicPolicy``.
-
-    Args:
-        path: the run or checkpoint.
-        device: where the policy computes.
-        encoder: the factory of a run whose encoder is made by one: ``file.py:factory``. It runs only if it is named
-            here, and must be the one with which the run was trained.
-
-    Raises:
-        CheckpointError: anything is missing, damaged or from another version; or the encoder's factory is not named, or
-            has changed. Nothing is unpickled, and no code that the run names is run.
-        MissingExtraError: a robomimic run, and robomimic is not installed.
-    """
-    run, folder = find_checkpoint(Path(path))
-    value, checkpoint = read_run(run), read_checkpoint(folder)
-    spec = PolicySpec.from_json(value.get("policy"))
-    encoders = run_encoders(run, spec, encoder)
-    policy: Any
-    if spec.name.startswith(PREFIX):
-        try:
-            policy = build_robomimic_policy(spec, encoders, resolve_device(device))
-        except ConfigError as error:
-            raise CheckpointError(f"{run / RUN_JSON} is damaged, or not ours: {error}") from error
-    else:
-        policy = build_policy(spec, encoders).to(resolve_device(device)).requires_grad_(False)
-    policy.load_tensors({**checkpoint.model, **checkpoint.ema})
-    policy.env_args, policy.render_flags = value["data"].get("env_args"), value["data"].get("render_flags")
-    policy.eval()
-    return policy
-
-
-def inspect_run(path: str | Path) -> RunSummary:
-    """Summarises a run folder without loading weights; raises CheckpointError if it is not one."""
-    path = Path(path)
-    run = path.resolve().parent.parent if (path / CHECKPOINT_JSON).is_file() else path
-    value, index = read_run(run), read_index(run)
-    spec = PolicySpec.from_json(value.get("policy"))
-    metrics: dict[str, Any] = {}
-    step = 0
-    if index["latest"] is not None:
-        latest = _read_object(run / CHECKPOINTS / index["latest"] / CHECKPOINT_JSON)
-        step, metrics = latest.get("step", 0), latest.get("metrics", {})
-    return RunSummary(
-        run=run,
-        kind=value["kind"],
-        policy=spec.name,
-        step=step,
-        steps=value["config"]["steps"],
-        cameras=tuple(spec.cameras),
-        low_dim=tuple(spec.low_dim),
-        action_dim=spec.action_dim,
-        valid_action_mse=metrics.get("validation/action_mse"),
-        mean_action_mse=metrics.get("validation/mean_action_mse"),
-        latest=index["latest"],
-        best=tuple(entry["name"] for entry in index["best"]),
-    )
 
 
 def _partial(checkpoint: Path) -> Path:
     """Where a checkpoint is written before it is whole."""
     return checkpoint.with_name(f".{checkpoint.name}.partial")
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    try:
-        value = read_json(path)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is damaged ({error})") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
-    return value

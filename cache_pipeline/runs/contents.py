@@ -6,7 +6,6 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 from cache_pipeline.cache.manifest import SourceRecord
 from cache_pipeline.cache.reader import FeatureCache
@@ -15,14 +14,13 @@ from cache_pipeline.demos.split import Split
 from cache_pipeline.errors import CheckpointError
 from cache_pipeline.extract.matching import array_digest, camera_frame_digests, source_records
 from cache_pipeline.files import json_digest
+from cache_pipeline.runs.record import DataRecord, DemoRecord, Digests
 
 logger = logging.getLogger("cache_pipeline")
 
 ROWS = ("actions", "rewards", "dones")
 READERS = 4
 
-Digests = dict[str, str | None]
-"""Camera, ``actions``, ``low_dim/<key>``, … → digest; ``None`` for what the data do not have."""
 Known = Mapping[tuple[SourceRecord, str], Digests]
 
 
@@ -80,48 +78,38 @@ class Contents:
         return found
 
 
-def recorded_contents(run_data: Mapping[str, Any]) -> Known:
-    """What run.json says of its demos: (file, demo) → digests."""
-    files = [SourceRecord.from_json(value) for value in run_data.get("files", ())]
-    return {(files[file], name): digests for file, name, digests in _entries(run_data) if digests is not None}
+def recorded_contents(recorded: DataRecord) -> Known:
+    """(file, demo) → the digests that a run recorded."""
+    return {
+        (recorded.files[demo.file], demo.name): demo.contents for demo in recorded.demos if demo.contents is not None
+    }
 
 
-def _entries(run_data: Mapping[str, Any]) -> list[tuple[int, str, Digests | None]]:
-    """(file, name, digests) of the demos of a run; runs of earlier versions record no digests."""
-    demos = [*run_data["train"], *run_data["valid"]]
-    contents = run_data.get("contents", [None] * len(demos))
-    if len(contents) != len(demos):
-        raise CheckpointError(f"run.json is damaged: it names {len(demos)} demos and the contents of {len(contents)}")
-    return [(file, name, digests) for (file, name), digests in zip(demos, contents, strict=True)]
-
-
-def split_of_run(data: FeatureCache | Dataset, contents: Contents, run_data: Mapping[str, Any], where: str) -> Split:
+def split_of_run(data: FeatureCache | Dataset, contents: Contents, recorded: DataRecord, where: str) -> Split:
     """The split of an earlier run, its demos found by what they hold.
 
     Args:
         data: where the demos are to be.
         contents: of ``data``.
-        run_data: what run.json of that run says of its data.
+        recorded: the data of that run.
         where: that run, for messages.
 
     Raises:
         CheckpointError: a demo of that run is not in the data; the message says what of it differs.
     """
-    if "contents" in run_data:
-        chosen = _by_content(data, contents, _entries(run_data), where)
+    if all(demo.contents is not None for demo in recorded.demos):
+        chosen = _by_content(data, contents, recorded.demos, where)
     else:
         logger.warning("%s does not record what its demos hold: they are found by file number and name", where)
-        chosen = _by_name(data, _entries(run_data), where)
-    train, valid = chosen[: len(run_data["train"])], chosen[len(run_data["train"]) :]
+        chosen = _by_name(data, recorded.demos, where)
+    train, valid = chosen[: len(recorded.train)], chosen[len(recorded.train) :]
     return Split(tuple(train), tuple(valid), f"the split of {where}: {len(train)} demos, {len(valid)} held out")
 
 
-def _by_content(
-    data: FeatureCache | Dataset, contents: Contents, entries: Sequence[tuple[int, str, Digests | None]], where: str
-) -> list[int]:
-    """The demo of each entry; frames are read only if the digests at hand are not all that is wanted."""
+def _by_content(data: FeatureCache | Dataset, contents: Contents, demos: Sequence[DemoRecord], where: str) -> list[int]:
+    """The number of each demo; frames are read only if the digests at hand do not suffice."""
     numbers = range(len(data.demos))
-    wanted = {_key(digests) for _, _, digests in entries}
+    wanted = {_key(demo.contents) for demo in demos}
     if not wanted <= {_key(contents.at_hand(number)) for number in numbers}:
         contents.digests(numbers)
     table: dict[str, list[int]] = {}
@@ -129,21 +117,21 @@ def _by_content(
         table.setdefault(_key(contents.at_hand(number)), []).append(number)
     chosen = []
     names = [name for _, name, *_ in data.demos]
-    for _, name, digests in entries:
-        found = table.get(_key(digests), [])
+    for demo in demos:
+        found = table.get(_key(demo.contents), [])
         if not found:
-            raise _not_there(name, where, _difference(data, contents, name, digests or {}))
-        chosen.append(next((number for number in found if names[number] == name), found[0]))
+            raise _not_there(demo.name, where, _difference(data, contents, demo.name, demo.contents or {}))
+        chosen.append(next((number for number in found if names[number] == demo.name), found[0]))
         found.remove(chosen[-1])  # each demo once, of several with one content the one of this name first
     return chosen
 
 
-def _by_name(data: FeatureCache | Dataset, entries: Sequence[tuple[int, str, Digests | None]], where: str) -> list[int]:
+def _by_name(data: FeatureCache | Dataset, demos: Sequence[DemoRecord], where: str) -> list[int]:
     places = {(file, name): number for number, (file, name, *_) in enumerate(data.demos)}
-    for file, name, _ in entries:
-        if (file, name) not in places:
-            raise _not_there(name, where, "no demo has its name")
-    return [places[file, name] for file, name, _ in entries]
+    for demo in demos:
+        if (demo.file, demo.name) not in places:
+            raise _not_there(demo.name, where, "no demo has its name")
+    return [places[demo.file, demo.name] for demo in demos]
 
 
 def _difference(data: FeatureCache | Dataset, contents: Contents, name: str, digests: Digests) -> str:

@@ -33,7 +33,7 @@ from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.errors import CheckFailedError, ConfigError, MissingExtraError, available, install_command
 from cache_pipeline.files import FileKind, check_output, output_file
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
-from cache_pipeline.runs.checkpoint import load_policy
+from cache_pipeline.runs.policy import load_policy
 
 FORMATS = (".onnx", ".pt2")
 METADATA_FILE = "metadata.json"

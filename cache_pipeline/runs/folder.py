@@ -22,8 +22,9 @@ from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.saving import save_encoder
 from cache_pipeline.errors import CheckpointError, RunLockedError
 from cache_pipeline.files import exchange, free_path, read_json, remove, sync_folder, write_json
-from cache_pipeline.runs.checkpoint import CHECKPOINTS, RUN_JSON, has_checkpoint, remove_checkpoints
+from cache_pipeline.runs.checkpoint import CHECKPOINTS, has_checkpoint, remove_checkpoints
 from cache_pipeline.runs.metrics import CSV_NAME, TENSORBOARD
+from cache_pipeline.runs.record import RUN_JSON, RunRecord, write_record
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -49,11 +50,11 @@ class RunFolder:
     def __init__(self, place: Path, *, unsaved: bool = False) -> None:
         self.place, self.path, self.unsaved = place, place, unsaved
 
-    def start(self, value: Mapping[str, Any], encoders: Mapping[str, ImageEncoder]) -> None:
+    def start(self, record: RunRecord, encoders: Mapping[str, ImageEncoder]) -> None:
         """Writes what a run begins with.
 
         Args:
-            value: what run.json holds.
+            record: what run.json holds.
             encoders: file name → encoder.
         """
         try:
@@ -62,7 +63,7 @@ class RunFolder:
             self.path.mkdir(exist_ok=True)
             _mark(self.path, UNFINISHED, self.place)
             _remove_run(self.path)
-            write_json(self.path / RUN_JSON, value)
+            write_record(record, self.path)
             for file, encoder in encoders.items():
                 save_encoder(encoder, self.path / file)
         except (OSError, ValueError) as error:

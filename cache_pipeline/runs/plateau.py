@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
-from cache_pipeline.policies.spec import PolicySpec
-from cache_pipeline.runs.checkpoint import read_run
 from cache_pipeline.runs.metrics import read_metrics
+from cache_pipeline.runs.record import RunRecord, read_record
 
 LEAST_MEASUREMENTS = 6
 IMPROVEMENT = 0.02
@@ -32,24 +31,25 @@ def plateau_notes(run: Path) -> tuple[str, ...]:
     errors = [error for error in measured if error is not None]
     if not has_flattened(errors):
         return ()
-    value = read_run(run)
+    record = read_record(run)
     late = len(errors) // 3
     return (
         f"the held-out error has flattened: the last {late} of {len(errors)} measurements brought less than "
         f"{IMPROVEMENT:.0%}; if rollouts fail, try",
-        *(f"  {line}" for line in advice(run, value["kind"], PolicySpec.from_json(value["policy"]), value["config"])),
+        *(f"  {line}" for line in advice(run, record)),
     )
 
 
-def advice(run: Path, kind: str, spec: PolicySpec, config: dict[str, object]) -> list[str]:
+def advice(run: Path, record: RunRecord) -> list[str]:
     """Commands to try next, in the order of their cost."""
     whole = f"finetune --live-encoder --checkpoint {quote(str(run))}"
-    if kind == "finetune":
+    config = record.config
+    if record.kind == "finetune":
         if config.get("unfreeze_schedule") is None and config.get("unfreeze") == "all":
             return ["more demos: the whole encoder learns already"]
         return [f"more of the encoder: {whole} --unfreeze all"]
     if config.get("freeze_encoder") is False:
         return ["more demos: the whole encoder learns already"]
-    wider = f"a wider projection: the same train command with --emb-dim {2 * spec.emb_dim}"
-    layers = "all" if spec.cut == "output" else "layer4"
+    wider = f"a wider projection: the same train command with --emb-dim {2 * record.policy.emb_dim}"
+    layers = "all" if record.policy.cut == "output" else "layer4"
     return [f"an encoder that learns: {whole} --unfreeze {layers}", wider]

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
 
-from cache_pipeline.encoders.saving import save_tensors
 from cache_pipeline.errors import CheckpointError
 from cache_pipeline.files import digest, remove, sync_folder
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Writes tensors to ``path``, synced to disk; returns the file's digest."""
+    from cache_pipeline.encoders.saving import save_tensors
+
     save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
     with path.open("rb+") as file:
         os.fsync(file.fileno())
@@ -25,23 +27,30 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_tensors(path: Path, expected: str | None) -> dict[str, Tensor]:
-    """Reads what ``write_tensors`` wrote.
+    """Reads what ``write_tensors`` wrote; raises CheckpointError as ``check_tensors`` does."""
+    from safetensors.torch import load_file
 
-    Raises:
-        CheckpointError: the file is missing, is no safetensors file, or its digest is not ``expected``.
-    """
+    check_tensors(path, expected)
+    return load_file(path)
+
+
+def check_tensors(path: Path, expected: str | None) -> None:
+    """Raises CheckpointError if the file is missing, is no safetensors file, or its digest is not ``expected``."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; take another checkpoint of the run, or train again")
     if expected is not None and digest(path.read_bytes()) != expected:
         raise CheckpointError(f"{path} is damaged: its digest is not the recorded one; take another checkpoint")
     try:
-        return load_file(path)
+        with safe_open(path, "np"):
+            pass
     except (SafetensorError, OSError, ValueError) as error:
         raise CheckpointError(f"{path} is no readable safetensors file ({error}); take another checkpoint") from error
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     """The name of the first tensor with a value that is not finite."""
+    import torch
+
     floats = ((name, value) for name, value in tensors.items() if value.is_floating_point())
     return next((name for name, value in floats if not bool(torch.isfinite(value).all())), None)
 

@@ -10,7 +10,8 @@ from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import save_encoder
-from cache_pipeline.runs.checkpoint import find_checkpoint, load_policy
+from cache_pipeline.runs.checkpoint import find_checkpoint
+from cache_pipeline.runs.policy import load_policy
 
 ENCODERS = "encoders"
 

@@ -159,7 +159,7 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
     device = _device(config.device)
     check_outputs(config)
     if policy is None:
-        from cache_pipeline.runs.checkpoint import load_policy
+        from cache_pipeline.runs.policy import load_policy
 
         policy = load_policy(config.run, device, encoder=config.encoder)
     environment = choose_environment(config, policy)

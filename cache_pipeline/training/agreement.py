@@ -21,7 +21,7 @@ from cache_pipeline.extract.matching import frame_digests
 from cache_pipeline.policies.spec import PolicySpec
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.data.live import LiveSource
-from cache_pipeline.training.data.opening import DataShapes
+from cache_pipeline.training.data.run_data import DataShapes
 
 logger = logging.getLogger("cache_pipeline")
 

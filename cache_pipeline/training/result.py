@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cache_pipeline.training.loop import START_ERROR, LoopResult
+from cache_pipeline.training.journal import START_ERROR
+from cache_pipeline.training.loop import LoopResult
 
 
 class TrainResult(NamedTuple):

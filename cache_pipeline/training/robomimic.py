@@ -24,6 +24,7 @@ from cache_pipeline.policies.robomimic.config import (
     with_horizons,
 )
 from cache_pipeline.policies.robomimic.policy import STD_FLOOR, RobomimicPolicy
+from cache_pipeline.runs.checkpoint import State
 from cache_pipeline.training.config import TrainConfig
 from cache_pipeline.training.data.rows import RunRows
 from cache_pipeline.training.data.source import Source, SplitRows
@@ -201,13 +202,10 @@ class RobomimicLearner:
         """The weights as they are: robomimic averages none."""
         yield
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        return self._policy.tensors()
+    def state(self) -> State:
+        return State(self._policy.tensors(), {}, self._resume_tensors())
 
-    def ema_tensors(self) -> dict[str, Tensor]:
-        return {}
-
-    def resume_tensors(self) -> dict[str, Tensor]:
+    def _resume_tensors(self) -> dict[str, Tensor]:
         tensors = {RANDOM + name: state for name, state in self._random.items()}
         for name, optimizer in _parts(self._algo.optimizers).items():
             for index, state in optimizer.state_dict()["state"].items():
@@ -221,8 +219,9 @@ class RobomimicLearner:
                 tensors[COUNTER + name] = torch.tensor(getattr(self._algo, name))
         return tensors
 
-    def load(self, model: Mapping[str, Tensor], ema: Mapping[str, Tensor], resume: Mapping[str, Tensor]) -> None:
-        self._policy.load_tensors(model)
+    def load(self, state: State) -> None:
+        resume = state.resume
+        self._policy.load_tensors(state.model)
         try:
             self._load_optimizers(resume)
             self._random = {name: resume[RANDOM + name] for name in self._random}

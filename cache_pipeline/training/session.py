@@ -1,9 +1,13 @@
-"""A training run opened: data, encoders, policy, source and optimiser, checked, with nothing written yet."""
+"""A run that is about to be trained: everything is opened and checked, and nothing is written yet.
+
+``open_training`` opens a new run, or a run to resume; ``open_finetuning`` in finetune.py opens one from another run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,135 +17,309 @@ import torch
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.encoders.device import resolve_device
+from cache_pipeline.encoders.frozen import FrozenEncoder, frozen_encoders
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder, make_preprocess
 from cache_pipeline.encoders.precision import resolve_precision
 from cache_pipeline.encoders.preprocess import Preprocess
-from cache_pipeline.errors import ConfigError
+from cache_pipeline.errors import CheckpointError, ConfigError
 from cache_pipeline.extract.camera_encoders import restore_encoders
 from cache_pipeline.extract.freshness import check_sources
+from cache_pipeline.policies.build import build_policy
 from cache_pipeline.policies.robomimic.config import RobomimicConfig
-from cache_pipeline.policies.robomimic.policy import CONFIG, build_robomimic_policy
-from cache_pipeline.policies.spec import PolicySpec, build_policy
+from cache_pipeline.policies.robomimic.policy import CONFIG, RobomimicPolicy, build_robomimic_policy
+from cache_pipeline.policies.spec import PolicySpec
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
-from cache_pipeline.runs.checkpoint import Checkpoint, find_checkpoint, read_checkpoint, read_run, run_encoders
+from cache_pipeline.runs.checkpoint import Checkpoint, find_checkpoint, read_checkpoint
 from cache_pipeline.runs.contents import recorded_contents
-from cache_pipeline.training.config import TrainConfig
-from cache_pipeline.training.data.opening import (
+from cache_pipeline.runs.policy import run_encoders
+from cache_pipeline.runs.record import RunRecord, read_record, this_process
+from cache_pipeline.training.config import FinetuneConfig, TrainConfig
+from cache_pipeline.training.data.run_data import (
+    DemoChoice,
     RunData,
-    SourcePlan,
-    SplitNames,
     check_cameras,
-    frozen_encode,
+    features_precision,
     open_cache_data,
-    open_cached,
     open_dataset_data,
-    open_live,
-    plan_source,
     tell_choice,
 )
 from cache_pipeline.training.data.sampler import Sampler
 from cache_pipeline.training.data.source import Source, SplitRows
+from cache_pipeline.training.data.sources import Sources, plan_source
+from cache_pipeline.training.evaluate import ActionError, evaluate
 from cache_pipeline.training.robomimic import RobomimicLearner, fit_robomimic, robomimic_config, robomimic_splits
-from cache_pipeline.training.run import check_resumed
-from cache_pipeline.training.update.learner import Learner, PolicyLearner
+from cache_pipeline.training.update.learner import PolicyLearner
+from cache_pipeline.training.update.unfreezing import ALL, Unfreezing, above_cut, frozen_cut, unfreeze
+
+logger = logging.getLogger("cache_pipeline")
 
 STATISTICS_ROWS = 1024
+# Options that may differ when a run is resumed: they change what is kept or where it runs, not what is learned.
+FREE_TO_CHANGE = {
+    "resume",
+    "overwrite",
+    "out",
+    "saving",
+    "device",
+    "encoder_factory",
+    "deep",
+    "max_memory",
+    "source",
+    "cache",
+    "datasets",
+    "wandb",
+    "steps",
+}
 
 
-class TrainSession(NamedTuple):
-    """What a training run works with.
+class Phase(NamedTuple):
+    """Steps ``start`` to ``stop``; ``layers`` of the encoder begin to learn at ``start``."""
+
+    start: int
+    stop: int
+    layers: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Session:
+    """What a run works with.
 
     Attributes:
+        record: what run.json says, or will say.
+        encoders: camera → the encoder that the run begins with.
         splits: windows of the train and of the held-out split.
-        learner: a PolicyLearner, or a RobomimicLearner.
-        resumed: the checkpoint from which the run goes on; its state is in the learner.
+        learner: its policy is ``policy``.
+        unfreezing: when which layers of the encoder begin to learn, by step; none if it stays frozen.
+        resumed: the checkpoint from which the run continues; the learner has its state.
     """
 
-    config: TrainConfig
+    config: TrainConfig | FinetuneConfig
+    record: RunRecord
     device: torch.device
     data: RunData
-    spec: PolicySpec
-    encoders: dict[str, ImageEncoder]
+    encoders: Mapping[str, ImageEncoder]
+    policy: VisuomotorPolicy | RobomimicPolicy
     splits: tuple[SplitRows, SplitRows | None]
-    plan: SourcePlan
-    source: Source
+    sources: Sources
     learner: Any
     sampler: Sampler
-    resumed: Checkpoint | None
+    unfreezing: tuple[Unfreezing, ...] = ()
+    resumed: Checkpoint | None = None
+
+    @property
+    def files(self) -> dict[str, ImageEncoder]:
+        """File name in the run folder → encoder."""
+        return {self.record.policy.encoder_files[camera]: encoder for camera, encoder in self.encoders.items()}
+
+    def phases(self) -> list[Phase]:
+        """One phase for each unfreezing; before the first of them projection and policy learn alone."""
+        begins = self.unfreezing
+        if not begins or begins[0].step > 0:
+            begins = (Unfreezing(0, ()), *begins)
+        stops = [*(item.step for item in begins[1:]), self.config.steps]
+        return [Phase(item.step, stop, item.layers) for item, stop in zip(begins, stops, strict=True)]
+
+    def enter(self, phase: Phase) -> Source:
+        """Lets the layers of a phase learn, and opens the source that its steps need."""
+        self.unfreeze(phase.layers, phase.start)
+        return self.source_at(phase.start)
+
+    def unfreeze(self, layers: tuple[str, ...], step: int) -> None:
+        """Lets layers of the encoder learn from ``step`` on."""
+        if layers:
+            assert isinstance(self.policy, VisuomotorPolicy)
+            freeze = self.config.freeze if isinstance(self.config, FinetuneConfig) else None
+            self.learner.learn("encoder", unfreeze(self.policy, layers, freeze), step)
+
+    def source_at(self, step: int) -> Source:
+        """Opens the source of a step. Of frames, all that is frozen is encoded on the fast path."""
+        policy, cut = self.policy, self.record.policy.cut
+        live, frozen = self.sources.plan.source == "live", cut
+        learning = tuple(layer for item in self.unfreezing if item.step <= step for layer in item.layers)
+        if learning:
+            assert isinstance(policy, VisuomotorPolicy)
+            live, frozen = live or not above_cut(policy, learning, cut), frozen_cut(policy, learning) or ""
+        source = self.sources.open(live=live)
+        if isinstance(policy, VisuomotorPolicy):
+            policy.obs_encoder.cut_at(frozen if live and frozen else cut)
+        policy.frozen_trunks = self._frozen_trunks() if live and frozen else {}
+        return source
+
+    def _frozen_trunks(self) -> dict[str, FrozenEncoder]:
+        precision = self.record.precision or "auto"
+        return frozen_encoders(self.policy.encoders, self.policy.preprocessing, self.device, precision)
+
+    @property
+    def measurable(self) -> bool:
+        """Whether there are held-out windows."""
+        return self.splits[1] is not None
+
+    def measure(self) -> ActionError:
+        """The held-out action error with the policy as it is now."""
+        valid, source, policy = self.splits[1], self.sources.current, self.learner.policy
+        assert valid is not None
+        assert source is not None
+        most = self.config.saving.eval_windows
+        policy.eval()
+        try:
+            return evaluate(policy, source, len(valid), self.data.mean_action, device=self.device, most=most)
+        finally:
+            policy.train()
 
 
-def open_session(config: TrainConfig, run: Path) -> TrainSession:
-    """Opens everything that ``config`` asks for, the normalisation's statistics taken, or the run's state read.
+class Trainee(NamedTuple):
+    """A policy with the encoders that it begins with, its windows, and what trains it."""
+
+    spec: PolicySpec
+    encoders: Mapping[str, ImageEncoder]
+    policy: VisuomotorPolicy | RobomimicPolicy
+    splits: tuple[SplitRows, SplitRows | None]
+    learner: Any
+    batch_size: int
+
+
+def assemble(
+    config: TrainConfig | FinetuneConfig,
+    device: torch.device,
+    data: RunData,
+    trainee: Trainee,
+    before: RunRecord | None,
+    *,
+    frames: Callable[[], RunData],
+    precision: str,
+    views: int = 1,
+    unfreezing: tuple[Unfreezing, ...] = (),
+    start: Path | None = None,
+) -> Session:
+    """Plans the source and the order of samples, and puts a session together.
 
     Args:
-        run: the run folder; looked at only when resuming.
+        before: the record of the run to resume; its order of samples is kept.
+        frames: opens the dataset with the frames of the same demos.
+        precision: the precision in which features are computed.
+        views: number of views to draw from.
+        start: the checkpoint that fine-tuning begins with.
+    """
+    windows, policy = len(trainee.splits[0]), trainee.policy
+    plan = plan_source(
+        data,
+        windows,
+        source=config.source,
+        order=config.order,
+        views=views,
+        max_memory=config.max_memory,
+        device=device,
+    )
+    if before is not None:
+        plan, record = plan.with_order(before.order), before.with_steps(config.steps)
+    else:
+        record = RunRecord(
+            kind="train" if isinstance(config, TrainConfig) else "finetune",
+            config=config.to_json(),
+            policy=trainee.spec,
+            data=data.record,
+            order=plan.order,
+            start=None if start is None else str(start.resolve()),
+            **this_process(),
+        )
+    sources = Sources(
+        data,
+        trainee.splits,
+        plan,
+        frames=frames,
+        encoders=lambda: frozen_encoders(policy.encoders, policy.preprocessing, device, "fp32"),
+        max_memory=config.max_memory,
+        device=device,
+    )
+    return Session(
+        config=config,
+        record=replace(record, precision=precision),
+        device=device,
+        data=data,
+        encoders=trainee.encoders,
+        policy=policy,
+        splits=trainee.splits,
+        sources=sources,
+        learner=trainee.learner,
+        sampler=Sampler(windows, trainee.batch_size, config.seed, views=plan.views, blocks=plan.blocks),
+        unfreezing=unfreezing,
+    )
+
+
+def open_training(config: TrainConfig, run: Path) -> Session:
+    """Opens everything that ``config`` asks for, and takes the statistics or reads the state of the run to resume.
+
+    Args:
+        run: the run folder; read only when resuming.
 
     Raises:
         ConfigError, DatasetError, CacheError, EncoderError, CheckpointError: what does not fit.
     """
     device = resolve_device(config.device)
     bridge = robomimic_config(config) if config.robomimic else None
-    data = _open(config if bridge is None else _with_keys(config, bridge), run)
+    before = read_record(run) if config.resume else None
+    data = _open_data(config if bridge is None else _with_keys(config, bridge), before, run)
     check_cameras(data.cameras)
     tell_choice(data)
-    before = check_resumed(run, config, data.identity) if config.resume else None
-    spec, encoders = _resumed(run, before, config.named_factory) if before is not None else _fresh(config, bridge, data)
-    opened = _open_own if bridge is None else _open_robomimic
-    splits, plan, source, learner, batch_size = opened(config, spec, encoders, data, device, before)
-    resumed: Checkpoint | None = None
     if before is not None:
-        resumed = read_checkpoint(find_checkpoint(run, latest=True)[1])
-        learner.load(resumed.model, resumed.ema, resumed.resume)
-    sampler = Sampler(len(splits[0]), batch_size, config.seed, views=plan.views, blocks=plan.blocks)
-    return TrainSession(config, device, data, spec, encoders, splits, plan, source, learner, sampler, resumed)
+        check_resumed(before, run, config, data)
+        spec, encoders = before.policy, run_encoders(run, before.policy, config.named_factory)
+    else:
+        spec, encoders = _new_policy(config, bridge, data)
+    trainee = (_own_trainee if bridge is None else _robomimic_trainee)(config, spec, encoders, data, device)
+    live = data.cache is None or config.source == "live"
+    session = assemble(
+        config,
+        device,
+        data,
+        trainee,
+        before,
+        frames=lambda: data,
+        precision=resolve_precision(config.precision, device) if live else features_precision(data),
+        views=_views(config, data),
+        unfreezing=() if config.freeze_encoder else (Unfreezing(0, (ALL,)),),
+    )
+    if before is not None:
+        return continued(session, read_checkpoint(find_checkpoint(run, latest=True)[1]))
+    source = session.sources.open(live=live)
+    if isinstance(trainee.policy, RobomimicPolicy):
+        fit_robomimic(trainee.policy, data.rows, source)
+    else:
+        fit_statistics(trainee.policy, data, source, config.action_normalization)
+    return session
 
 
-class _Opened(NamedTuple):
-    splits: tuple[SplitRows, SplitRows | None]
-    plan: SourcePlan
-    source: Source
-    learner: Learner
-    batch_size: int
+def continued(session: Session, checkpoint: Checkpoint) -> Session:
+    """The session of a run that is resumed from one of its checkpoints.
+
+    Raises:
+        CheckpointError: the run is longer already than ``config.steps``, or its state does not fit.
+    """
+    if checkpoint.step > session.config.steps:
+        raise CheckpointError(
+            f"{checkpoint.path} has made {checkpoint.step} steps already: give --steps {checkpoint.step} or more"
+        )
+    for item in session.unfreezing:
+        if item.step < checkpoint.step:
+            session.unfreeze(item.layers, item.step)
+    session.learner.load(checkpoint.state)
+    return replace(session, resumed=checkpoint)
 
 
-def _open_own(
-    config: TrainConfig,
-    spec: PolicySpec,
-    encoders: Mapping[str, ImageEncoder],
-    data: RunData,
-    device: torch.device,
-    before: Mapping[str, Any] | None,
-) -> _Opened:
-    assert config.batch_size is not None
-    policy = build_policy(spec, encoders, config.seed).to(device)
-    policy.feature_noise, policy.feature_dropout = config.feature_noise, config.feature_dropout
-    policy.precision = resolve_precision(config.precision, device)
-    splits = data.splits(WindowSpec(spec.obs_horizon, spec.action_horizon), device)
-    plan = _plan(config, data, len(splits[0]), device, before)
-    source = _source(config, data, plan, splits, spec, encoders, device)
-    learner = _learner(config, policy, device)
-    if before is None:
-        fit_statistics(policy, data, source, config.action_normalization)
-    return _Opened(splits, plan, source, learner, config.batch_size)
-
-
-def _open_robomimic(
-    config: TrainConfig,
-    spec: PolicySpec,
-    encoders: Mapping[str, ImageEncoder],
-    data: RunData,
-    device: torch.device,
-    before: Mapping[str, Any] | None,
-) -> _Opened:
-    policy = build_robomimic_policy(spec, encoders, device, config.seed)
-    splits = robomimic_splits(policy.config, data.rows, device)
-    plan = _plan(config, data, len(splits[0]), device, before)
-    source = _source(config, data, plan, splits, spec, encoders, device)
-    precision = "tf32" if config.precision == "tf32" else "fp32"
-    learner = RobomimicLearner(policy, windows=len(splits[0]), seed=config.seed, precision=precision)
-    if before is None:
-        fit_robomimic(policy, data.rows, source)
-    return _Opened(splits, plan, source, learner, policy.config.batch_size)
+def check_resumed(before: RunRecord, run: Path, config: TrainConfig | FinetuneConfig, data: RunData) -> None:
+    """Raises CheckpointError naming the first option or cache that differs from those of the run to resume."""
+    recorded = type(config).from_json(before.config).to_json()
+    for name, now in config.to_json().items():
+        if name not in FREE_TO_CHANGE and recorded[name] != now:
+            raise CheckpointError(
+                f"{run} was trained with {name} {recorded[name]!r} and is to be resumed with {now!r}; give the same, "
+                f"or another --out"
+            )
+    fingerprints = {before.data.fingerprint, data.record.fingerprint} - {None}
+    if len(fingerprints) > 1:
+        raise CheckpointError(f"{run} was trained on another state of the cache; give another --out to start anew")
+    if config.steps != before.steps:
+        logger.info("%s now ends at step %d, not %d, and so does its schedule", run, config.steps, before.steps)
 
 
 def fit_statistics(policy: VisuomotorPolicy, data: RunData, source: Source, normalization: Any) -> None:
@@ -152,8 +330,21 @@ def fit_statistics(policy: VisuomotorPolicy, data: RunData, source: Source, norm
     policy.fit(source.features_of(chosen), low_dim, data.rows.actions[:rows], normalization)
 
 
+def _open_data(config: TrainConfig, before: RunRecord | None, run: Path) -> RunData:
+    choice = DemoChoice(config.filter_key, config.valid_key, config.seed)
+    if before is not None:
+        known = None if config.deep else recorded_contents(before.data)
+        choice = choice._replace(recorded=before.data, where=str(run), known=known)
+    if config.cache is not None:
+        check_sources(FeatureCache(config.cache), config.datasets, deep=config.deep)
+    if config.live:
+        return open_dataset_data(config.datasets, config.cameras, config.low_dim_keys, choice)
+    assert config.cache is not None
+    return open_cache_data(config.cache, config.cameras, config.low_dim_keys, choice)
+
+
 def _with_keys(config: TrainConfig, bridge: RobomimicConfig) -> TrainConfig:
-    """Cameras, low-dim keys and filter keys of a robomimic JSON, where no option names others."""
+    """Cameras, low-dim keys and filter keys of a robomimic JSON, unless options name others."""
     if config.robomimic_config is None:
         return config
     train, valid = bridge.filter_keys
@@ -166,31 +357,45 @@ def _with_keys(config: TrainConfig, bridge: RobomimicConfig) -> TrainConfig:
     )
 
 
-def _open(config: TrainConfig, run: Path) -> RunData:
-    names = SplitNames(config.filter_key, config.valid_key, config.seed)
-    if config.resume:
-        before = read_run(run)["data"]
-        known = None if config.deep else recorded_contents(before)
-        names = names._replace(run_data=before, where=str(run), known=known)
-    if config.cache is not None:
-        check_sources(FeatureCache(config.cache), config.datasets, deep=config.deep)
-    if config.live:
-        return open_dataset_data(config.datasets, config.cameras, config.low_dim_keys, names)
-    assert config.cache is not None
-    return open_cache_data(config.cache, config.cameras, config.low_dim_keys, names)
+def _own_trainee(
+    config: TrainConfig, spec: PolicySpec, encoders: Mapping[str, ImageEncoder], data: RunData, device: torch.device
+) -> Trainee:
+    assert config.batch_size is not None
+    policy = build_policy(spec, encoders, config.seed).to(device)
+    policy.feature_noise, policy.feature_dropout = config.feature_noise, config.feature_dropout
+    policy.precision = resolve_precision(config.precision, device)
+    if not config.freeze_encoder:
+        policy.carries_encoder = True
+        policy.obs_encoder.key_model_map.to(memory_format=torch.channels_last)
+    learner = PolicyLearner(
+        policy,
+        config.optim,
+        rates={"policy": config.lr, "encoder": config.encoder_lr},
+        steps=config.steps,
+        seed=config.seed,
+        device=device,
+    )
+    policy.train()
+    splits = data.splits(WindowSpec(spec.obs_horizon, spec.action_horizon), device)
+    return Trainee(spec, encoders, policy, splits, learner, config.batch_size)
 
 
-def _resumed(run: Path, before: Mapping[str, Any], encoder: str | None) -> tuple[PolicySpec, dict[str, ImageEncoder]]:
-    spec = PolicySpec.from_json(before.get("policy"))
-    return spec, run_encoders(run, spec, encoder)
+def _robomimic_trainee(
+    config: TrainConfig, spec: PolicySpec, encoders: Mapping[str, ImageEncoder], data: RunData, device: torch.device
+) -> Trainee:
+    policy = build_robomimic_policy(spec, encoders, device, config.seed)
+    splits = robomimic_splits(policy.config, data.rows, device)
+    precision = "tf32" if config.precision == "tf32" else "fp32"
+    learner = RobomimicLearner(policy, windows=len(splits[0]), seed=config.seed, precision=precision)
+    return Trainee(spec, encoders, policy, splits, learner, policy.config.batch_size)
 
 
-def _fresh(
+def _new_policy(
     config: TrainConfig, bridge: RobomimicConfig | None, data: RunData
 ) -> tuple[PolicySpec, dict[str, ImageEncoder]]:
+    """The spec and the encoders of a new run."""
     if config.cache is not None:
-        cache = data.cache or FeatureCache(config.cache)
-        encoders, preprocess = _cache_encoders(cache, tuple(data.cameras), config.named_factory)
+        encoders, preprocess = _cache_encoders(data.cache or FeatureCache(config.cache), config, data)
     else:
         encoders, preprocess = _live_encoders(config, data)
     distinct = list(dict.fromkeys(id(encoder) for encoder in encoders.values()))
@@ -223,33 +428,16 @@ def _fresh(
 
 
 def _cache_encoders(
-    cache: FeatureCache, cameras: Sequence[str], encoder: str | None
+    cache: FeatureCache, config: TrainConfig, data: RunData
 ) -> tuple[dict[str, ImageEncoder], dict[str, Preprocess]]:
-    entries = {camera: cache.cameras[camera] for camera in cameras}
-    preprocess = {camera: Preprocess.from_json(entry.identity["preprocess"]) for camera, entry in entries.items()}
-    return restore_encoders(cache, encoder, cameras), preprocess
+    preprocess = {camera: Preprocess.from_json(cache.cameras[camera].identity["preprocess"]) for camera in data.cameras}
+    return restore_encoders(cache, config.named_factory, tuple(data.cameras)), preprocess
 
 
 def _live_encoders(config: TrainConfig, data: RunData) -> tuple[dict[str, ImageEncoder], dict[str, Preprocess]]:
     encoder = build_encoder(config.encoder if config.encoder is not None else EncoderSpec())
     preprocess = config.preprocess if config.preprocess is not None else make_preprocess(encoder)
     return dict.fromkeys(data.cameras, encoder), dict.fromkeys(data.cameras, preprocess)
-
-
-def _plan(
-    config: TrainConfig, data: RunData, windows: int, device: torch.device, before: Mapping[str, Any] | None
-) -> SourcePlan:
-    views = _views(config, data)
-    plan = plan_source(
-        data,
-        windows,
-        source=config.source,
-        order=config.order,
-        views=views,
-        max_memory=config.max_memory,
-        device=device,
-    )
-    return plan if before is None else plan.in_order_of(before)
 
 
 def _views(config: TrainConfig, data: RunData) -> int:
@@ -259,42 +447,3 @@ def _views(config: TrainConfig, data: RunData) -> int:
     if config.augment and views == 1:
         raise ConfigError(f"{data.cache.path} has the clean view alone; run its extract-features again with --views 4")
     return 1 if config.augment is False else views
-
-
-def _source(
-    config: TrainConfig,
-    data: RunData,
-    plan: SourcePlan,
-    splits: tuple[SplitRows, SplitRows | None],
-    spec: PolicySpec,
-    encoders: Mapping[str, ImageEncoder],
-    device: torch.device,
-) -> Source:
-    if plan.source != "live":
-        return open_cached(data, plan, splits, max_memory=config.max_memory, device=device)
-    preprocess = {camera: Preprocess.from_json(value) for camera, value in spec.preprocess.items()}
-    return open_live(
-        data,
-        splits,
-        frozen_encode(encoders, preprocess, device, config.precision),
-        hand_on_frames=not config.freeze_encoder,
-        max_memory=config.max_memory,
-        device=device,
-    )
-
-
-def _learner(config: TrainConfig, policy: VisuomotorPolicy, device: torch.device) -> PolicyLearner:
-    learner = PolicyLearner(
-        policy,
-        config.optim,
-        rates={"policy": config.lr, "encoder": config.encoder_lr},
-        steps=config.steps,
-        seed=config.seed,
-        device=device,
-    )
-    if not config.freeze_encoder:
-        policy.carries_encoder = True
-        policy.obs_encoder.key_model_map.to(memory_format=torch.channels_last).requires_grad_(True)
-        learner.learn("encoder", policy.encoder_parameters())
-    policy.train()
-    return learner

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cli import app
-from cache_pipeline.runs.checkpoint import load_policy
+from cache_pipeline.runs.policy import load_policy
 
 RANDOM = ["--no-pretrained-encoder", "--device", "cpu", "--precision", "fp32"]
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from cache_pipeline.cli import app
 from cache_pipeline.cli.training import resuming_command
-from cache_pipeline.runs.checkpoint import inspect_run
+from cache_pipeline.runs.summary import inspect_run
 from cache_pipeline.training.update.learner import PolicyLearner
 
 RANDOM = ["--no-pretrained-encoder", "--device", "cpu", "--precision", "fp32"]

@@ -15,7 +15,7 @@ from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, bui
 from cache_pipeline.encoders.saving import load_encoder, save_encoder
 from cache_pipeline.errors import CheckpointError, EncoderError
 from cache_pipeline.extract.verify import verify
-from cache_pipeline.runs.checkpoint import load_policy
+from cache_pipeline.runs.policy import load_policy
 from cache_pipeline.runs.tuned_encoder import encoders_of_run
 
 SOURCE = """

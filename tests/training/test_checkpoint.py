@@ -15,8 +15,10 @@ from cache_pipeline.encoders import saving as saving_module
 from cache_pipeline.errors import CheckpointError, ConfigError
 from cache_pipeline.files import digest
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.runs.checkpoint import find_checkpoint, inspect_run, load_policy
-from cache_pipeline.training import train as train_module
+from cache_pipeline.runs.checkpoint import find_checkpoint
+from cache_pipeline.runs.policy import load_policy
+from cache_pipeline.runs.summary import inspect_run
+from cache_pipeline.training import session as session_module
 from cache_pipeline.training.config import SavingConfig
 from cache_pipeline.training.evaluate import ActionError
 from cache_pipeline.training.train import train
@@ -202,7 +204,7 @@ def test_a_measurement_that_is_not_finite_is_one_line(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nothing = ActionError(float("nan"), (float("nan"),), 1.0, (1.0,), 1)
-    monkeypatch.setattr(train_module, "evaluate", lambda *args, **options: nothing)
+    monkeypatch.setattr(session_module, "evaluate", lambda *args, **options: nothing)
     with pytest.raises(ConfigError, match="held-out action error is nan at step 3; no checkpoint was saved before"):
         train(config(tmp_path / "run", cache), progress=False)
 

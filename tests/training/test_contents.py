@@ -15,7 +15,7 @@ from training_runs import ENCODER, PREPROCESS, config, extracted, losses
 
 from cache_pipeline.errors import CheckpointError, DatasetError, StaleCacheError
 from cache_pipeline.runs import contents
-from cache_pipeline.runs.checkpoint import read_run
+from cache_pipeline.runs.record import read_record
 from cache_pipeline.training.config import FinetuneConfig, SavingConfig, TrainConfig
 from cache_pipeline.training.finetune import finetune
 from cache_pipeline.training.train import train
@@ -31,8 +31,8 @@ def files(folder: Path, **options: Any) -> tuple[Path, Path]:
 
 def held_out(run: Path) -> set[tuple[str, str]]:
     """(file, demo) of what a run holds out."""
-    data = read_run(run)["data"]
-    return {(Path(data["datasets"][entry[0]]).name, entry[1]) for entry in data["valid"]}
+    data = read_record(run).data
+    return {(Path(data.datasets[demo.file]).name, demo.name) for demo in data.valid}
 
 
 def live(run: Path, paths: tuple[Path, ...], **options: Any) -> TrainConfig:
@@ -151,10 +151,9 @@ def test_a_cache_and_its_files_record_the_same_contents(tmp_path: Path) -> None:
         train(made, progress=False).run
         for made in (config(tmp_path / "cached", cache, steps=1), live(tmp_path / "live", (first,), steps=1))
     ]
-    one, two = (read_run(run)["data"] for run in runs)
-    for name in ("train", "valid", "contents", "files"):
-        assert one[name] == two[name]
-    assert len(one["contents"]) == len(one["train"]) + len(one["valid"])
+    one, two = (read_record(run).data for run in runs)
+    assert (one.train, one.valid, one.files) == (two.train, two.valid, two.files)
+    assert None not in [demo.contents for demo in one.demos]
 
 
 def test_training_and_fine_tuning_compare_a_cache_with_its_files(tmp_path: Path, frontier: Path, dataset: Path) -> None:

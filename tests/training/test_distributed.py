@@ -15,7 +15,7 @@ from training_runs import config, losses
 
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.runs.checkpoint import inspect_run
+from cache_pipeline.runs.summary import inspect_run
 from cache_pipeline.training.config import FinetuneConfig, SavingConfig, TrainConfig
 from cache_pipeline.training.data.sampler import Sampler
 from cache_pipeline.training.finetune import finetune
@@ -159,7 +159,7 @@ session.plan_source = plan_source
 def test_processes_with_different_free_memory_train_from_one_kind_of_source(cache: Path, tmp_path: Path) -> None:
     less = """
 import os
-from cache_pipeline.training.data import opening as data
+from cache_pipeline.training.data import sources as data
 data.memory_budget = lambda device, most: 10_000 if os.environ["RANK"] == "1" else 1 << 30
 """
     options = config(tmp_path / "run", cache, steps=1)

@@ -16,8 +16,8 @@ from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import CheckFailedError, ConfigError, MissingExtraError
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.runs import export
-from cache_pipeline.runs.checkpoint import load_policy
 from cache_pipeline.runs.export import FORMATS, ExportResult, export_policy
+from cache_pipeline.runs.policy import load_policy
 from cache_pipeline.training.train import train
 
 GMM = {**SMALL, "low_noise_eval": False}

@@ -18,14 +18,15 @@ from training_runs import config, extracted, losses
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.encoders.frozen import frozen_encoders
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.precision import cpu_has_bf16
 from cache_pipeline.errors import CheckpointError, ConfigError, OptionError, StaleCacheError
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.runs.checkpoint import load_policy, read_run
 from cache_pipeline.runs.metrics import read_metrics
+from cache_pipeline.runs.policy import load_policy
+from cache_pipeline.runs.record import read_record
 from cache_pipeline.training.config import FinetuneConfig, SavingConfig
-from cache_pipeline.training.data.opening import frozen_encoders
 from cache_pipeline.training.finetune import finetune
 from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.train import train
@@ -152,7 +153,7 @@ def test_a_run_on_bfloat16_features_is_fine_tuned_in_bfloat16(
     cache = extracted(dataset, tmp_path / "bf16.zarr", precision="bf16", store_dtype="float16")
     run = train(config(tmp_path / "run", cache, steps=300), progress=False).run
     tuned = finetune(tuning(run, tmp_path / "tuned", precision="auto", unfreeze="layer4"), progress=False).run
-    assert read_run(tuned)["precision"] == "bf16"
+    assert read_record(tuned).precision == "bf16"
 
 
 def test_the_policy_is_measured_before_the_first_step_and_stays_the_best_if_nothing_helps(

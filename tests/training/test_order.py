@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_pipeline.training.config import Order
-from cache_pipeline.training.data.opening import SplitNames, open_cache_data, plan_source
+from cache_pipeline.training.data.run_data import DemoChoice, open_cache_data
 from cache_pipeline.training.data.sampler import BlockOrder, Sampler
+from cache_pipeline.training.data.sources import plan_source
 
 orders = st.sampled_from([None, BlockOrder(block=3, pool=7), BlockOrder(block=4, pool=4), BlockOrder(block=5, pool=99)])
 
@@ -83,7 +84,7 @@ def test_in_block_order_a_block_has_one_view() -> None:
 def test_a_streamed_cache_many_times_larger_than_memory_is_shuffled_in_blocks(
     pools: int, order: Order, blocks: bool, cache: Path
 ) -> None:
-    data = open_cache_data(cache, None, None, SplitNames())
+    data = open_cache_data(cache, None, None, DemoChoice())
     windows, row_bytes = 800, 2 * 512 * 4
     plan = plan_source(
         data,
@@ -96,4 +97,4 @@ def test_a_streamed_cache_many_times_larger_than_memory_is_shuffled_in_blocks(
     )
     assert plan.source == "streamed"
     assert (plan.blocks is not None) is blocks
-    assert plan.in_order_of({"order": plan.order}) == plan
+    assert plan.with_order(plan.order) == plan

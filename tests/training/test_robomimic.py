@@ -22,11 +22,13 @@ from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.errors import CheckpointError, ConfigError, EncoderError
 from cache_pipeline.policies.robomimic.config import ALGORITHMS
-from cache_pipeline.runs.checkpoint import find_checkpoint, inspect_run, load_policy
+from cache_pipeline.runs.checkpoint import find_checkpoint
+from cache_pipeline.runs.policy import load_policy
+from cache_pipeline.runs.summary import inspect_run
 from cache_pipeline.training import robomimic as module
 from cache_pipeline.training.config import SavingConfig, TrainConfig
 from cache_pipeline.training.data.sampler import Sampler
-from cache_pipeline.training.session import open_session
+from cache_pipeline.training.session import open_training
 from cache_pipeline.training.train import train
 
 pytest.importorskip("robomimic")
@@ -101,7 +103,7 @@ def test_each_algorithm_updates_its_networks_from_a_cache_and_prints_nothing(
     name: str, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     theirs = small(tmp_path / "mine.json", name)
-    before = open_session(config(tmp_path / "run", cache, theirs), tmp_path / "run").learner.model_tensors()
+    before = open_training(config(tmp_path / "run", cache, theirs), tmp_path / "run").learner.state().model
     before = {key: value.clone() for key, value in before.items()}
     result = train(config(tmp_path / "run", cache, theirs), progress=False)
     after = tensors(result.run)
@@ -133,11 +135,11 @@ def test_batches_equal_those_of_sequence_dataset_over_the_exported_features(
 
     shape = {"frame_stack": frame_stack, "seq_length": seq_length, "pad_frame_stack": pads, "pad_seq_length": pads}
     theirs = small(tmp_path / "mine.json", name, **shape, batch_size=10_000)
-    session = open_session(config(tmp_path / "run", cache, theirs), tmp_path / "run")
+    session = open_training(config(tmp_path / "run", cache, theirs), tmp_path / "run")
     windows = len(session.splits[0])
     plan = Sampler(windows, windows, 0).plan(0)
     plan = plan._replace(windows=np.arange(windows))
-    batch = next(session.source.batches([plan]))
+    batch = next(session.enter(session.phases()[0]).batches([plan]))
     ours = session.learner.robomimic_batch(batch)  # type: ignore[attr-defined]
     keys = {**{key: key for key in LOW_DIM}, **{camera: feature_key(camera) for camera in CAMERAS}}
     export_robomimic(cache, tmp_path / "features.hdf5")
@@ -170,7 +172,7 @@ def test_normalisation_equals_that_of_sequence_dataset(cache: Path, tmp_path: Pa
     from robomimic.utils import obs_utils
     from robomimic.utils.dataset import SequenceDataset
 
-    session = open_session(config(tmp_path / "run", cache, small(tmp_path / "mine.json", "bc")), tmp_path / "run")
+    session = open_training(config(tmp_path / "run", cache, small(tmp_path / "mine.json", "bc")), tmp_path / "run")
     policy = session.learner.policy.robomimic  # type: ignore[attr-defined]
     keys = {**{key: key for key in LOW_DIM}, **{camera: feature_key(camera) for camera in CAMERAS}}
     export_robomimic(cache, tmp_path / "features.hdf5")
@@ -305,11 +307,11 @@ def test_learning_rates_follow_robomimics_epochs(cache: Path, tmp_path: Path) ->
 
 def test_options_that_were_given_win_over_the_json(cache: Path, tmp_path: Path) -> None:
     theirs = small(tmp_path / "mine.json", "bc_rnn")
-    session = open_session(
+    session = open_training(
         config(tmp_path / "run", cache, theirs, batch_size=3, action_horizon=2, cameras=(CAMERAS[0],), low_dim_keys=()),
         tmp_path / "run",
     )
-    batch = next(session.source.batches(session.sampler.plans(0, 1)))
+    batch = next(session.enter(session.phases()[0]).batches(session.sampler.plans(0, 1)))
     assert batch.actions.shape == (3, 2, 7)
     assert set(batch.obs) == {CAMERAS[0]}
 
@@ -360,12 +362,12 @@ def test_rl_without_rewards_is_refused_before_any_work(tmp_path: Path) -> None:
 
 
 def test_maps_below_the_pooling_enter_flat(frontier: Path, tmp_path: Path) -> None:
-    session = open_session(config(tmp_path / "run", frontier, small(tmp_path / "mine.json", "bc")), tmp_path / "run")
+    session = open_training(config(tmp_path / "run", frontier, small(tmp_path / "mine.json", "bc")), tmp_path / "run")
     shape = FeatureCache(frontier).cameras[CAMERAS[0]].feature_shape
     policy = session.learner.policy.robomimic  # type: ignore[attr-defined]
     assert len(shape) == 3
     assert policy.shapes[CAMERAS[0]] == (int(np.prod(shape)),)
-    batch = next(session.source.batches(session.sampler.plans(0, 1)))
+    batch = next(session.enter(session.phases()[0]).batches(session.sampler.plans(0, 1)))
     assert torch.isfinite(session.learner.step(batch, 0))
 
 

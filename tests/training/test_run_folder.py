@@ -20,18 +20,14 @@ from cache_pipeline.cache.lock import writer_lock
 from cache_pipeline.encoders.image_encoder import build_encoder
 from cache_pipeline.errors import CheckpointError, RunLockedError
 from cache_pipeline.policies.batch import Batch
+from cache_pipeline.policies.spec import PolicySpec
 from cache_pipeline.runs import folder as run_folder_module
-from cache_pipeline.runs.checkpoint import (
-    CheckpointFolder,
-    find_checkpoint,
-    inspect_run,
-    load_policy,
-    read_checkpoint,
-    read_index,
-    read_run,
-)
+from cache_pipeline.runs.checkpoint import CheckpointFolder, State, find_checkpoint, read_checkpoint, read_index
 from cache_pipeline.runs.folder import run_folder
 from cache_pipeline.runs.metrics import read_metrics
+from cache_pipeline.runs.policy import load_policy
+from cache_pipeline.runs.record import DataRecord, RunRecord, read_record
+from cache_pipeline.runs.summary import inspect_run
 from cache_pipeline.training.train import train
 from cache_pipeline.training.update.learner import PolicyLearner
 
@@ -40,37 +36,34 @@ ENCODER = build_encoder(TINY)
 FORKS = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 
 
-class FakeLearner:
+def state(mark: int) -> State:
     """Something to save, told apart by one number."""
+    return State(*[{"mark": torch.tensor(float(mark))}] * 3)
 
-    def __init__(self, mark: int) -> None:
-        self._mark = mark
 
-    def model_tensors(self) -> dict[str, torch.Tensor]:
-        return {"mark": torch.tensor(float(self._mark))}
-
-    ema_tensors = resume_tensors = model_tensors
+def record(mark: int) -> RunRecord:
+    policy = PolicySpec(
+        action_dim=1, cameras={}, low_dim={}, preprocess={}, encoder_files={"agentview_image": "encoder.safetensors"}
+    )
+    return RunRecord(kind="train", config={"mark": mark}, policy=policy, data=DataRecord(), order={})
 
 
 def write(out: Path, mark: int, *, resume: bool = False, overwrite: bool = False, steps: int = 1) -> None:
     """What training does with the folder: start a run, unless it is resumed, and save checkpoints."""
-    value = {name: {} for name in ("kind", "config", "data")} | {"format": 1, "mark": mark}
-    encoders = {"encoder.safetensors": "agentview_image"}
     with run_folder(out, resume=resume, overwrite=overwrite) as folder:
         if not resume or folder.unsaved:
-            policy = {"encoder_files": {camera: file for file, camera in encoders.items()}}
-            folder.start({**value, "policy": policy}, dict.fromkeys(encoders, ENCODER))
+            folder.start(record(mark), {"encoder.safetensors": ENCODER})
         checkpoints = CheckpointFolder(folder.path, 1, folder.saved)
         for step in range(1, steps + 1):
             (folder.path / "metrics.csv").write_text(f"{mark}")
-            checkpoints.save(step, FakeLearner(mark), {}, {}, None)
+            checkpoints.save(step, state(mark), {}, {}, None)
 
 
 def mark_of(out: Path) -> int:
     """The run at its place, found whole."""
     saved = read_checkpoint(find_checkpoint(out, latest=True)[1])
-    mark = read_run(out)["mark"]
-    assert saved.model["mark"] == mark
+    mark = int(read_record(out).config["mark"])
+    assert saved.state.model["mark"] == mark
     assert (out / "encoder.safetensors").is_file()
     return mark
 
@@ -181,11 +174,10 @@ def test_a_kill_while_a_run_is_replaced_leaves_the_old_or_the_new_one(
 
 def test_a_run_that_fails_before_its_first_checkpoint_replaces_nothing(tmp_path: Path) -> None:
     write(tmp_path / "lift", 1)
-    value = read_run(tmp_path / "lift") | {"mark": 2}
 
     def fail() -> None:
         with run_folder(tmp_path / "lift", resume=False, overwrite=True) as folder:
-            folder.start(value, {})
+            folder.start(record(2), {})
             assert mark_of(tmp_path / "lift") == 1
             raise ZeroDivisionError
 
@@ -198,7 +190,7 @@ def test_a_run_that_fails_before_its_first_checkpoint_replaces_nothing(tmp_path:
 def test_what_json_cannot_hold_is_one_line(tmp_path: Path) -> None:
     def start() -> None:
         with run_folder(tmp_path / "lift", resume=False, overwrite=False) as folder:
-            folder.start({"kind": float("nan")}, {})
+            folder.start(replace(record(1), order={"views": float("nan")}), {})
 
     with pytest.raises(CheckpointError, match=r"cannot write the run folder .*JSON"):
         start()
@@ -206,12 +198,11 @@ def test_what_json_cannot_hold_is_one_line(tmp_path: Path) -> None:
 
 def test_what_a_run_begins_with_replaces_nothing(tmp_path: Path) -> None:
     write(tmp_path / "lift", 1)
-    value = read_run(tmp_path / "lift") | {"mark": 2}
     with run_folder(tmp_path / "lift", resume=False, overwrite=True) as folder:
-        folder.start(value, {"encoder.safetensors": ENCODER})
+        folder.start(record(2), {"encoder.safetensors": ENCODER})
         checkpoints = CheckpointFolder(folder.path, 1, folder.saved)
         for step, there in ((0, 1), (1, 2)):
-            assert checkpoints.save(step, FakeLearner(2), {}, {}, None).is_dir()
+            assert checkpoints.save(step, state(2), {}, {}, None).is_dir()
             assert mark_of(tmp_path / "lift") == there
 
 
@@ -280,7 +271,7 @@ def test_a_failed_training_over_an_old_run_leaves_that_and_a_finished_one_leaves
             train(replace(asked, overwrite=True, seed=5), progress=False)
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "run").rglob("*")}
     result = train(replace(asked, overwrite=True, seed=5), progress=False)
-    assert read_run(tmp_path / "run")["config"]["seed"] == 5
+    assert read_record(tmp_path / "run").config["seed"] == 5
     assert not (tmp_path / "run/rollouts").exists()
     assert not (tmp_path / "run/report.html").exists()
     assert len(read_metrics(tmp_path / "run")) == 3

@@ -14,7 +14,7 @@ from fakes import make_dataset
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.training.data import live, memory, resident
-from cache_pipeline.training.data import opening as data
+from cache_pipeline.training.data import sources as data
 from cache_pipeline.training.data.live import DemoFrames
 from cache_pipeline.training.data.memory import fits, host_budget, memory_budget, piece_rows
 

@@ -21,10 +21,11 @@ from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import CheckpointError, ConfigError, DatasetError
 from cache_pipeline.policies.batch import Batch
-from cache_pipeline.runs.checkpoint import inspect_run, load_policy
 from cache_pipeline.runs.metrics import read_metrics
+from cache_pipeline.runs.policy import load_policy
+from cache_pipeline.runs.summary import inspect_run
 from cache_pipeline.training.config import OptimConfig, SavingConfig, TrainConfig
-from cache_pipeline.training.session import open_session
+from cache_pipeline.training.session import open_training
 from cache_pipeline.training.train import train
 from cache_pipeline.training.update import gradients
 from cache_pipeline.training.update import learner as learner_module
@@ -148,7 +149,7 @@ def test_a_step_in_bfloat16_computes_all_layers_in_it_and_acting_in_float32(
     seen: dict[str, set[torch.dtype]] = {"loss": set(), "act": set()}
     for copies in (True, False):
         monkeypatch.setattr(gradients, "uses_copies", lambda policy, copies=copies: copies)
-        session = open_session(config(tmp_path / "run", cache, precision="bf16"), tmp_path / "run")
+        session = open_training(config(tmp_path / "run", cache, precision="bf16"), tmp_path / "run")
         policy, doing = session.learner.policy, "loss"
 
         def note(module: Any, args: Any, output: torch.Tensor) -> None:
@@ -157,7 +158,7 @@ def test_a_step_in_bfloat16_computes_all_layers_in_it_and_acting_in_float32(
         for module in policy.modules():
             if isinstance(module, torch.nn.Linear):
                 module.register_forward_hook(note)
-        batch = next(session.source.batches(session.sampler.plans(0, 1)))
+        batch = next(session.enter(session.phases()[0]).batches(session.sampler.plans(0, 1)))
         session.learner.step(batch, 0)
         doing = "act"
         assert policy.act(batch.obs).dtype == torch.float32
@@ -170,7 +171,7 @@ def test_the_flags_of_a_precision_hold_in_the_forward_and_backward_pass(
     choice: str, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on CUDA: the flags are the process's, whatever device computes."""
-    session = open_session(config(tmp_path / "run", cache), tmp_path / "run")
+    session = open_training(config(tmp_path / "run", cache), tmp_path / "run")
     learner, seen = session.learner, {}
     policy = learner.policy
     policy.precision = choice
@@ -184,7 +185,7 @@ def test_the_flags_of_a_precision_hold_in_the_forward_and_backward_pass(
     layer = policy.obs_encoder.projection[2]
     layer.register_forward_hook(lambda *args: note("forward"))
     layer.register_full_backward_hook(lambda *args: note("backward"))
-    batch = next(session.source.batches(session.sampler.plans(0, 1)))
+    batch = next(session.enter(session.phases()[0]).batches(session.sampler.plans(0, 1)))
     before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
     learner.step(batch, 0)
     wanted = ("high", True) if choice == "tf32" else ("highest", False)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.encoders.frozen import FrozenEncoder, frozen_encoders
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.obs import acting_obs, is_frames
 from cache_pipeline.encoders.preprocess import Preprocess
@@ -43,6 +43,8 @@ class RobomimicPolicy:
         features: camera → shape of a feature at the cut.
 
     Attributes:
+        encoders: camera → its frozen encoder.
+        frozen_trunks: camera → the fast path of its encoder, for frames; made in fp32 when frames come first.
         mean, std: key → statistics of one row; empty without normalisation.
     """
 
@@ -55,8 +57,8 @@ class RobomimicPolicy:
         features: Mapping[str, tuple[int, ...]],
     ) -> None:
         self.algo, self.config, self._spec = algo, config, spec
-        self._encoders, self._features = dict(encoders), dict(features)
-        self._frozen: dict[str, FrozenEncoder] = {}
+        self.encoders, self._features = dict(encoders), dict(features)
+        self.frozen_trunks: dict[str, FrozenEncoder] = {}
         self._last_batch = 0
         self.mean: dict[str, Tensor] = {}
         self.std: dict[str, Tensor] = {}
@@ -76,6 +78,11 @@ class RobomimicPolicy:
     def low_dim(self) -> dict[str, tuple[int, ...]]:
         """Low-dim key → shape of one row."""
         return self._spec.low_dim
+
+    @property
+    def preprocessing(self) -> dict[str, Preprocess]:
+        """Camera → what happens to its frames before the encoder."""
+        return {camera: Preprocess.from_json(value) for camera, value in self._spec.preprocess.items()}
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -202,11 +209,10 @@ class RobomimicPolicy:
     def _encoded(self, key: str, values: Tensor) -> Tensor:
         if key not in self._features or not is_frames(values, self._features[key]):
             return values
-        if key not in self._frozen:
-            preprocess = Preprocess.from_json(self._spec.preprocess[key])
-            self._frozen[key] = FrozenEncoder(self._encoders[key], preprocess, self.device, "fp32")
+        if not self.frozen_trunks:
+            self.frozen_trunks = frozen_encoders(self.encoders, self.preprocessing, self.device, "fp32")
         # What inference mode makes cannot take part in other modes; its copy can.
-        features = self._frozen[key](values.flatten(0, 1)).clone()
+        features = self.frozen_trunks[key](values.flatten(0, 1)).clone()
         return features.view(*values.shape[:2], *features.shape[1:])
 
     @contextmanager

@@ -25,10 +25,9 @@ from cache_pipeline.reports.bench.case import BenchRow, BenchSetup
 from cache_pipeline.reports.bench.measure import Prepare, Work, side_by_side
 from cache_pipeline.reports.bench.peers import PEER_NAME, RobomimicImages
 from cache_pipeline.runs.checkpoint import find_checkpoint
-from cache_pipeline.runs.folder import RunFolder
 from cache_pipeline.training.config import FinetuneConfig, OptimConfig, TrainConfig
-from cache_pipeline.training.finetune import FinetuneSession
-from cache_pipeline.training.session import TrainSession, open_session
+from cache_pipeline.training.finetune import open_finetuning
+from cache_pipeline.training.session import Session, open_training
 from cache_pipeline.training.train import train as train_run
 from cache_pipeline.training.update.learner import PolicyLearner
 
@@ -153,11 +152,8 @@ def _finetuned(setup: BenchSetup, base: Path, precision: str, cache: Path | None
     )
     run, checkpoint = find_checkpoint(base)
     out = setup.folder / f"finetune_{precision}_{'live' if cache is None else 'frontier'}"
-    session = FinetuneSession(config, torch.device(setup.device), run, checkpoint, RunFolder(out))
-    session.start()
-    phase = session.phases()[0]
-    phase.begin()
-    return _steps(session.learner, phase.open().batches(session.sampler.plans(0, UNLIMITED)), setup.live_steps)
+    session = open_finetuning(config, out, base=run, folder=checkpoint)
+    return _steps(session.learner, _batches(session), setup.live_steps)
 
 
 def _spec(setup: BenchSetup) -> EncoderSpec:
@@ -169,11 +165,11 @@ def _config(setup: BenchSetup, **options: Any) -> TrainConfig:
     return TrainConfig(**{"batch_size": setup.batch_size, "device": setup.device, **shape, **options})
 
 
-def _open(setup: BenchSetup, **options: Any) -> TrainSession:
-    return open_session(_config(setup, steps=UNLIMITED, **options), setup.folder / "run")
+def _open(setup: BenchSetup, **options: Any) -> Session:
+    return open_training(_config(setup, steps=UNLIMITED, **options), setup.folder / "run")
 
 
-def _open_live(setup: BenchSetup, precision: str, *, frozen: bool) -> TrainSession:
+def _open_live(setup: BenchSetup, precision: str, *, frozen: bool) -> Session:
     return _open(
         setup,
         datasets=(setup.dataset,),
@@ -184,8 +180,8 @@ def _open_live(setup: BenchSetup, precision: str, *, frozen: bool) -> TrainSessi
     )
 
 
-def _batches(session: TrainSession) -> Iterator[Batch]:
-    return session.source.batches(session.sampler.plans(0, UNLIMITED))
+def _batches(session: Session) -> Iterator[Batch]:
+    return session.enter(session.phases()[0]).batches(session.sampler.plans(0, UNLIMITED))
 
 
 def _steps(learner: PolicyLearner, batches: Iterator[Batch], steps: int) -> Work:

@@ -1,13 +1,13 @@
 """Frames through the encoder at every step.
 
-Frames stay on the device as uint8 where they fit, else a few threads read them ahead from HDF5. A frozen encoder is run
-here, so that its features reach the policy as cached ones do; one that learns is run by the policy, on frames.
+Frames stay on the device as uint8 if they fit; otherwise a few threads read them ahead from the dataset. Batches hold
+frames, which the policy encodes: what is frozen on the fast path, the rest in the forward pass.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
 from typing import NamedTuple, Protocol
@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.training.data.memory import fits, piece_rows
 from cache_pipeline.training.data.sampler import Plan
@@ -25,8 +26,6 @@ from cache_pipeline.training.data.source import SplitRows, take_rows
 
 READ_AHEAD, READERS = 4, 4
 ENCODE_ROWS = 256
-
-Encode = Callable[[str, Tensor], Tensor]
 
 
 class DemoFrames(NamedTuple):
@@ -73,13 +72,12 @@ class _Frames(Protocol):
 
 
 class LiveSource:
-    """Frames of the train and held-out demos, encoded here if ``encode`` is given.
+    """Frames of the train and held-out demos.
 
     Args:
         frames: where the frames lie.
         cameras: names.
-        encode: (camera, frames (n,H,W,3) uint8 on the device) to features at the cut (n,…).
-        hand_on_frames: batches hold frames, for a policy that encodes by itself.
+        encoders: makes the frozen encoder of each camera, for ``features_of``.
         budget: bytes that resident frames may take; beyond it they are read ahead.
     """
 
@@ -90,8 +88,7 @@ class LiveSource:
         frames: DemoFrames,
         cameras: Sequence[str],
         *,
-        encode: Encode,
-        hand_on_frames: bool,
+        encoders: Callable[[], Mapping[str, FrozenEncoder]],
         train: SplitRows,
         valid: SplitRows | None,
         budget: int,
@@ -99,7 +96,7 @@ class LiveSource:
     ) -> None:
         self.cameras = tuple(cameras)
         self._demo_frames, self._device = frames, device
-        self._encode, self._hand_on_frames = encode, hand_on_frames
+        self._encoders = encoders
         self._splits = {False: train, True: valid}
         needed = frames.n_rows * sum(int(np.prod(frames.dataset.cameras[camera])) for camera in cameras)
         kind = _ResidentFrames if fits(needed, budget) else _ReadAheadFrames
@@ -110,27 +107,19 @@ class LiveSource:
         assert split is not None
         for plan, frames in self._frames.batches(plans, split):
             rows, actions, mask = split.gather(plan)
-            yield Batch({**self._encoded(frames), **split.low_dim(rows)}, actions, mask)
+            yield Batch({**frames, **split.low_dim(rows)}, actions, mask)
 
     def frames_of(self, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Frames (n,H,W,3) of packed rows (n,)."""
         return self._demo_frames.read(camera, rows)
 
     def features_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
-        features = {}
+        encoders, features = self._encoders(), {}
         for camera in self.cameras:
-            frames = torch.from_numpy(self._demo_frames.read(camera, rows))
-            parts = [self._encode(camera, part.to(self._device)).cpu() for part in torch.split(frames, ENCODE_ROWS)]
-            features[camera] = torch.cat(parts)
+            parts = np.split(rows, range(ENCODE_ROWS, len(rows), ENCODE_ROWS))
+            encoded = [encoders[camera](self._demo_frames.read(camera, part)).cpu() for part in parts]
+            features[camera] = torch.cat(encoded)
         return features
-
-    def _encoded(self, frames: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self._hand_on_frames:
-            return frames
-        return {
-            camera: _unflatten(self._encode(camera, images.flatten(0, 1)), images.shape[:2])
-            for camera, images in frames.items()
-        }
 
 
 class _ResidentFrames:

@@ -13,6 +13,7 @@ from cache_pipeline.encoders.precision import computing_in
 from cache_pipeline.errors import CheckpointError
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
+from cache_pipeline.runs.checkpoint import State
 from cache_pipeline.training.config import OptimConfig
 from cache_pipeline.training.update.distributed import current_ranks
 from cache_pipeline.training.update.gradients import BatchGradient
@@ -45,20 +46,12 @@ class Learner(Protocol):
     @property
     def policy(self) -> ActingPolicy: ...
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        """What ``model.safetensors`` holds."""
+    def state(self) -> State:
+        """All that a checkpoint holds; its tensors change with further steps."""
         ...
 
-    def ema_tensors(self) -> dict[str, Tensor]:
-        """What ``ema.safetensors`` holds; empty without averaged weights."""
-        ...
-
-    def resume_tensors(self) -> dict[str, Tensor]:
-        """Optimiser and random state."""
-        ...
-
-    def load(self, model: Mapping[str, Tensor], ema: Mapping[str, Tensor], resume: Mapping[str, Tensor]) -> None:
-        """Takes what the three above gave."""
+    def load(self, state: State) -> None:
+        """Takes what ``state`` gave; raises CheckpointError if it does not fit."""
         ...
 
 
@@ -124,21 +117,18 @@ class PolicyLearner:
         with self._average.applied() if self._average is not None else nullcontext():
             yield
 
-    def model_tensors(self) -> dict[str, Tensor]:
-        return self._policy.tensors()
+    def state(self) -> State:
+        average = {} if self._average is None else self._average.tensors()
+        return State(
+            self._policy.tensors(), average, {**self._optimizer.tensors(), GENERATOR: self._generator.get_state()}
+        )
 
-    def ema_tensors(self) -> dict[str, Tensor]:
-        return {} if self._average is None else self._average.tensors()
-
-    def resume_tensors(self) -> dict[str, Tensor]:
-        return {**self._optimizer.tensors(), GENERATOR: self._generator.get_state()}
-
-    def load(self, model: Mapping[str, Tensor], ema: Mapping[str, Tensor], resume: Mapping[str, Tensor]) -> None:
-        self._policy.load_tensors(model)
+    def load(self, state: State) -> None:
+        self._policy.load_tensors(state.model)
         if self._average is not None:
-            self._average.load(ema)
-        self._optimizer.load(resume)
-        state = resume.get(GENERATOR)
-        if state is None or state.dtype != torch.uint8 or state.shape != self._generator.get_state().shape:
+            self._average.load(state.ema)
+        self._optimizer.load(state.resume)
+        saved = state.resume.get(GENERATOR)
+        if saved is None or saved.dtype != torch.uint8 or saved.shape != self._generator.get_state().shape:
             raise CheckpointError("the checkpoint's random state is not of this device or version; start a new run")
-        self._generator.set_state(state.cpu())
+        self._generator.set_state(saved.cpu())

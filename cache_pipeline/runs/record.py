@@ -1,0 +1,191 @@
+"""run.json: what a run was asked to do, what it was trained on, and what its policy is built from."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from cache_pipeline import __version__
+from cache_pipeline.cache.manifest import SourceRecord
+from cache_pipeline.errors import CheckpointError
+from cache_pipeline.files import read_json, write_json
+from cache_pipeline.policies.spec import PolicySpec
+
+FORMAT = 1
+RUN_JSON = "run.json"
+
+Digests = dict[str, str | None]
+"""Camera, ``actions``, ``low_dim/<key>``, … → digest; ``None`` for what the data do not have."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoRecord:
+    """One demo of a run: the number of its file, its name there, and the digests of its contents.
+
+    ``contents`` is ``None`` in runs of early versions.
+    """
+
+    file: int
+    name: str
+    contents: Digests | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataRecord:
+    """The demos that a run was trained on, and where they were at that time."""
+
+    cache: str | None = None
+    """Path of the feature cache, if the run read one."""
+    fingerprint: str | None = None
+    """The fingerprint of that cache."""
+    datasets: tuple[str, ...] = ()
+    files: tuple[SourceRecord, ...] = ()
+    """The dataset files with size and time."""
+    train: tuple[DemoRecord, ...] = ()
+    valid: tuple[DemoRecord, ...] = ()
+    env_args: dict[str, Any] | None = None
+    render_flags: dict[str, Any] | None = None
+
+    @property
+    def demos(self) -> tuple[DemoRecord, ...]:
+        """The demos trained on, then the held-out ones."""
+        return (*self.train, *self.valid)
+
+    def to_json(self) -> dict[str, Any]:
+        value = {
+            "cache": self.cache,
+            "fingerprint": self.fingerprint,
+            "datasets": list(self.datasets),
+            "files": [source.to_json() for source in self.files],
+            "train": [[demo.file, demo.name] for demo in self.train],
+            "valid": [[demo.file, demo.name] for demo in self.valid],
+            "env_args": self.env_args,
+            "render_flags": self.render_flags,
+        }
+        contents = [demo.contents for demo in self.demos]
+        return value if None in contents else {**value, "contents": contents}
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> DataRecord:
+        """Reads what ``to_json`` gave; raises KeyError, TypeError or ValueError on anything else."""
+        named = [(int(file), str(name)) for file, name in (*value["train"], *value["valid"])]
+        contents = value.get("contents", [None] * len(named))
+        if len(contents) != len(named):
+            raise ValueError(f"it names {len(named)} demos and the contents of {len(contents)}")
+        demos = [
+            DemoRecord(file=file, name=name, contents=digests)
+            for (file, name), digests in zip(named, contents, strict=True)
+        ]
+        count = len(value["train"])
+        return cls(
+            cache=value.get("cache"),
+            fingerprint=value.get("fingerprint"),
+            datasets=tuple(value["datasets"]),
+            files=tuple(SourceRecord.from_json(source) for source in value.get("files", ())),
+            train=tuple(demos[:count]),
+            valid=tuple(demos[count:]),
+            env_args=value.get("env_args"),
+            render_flags=value.get("render_flags"),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """All of run.json. ``write_record`` and ``read_record`` alone know its form."""
+
+    kind: Literal["train", "finetune"]
+    config: dict[str, Any]
+    """The ``TrainConfig`` or ``FinetuneConfig`` as JSON."""
+    policy: PolicySpec
+    data: DataRecord
+    order: dict[str, Any]
+    """``views``, and ``blocks``: the sizes of the block order, or None."""
+    precision: str | None = None
+    """The precision in which the run's features are computed; None in runs of early versions."""
+    start: str | None = None
+    """The checkpoint that a fine-tuning run began with."""
+    versions: dict[str, str] = field(default_factory=dict)
+    command: tuple[str, ...] = ()
+
+    @property
+    def steps(self) -> int:
+        """Length of the run in optimiser steps."""
+        return int(self.config["steps"])
+
+    def with_steps(self, steps: int) -> RunRecord:
+        """The record of the same run with another length."""
+        return replace(self, config={**self.config, "steps": steps})
+
+    def to_json(self) -> dict[str, Any]:
+        value = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "config": self.config,
+            "policy": self.policy.to_json(),
+            "data": self.data.to_json(),
+            "order": self.order,
+            "precision": self.precision,
+            "versions": self.versions,
+            "command": list(self.command),
+        }
+        return value if self.start is None else {**value, "from": self.start}
+
+
+def this_process() -> dict[str, Any]:
+    """``versions`` and ``command`` of a record that this process makes."""
+    import numpy
+    import torch
+
+    versions = {
+        "cache_pipeline": __version__,
+        "torch": str(torch.__version__),
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+    }
+    return {"versions": versions, "command": tuple(sys.argv)}
+
+
+def write_record(record: RunRecord, folder: Path) -> None:
+    """Writes ``run.json``, whole or not at all; raises OSError."""
+    write_json(folder / RUN_JSON, record.to_json())
+
+
+def read_record(run: Path) -> RunRecord:
+    """Reads ``run.json``; raises CheckpointError if it is missing, damaged or from another version."""
+    path = run / RUN_JSON
+    value = read_object(path)
+    if value.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is not a run of format {FORMAT}")
+    try:
+        return RunRecord(
+            kind=value["kind"],
+            config=dict(value["config"]),
+            policy=PolicySpec.from_json(value.get("policy")),
+            data=DataRecord.from_json(value["data"]),
+            order=value.get("order", {"views": 1, "blocks": None}),
+            precision=value.get("precision"),
+            start=value.get("from"),
+            versions=value.get("versions", {}),
+            command=tuple(value.get("command", ())),
+        )
+    except CheckpointError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Reads a JSON object of a run; raises CheckpointError if it is missing or damaged."""
+    try:
+        value = read_json(path)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+    return value

@@ -1,0 +1,195 @@
+"""What a run trains on: a cache or HDF5 files, and the demos of each split."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from cache_pipeline.cache.manifest import SourceRecord
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.cache.stillness import still_cameras
+from cache_pipeline.demos.choice import Choice, choose_from
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.demos.split import Split
+from cache_pipeline.demos.windows import WindowSpec
+from cache_pipeline.errors import ConfigError
+from cache_pipeline.runs.contents import Contents, Known, split_of_run
+from cache_pipeline.runs.record import DataRecord, DemoRecord, Digests
+from cache_pipeline.training.data.rows import RunRows, choose_keys, chosen_split, rows_of_cache, rows_of_dataset
+from cache_pipeline.training.data.source import SplitRows
+
+logger = logging.getLogger("cache_pipeline")
+
+MOST_EXACT_FIRST = ("fp32", "tf32", "fp16", "bf16")
+
+
+class DataShapes(NamedTuple):
+    """Camera → (H, W, 3), low-dim key → shape of one row, and the width of an action."""
+
+    cameras: dict[str, tuple[int, int, int]]
+    low_dim: dict[str, tuple[int, ...]]
+    action_dim: int
+
+
+class DemoChoice(NamedTuple):
+    """How to choose the demos: by filter keys, or those of an earlier run.
+
+    Attributes:
+        recorded: the data of that run.
+        where: that run, for messages.
+        fits: raises if the data are of other shapes than that run's; asked before its demos are looked for.
+        known: (file, demo) → digests of the content that an earlier run recorded, for files that have not changed.
+    """
+
+    filter_key: str | None = None
+    valid_key: str | None = None
+    seed: int = 0
+    recorded: DataRecord | None = None
+    where: str = ""
+    fits: Callable[[DataShapes], None] | None = None
+    known: Known | None = None
+
+
+class RunData(NamedTuple):
+    """What a run trains on.
+
+    Attributes:
+        cameras: camera → (H, W, 3). low_dim: key → shape of one row.
+        split: numbers of the chosen demos in ``cache`` or ``dataset``.
+        digests: of what each chosen demo holds, in the order of ``rows``.
+        sources: the files, as they were when these digests were taken.
+        cache, dataset: where features and frames come from; one of them may be None.
+    """
+
+    cameras: dict[str, tuple[int, int, int]]
+    low_dim: dict[str, tuple[int, ...]]
+    split: Split
+    rows: RunRows
+    digests: tuple[Digests, ...]
+    sources: tuple[SourceRecord, ...]
+    cache: FeatureCache | None
+    dataset: Dataset | None
+
+    @property
+    def record(self) -> DataRecord:
+        """What run.json says of the data."""
+        origin: Any = self.dataset if self.dataset is not None else self.cache
+        demos = [
+            DemoRecord(file=file, name=name, contents=digests)
+            for (file, name), digests in zip(self.rows.demos, self.digests, strict=True)
+        ]
+        return DataRecord(
+            cache=None if self.cache is None else str(self.cache.path.resolve()),
+            fingerprint=None if self.cache is None else self.cache.fingerprint,
+            datasets=tuple(str(path.resolve()) for path in self.files),
+            files=self.sources,
+            train=tuple(demos[: self.rows.n_train]),
+            valid=tuple(demos[self.rows.n_train :]),
+            env_args=origin.env_args,
+            render_flags=origin.render_flags,
+        )
+
+    @property
+    def files(self) -> list[Path]:
+        if self.dataset is not None:
+            return [Path(file.path) for file in self.dataset.files]
+        assert self.cache is not None
+        return [Path(source.path) for source in self.cache.manifest.files]
+
+    @property
+    def choice(self) -> Choice:
+        """What is taken of the cache or the files, and what is left out."""
+        if self.cache is None:
+            assert self.dataset is not None
+            return self.dataset.choice
+        left = (
+            choose_from(self.cache.cameras, tuple(self.cameras)),
+            choose_from(self.cache.low_dim, tuple(self.low_dim)),
+        )
+        return Choice(tuple(self.cameras), tuple(self.low_dim), *left)
+
+    @property
+    def mean_action(self) -> NDArray[np.float32]:
+        """(A,) over the train split."""
+        mean: NDArray[np.float32] = self.rows.actions[: self.rows.train_rows].mean(0, dtype=np.float64)
+        return mean.astype(np.float32)
+
+    def splits(self, spec: WindowSpec, device: torch.device) -> tuple[SplitRows, SplitRows | None]:
+        """Windows of the train and of the held-out split, on the device."""
+        train, valid = self.rows.windows(spec), self.rows.windows(spec, valid=True)
+        assert train is not None
+        return (
+            SplitRows(train, self.rows, device),
+            None if valid is None else SplitRows(valid, self.rows, device),
+        )
+
+
+def tell_choice(data: RunData) -> None:
+    """Logs the cameras, low-dim keys and action key that a run takes and leaves out, and warns of cameras that show
+    nothing through whole demos."""
+    for line in data.choice.lines():
+        logger.info("%s", line)
+    for sentence in still_cameras(data.cache.path, data.cache.manifest) if data.cache is not None else ():
+        logger.warning("%s", sentence)
+
+
+def open_cache_data(
+    path: Path, cameras: Sequence[str] | None, low_dim_keys: Sequence[str] | None, split: DemoChoice
+) -> RunData:
+    """Opens a cache; raises CacheError, or ConfigError or DatasetError for names that it does not have.
+
+    Whether it still holds what its files hold is for ``check_sources`` to say.
+    """
+    cache = FeatureCache(path)
+    chosen = choose_keys(cameras, tuple(cache.cameras), "camera")
+    keys = choose_keys(low_dim_keys, tuple(cache.low_dim), "low-dim key")
+    shapes = {camera: cache.cameras[camera].image_shape for camera in chosen}
+    low_dim = {key: cache.low_dim[key] for key in keys}
+    contents = Contents(cache, chosen, keys)
+    demos, digests = _split(cache, split, contents, DataShapes(shapes, low_dim, cache.action_dim))
+    return RunData(shapes, low_dim, demos, rows_of_cache(cache, demos, keys), digests, contents.files, cache, None)
+
+
+def open_dataset_data(
+    paths: Sequence[Path], cameras: Sequence[str] | None, low_dim_keys: Sequence[str] | None, split: DemoChoice
+) -> RunData:
+    """Opens HDF5 files; raises DatasetError, for filter keys that they do not have too."""
+    dataset = Dataset.open(paths, cameras=cameras, low_dim_keys=low_dim_keys)
+    contents = Contents(dataset, tuple(dataset.cameras), tuple(dataset.low_dim), split.known)
+    shapes = DataShapes(dict(dataset.cameras), dict(dataset.low_dim), dataset.action_dim)
+    demos, digests = _split(dataset, split, contents, shapes)
+    rows = rows_of_dataset(dataset, demos, tuple(dataset.low_dim))
+    return RunData(*shapes[:2], demos, rows, digests, contents.files, None, dataset)
+
+
+def features_precision(data: RunData) -> str:
+    """The precision in which the features of the run's cache were computed; the most exact one if cameras differ."""
+    assert data.cache is not None
+    found = {data.cache.cameras[camera].identity["precision"]["compute"] for camera in data.cameras}
+    return min(found, key=MOST_EXACT_FIRST.index)
+
+
+def _split(data: Any, names: DemoChoice, contents: Contents, shapes: DataShapes) -> tuple[Split, tuple[Digests, ...]]:
+    """The chosen demos, and digests of what they hold."""
+    if names.fits is not None:
+        names.fits(shapes)
+    if names.recorded is not None:
+        split = split_of_run(data, contents, names.recorded, names.where)
+    else:
+        split = chosen_split(data, names.filter_key, names.valid_key, names.seed)
+    logger.info("%s", split.rule)
+    for warning in split.warnings:
+        logger.warning("%s", warning)
+    return split, contents.digests((*split.train, *split.valid))
+
+
+def check_cameras(cameras: Mapping[str, Any]) -> None:
+    """Raises ConfigError without cameras: there would be nothing to encode."""
+    if not cameras:
+        raise ConfigError("no cameras are left; name at least one with --cameras")

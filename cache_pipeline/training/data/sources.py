@@ -1,0 +1,154 @@
+"""Where a run's features come from: which source, how many views, in which order, and the sources themselves."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.training.config import Order, SourceName
+from cache_pipeline.training.data.live import DemoFrames, LiveSource
+from cache_pipeline.training.data.memory import fits, host_budget, memory_budget
+from cache_pipeline.training.data.resident import ResidentSource
+from cache_pipeline.training.data.rows import cache_row_numbers
+from cache_pipeline.training.data.run_data import RunData
+from cache_pipeline.training.data.sampler import BlockOrder
+from cache_pipeline.training.data.source import Source, SplitRows
+from cache_pipeline.training.data.streamed import StreamedSource, block_order, pool_rows
+from cache_pipeline.training.update.distributed import current_ranks
+
+logger = logging.getLogger("cache_pipeline")
+
+DEFAULT_POOL_BYTES = 1 << 30
+FULL_ORDER_POOLS = 64  # at most so many times is a chunk read in an epoch
+
+
+class SourcePlan(NamedTuple):
+    """Which source, how many views, and in which order: decided once and kept with the run."""
+
+    source: SourceName
+    views: int
+    blocks: BlockOrder | None
+
+    @property
+    def order(self) -> dict[str, Any]:
+        """What run.json says of the order of samples."""
+        return {"views": self.views, "blocks": None if self.blocks is None else asdict(self.blocks)}
+
+    def with_order(self, order: dict[str, Any]) -> SourcePlan:
+        """The same source in the order of a resumed run, however much memory is free now."""
+        blocks = order["blocks"]
+        return SourcePlan(self.source, order["views"], None if blocks is None else BlockOrder(**blocks))
+
+
+def plan_source(
+    data: RunData,
+    windows: int,
+    *,
+    source: SourceName,
+    order: Order,
+    views: int,
+    max_memory: int | None,
+    device: torch.device,
+) -> SourcePlan:
+    """Chooses the source by size, and the order that suits it.
+
+    Streaming shuffles fully too while an epoch takes few pools: its samples are then those of the other sources. With
+    many pools it would read most of the cache once for each of them, and a pool of blocks mixes enough demos by then.
+    """
+    if data.cache is None or source == "live":
+        return SourcePlan("live", views, None)
+    row_bytes = _feature_bytes(data.cache, tuple(data.cameras))
+    # Free memory differs between processes, and all of them are to see the same samples.
+    ranks, needed = current_ranks(), len(data.rows.actions) * row_bytes * views
+    too_large = ranks.any(not fits(needed, memory_budget(device, max_memory)))
+    chosen: SourceName = source if source != "auto" else ("streamed" if too_large else "resident")
+    rows = ranks.number_of_first(pool_rows(_pool_budget(device, max_memory), row_bytes))
+    full = chosen != "streamed" or windows <= FULL_ORDER_POOLS * rows
+    if order == "full" or (order == "auto" and full):
+        return SourcePlan(chosen, views, None)
+    return SourcePlan(chosen, views, block_order(rows, windows))
+
+
+def _pool_budget(device: torch.device, max_memory: int | None) -> int:
+    """Bytes of all pools in memory; pools are read into the host's memory whatever the device is."""
+    budget = max_memory if max_memory is not None else min(DEFAULT_POOL_BYTES, memory_budget(device, None))
+    return budget if device.type == "cpu" else min(budget, host_budget())
+
+
+def _feature_bytes(cache: FeatureCache, cameras: Sequence[str]) -> int:
+    itemsize = np.dtype(cache.manifest.dtype).itemsize
+    return sum(int(np.prod(cache.cameras[camera].feature_shape)) for camera in cameras) * itemsize
+
+
+class Sources:
+    """Opens the sources of a run, all over the same windows; one is open at a time.
+
+    Args:
+        data: what the run trains on.
+        splits: windows of the train and of the held-out split.
+        plan: the source to begin with.
+        frames: opens the dataset with the frames of the same demos.
+        encoders: makes the frozen encoder of each camera, for statistics and comparisons.
+        max_memory: bytes that features or frames may take; None for half of what is free.
+
+    Attributes:
+        current: the source that is open.
+    """
+
+    def __init__(
+        self,
+        data: RunData,
+        splits: tuple[SplitRows, SplitRows | None],
+        plan: SourcePlan,
+        *,
+        frames: Callable[[], RunData],
+        encoders: Callable[[], Mapping[str, FrozenEncoder]],
+        max_memory: int | None,
+        device: torch.device,
+    ) -> None:
+        self.plan, self._data, self._splits = plan, data, splits
+        self._frames, self._encoders = frames, encoders
+        self._max_memory, self._device = max_memory, device
+        self.current: Source | None = None
+
+    def open(self, *, live: bool) -> Source:
+        """The live source, or the cached one of the plan; the one that was open before is dropped."""
+        if self.current is None or (self.current.name == "live") is not live:
+            self.current = None
+            self.current = self.open_live(self._max_memory) if live else self._open_cached()
+        return self.current
+
+    def open_live(self, max_memory: int | None) -> LiveSource:
+        """Another live source, whose frames take at most ``max_memory`` bytes."""
+        data = self._frames()
+        assert data.dataset is not None
+        demos = (*data.split.train, *data.split.valid)
+        return LiveSource(
+            DemoFrames(data.dataset, demos, np.cumsum(data.rows.lengths) - data.rows.lengths),
+            tuple(data.cameras),
+            encoders=self._encoders,
+            train=self._splits[0],
+            valid=self._splits[1],
+            budget=memory_budget(self._device, max_memory),
+            device=self._device,
+        )
+
+    def _open_cached(self) -> Source:
+        cache, cameras, plan = self._data.cache, tuple(self._data.cameras), self.plan
+        assert cache is not None
+        numbers = cache_row_numbers(cache, self._data.split)
+        train, valid = self._splits
+        given: dict[str, Any] = {"views": plan.views, "train": train, "valid": valid, "device": self._device}
+        if plan.source == "resident":
+            return ResidentSource(cache, cameras, numbers, **given)
+        rows = pool_rows(_pool_budget(self._device, self._max_memory), _feature_bytes(cache, cameras))
+        order = "all windows" if plan.blocks is None else f"blocks of {plan.blocks.block} windows"
+        logger.info("streaming: %s shuffled, read ahead in pools of at most %d rows", order, rows)
+        return StreamedSource(cache, cameras, numbers, pool_rows=rows, **given)

@@ -1,0 +1,140 @@
+"""What a run logs, measures and saves, and when."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from cache_pipeline.errors import CheckpointError, ConfigError
+from cache_pipeline.runs.checkpoint import Checkpoint, CheckpointFolder
+from cache_pipeline.runs.metrics import MetricsLog
+from cache_pipeline.training.session import Session
+
+logger = logging.getLogger("cache_pipeline")
+
+START_ERROR = "validation/start_action_mse"  # of a run that begins with a trained policy
+
+
+class Carried(NamedTuple):
+    """What a run carries over a stop."""
+
+    step: int = 0
+    seconds: float = 0.0
+    first_loss: float | None = None
+    final_loss: float | None = None
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Carried:
+        """What ``checkpoint`` was saved with; raises CheckpointError if it is not that."""
+        try:
+            return cls(**checkpoint.progress)
+        except TypeError as error:
+            raise CheckpointError(f"{checkpoint.path} cannot be resumed: {error}") from error
+
+
+class Journal:
+    """Logs, measures and saves after the steps at which each is due.
+
+    Args:
+        folder, log: where checkpoints and figures go; None in a process that does not write.
+    """
+
+    def __init__(self, session: Session, folder: CheckpointFolder | None, log: MetricsLog | None) -> None:
+        self._session, self._folder, self._log = session, folder, log
+        self._learner, self._saving, self._steps = session.learner, session.config.saving, session.config.steps
+        self._losses: list[Tensor] = []
+        resumed = session.resumed
+        self._carried = Carried() if resumed is None else Carried.of(resumed)
+        self.metrics: dict[str, Any] = {} if resumed is None else dict(resumed.metrics)
+        self._begun, self._since = time.perf_counter(), self._carried.step
+        self.checkpoint = None if resumed is None else resumed.path
+
+    @property
+    def carried(self) -> Carried:
+        return self._carried
+
+    def record(self, step: int, loss: Tensor, *, stopping: bool) -> None:
+        """Takes the loss of the update that was number ``step``, counted from 1, and does what is due."""
+        self._losses.append(loss)
+        last = step == self._steps or stopping
+        measured = self._due(step, self._saving.eval_every) or (step == self._steps)
+        saved = self._due(step, self._saving.save_every) or last
+        if last or measured or saved or step == 1 or step % self._saving.log_every == 0:
+            self._write_row(step)
+        if self._folder is not None and (measured or saved):
+            with self._clock_stopped():
+                error = self._evaluate(self._folder, step) if measured else None
+                if saved or (error is not None and self._folder.is_among_best(error)):
+                    self.checkpoint = self._save(self._folder, step, error)
+
+    def record_start(self) -> None:
+        """Measures and saves a policy that was trained before, so that it counts among the best."""
+        if self._folder is None or not self._session.measurable:
+            return
+        with self._clock_stopped():
+            error = self._evaluate(self._folder, 0)
+            self.metrics[START_ERROR] = error
+            if error is not None and self._folder.is_among_best(error):
+                self.checkpoint = self._save(self._folder, 0, error)
+
+    def _save(self, folder: CheckpointFolder, step: int, error: float | None) -> Path:
+        return folder.save(step, self._learner.state(), self.metrics, self._carried._asdict(), error)
+
+    def _due(self, step: int, every: int) -> bool:
+        return every > 0 and step % every == 0
+
+    def _write_row(self, step: int) -> None:
+        loss = float(torch.stack(self._losses).mean())
+        self._losses.clear()
+        if not math.isfinite(loss):
+            kept = "" if self._folder is None else f"; {self._folder.kept()}"
+            raise ConfigError(
+                f"the loss is {loss} at step {step}{kept}; lower --lr, or look at the actions with inspect"
+            )
+        now = time.perf_counter()
+        seconds = self._carried.seconds + now - self._begun
+        rate = (step - self._since) / max(now - self._begun, 1e-9)
+        self._begun, self._since = now, step
+        first = loss if self._carried.first_loss is None else self._carried.first_loss
+        self._carried = Carried(step, seconds, first, loss)
+        values = {"training/loss": loss, "time/seconds": seconds, "time/steps_per_s": rate}
+        self.metrics.update(values)
+        self._write(step, values)
+
+    def _write(self, step: int, values: Mapping[str, float]) -> None:
+        if self._log is not None:
+            self._log.write(step, values)
+
+    def _evaluate(self, folder: CheckpointFolder, step: int) -> float | None:
+        if not self._session.measurable:
+            return None
+        folder.check_finite(step, self._learner.state())
+        with self._learner.averaged():
+            error = self._session.measure()
+        if not math.isfinite(error.mse):
+            raise ConfigError(
+                f"the held-out action error is {error.mse} at step {step}; {folder.kept()}; lower --lr, or look at the "
+                f"actions with inspect"
+            )
+        values = {"validation/action_mse": error.mse, "validation/mean_action_mse": error.mean_action_mse}
+        self.metrics.update(values, **{"validation/action_mse_per_dim": list(error.mse_per_dim)})
+        self._write(step, values)
+        loss = "" if self._carried.final_loss is None else f"loss {self._carried.final_loss:.4g}, "
+        logger.info(
+            "step %d: %sheld-out action error %.4g (mean action %.4g)", step, loss, error.mse, error.mean_action_mse
+        )
+        return error.mse
+
+    @contextmanager
+    def _clock_stopped(self) -> Iterator[None]:
+        stopped = time.perf_counter()
+        yield
+        self._begun += time.perf_counter() - stopped
