@@ -17,7 +17,8 @@ from cache_pipeline.files import atomic_path, read_json
 COLUMNS = (
     "step",
     "training/loss",
-    "training/lr_share",
+    "training/lr",
+    "training/encoder_lr",
     "validation/action_mse",
     "validation/mean_action_mse",
     "time/seconds",

@@ -105,7 +105,7 @@ class Journal:
         self._begun, self._since = now, step
         first = loss if self._carried.first_loss is None else self._carried.first_loss
         self._carried = Carried(step, seconds, first, loss)
-        values = {"training/loss": loss, "time/seconds": seconds, "time/steps_per_s": rate}
+        values = {"training/loss": loss, **self._learner.rates(), "time/seconds": seconds, "time/steps_per_s": rate}
         self.metrics.update(values)
         self._write(step, values)
 

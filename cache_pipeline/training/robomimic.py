@@ -197,6 +197,11 @@ class RobomimicLearner:
             "dones": batch.obs[DONES][:, :steps],
         }
 
+    def rates(self) -> dict[str, float]:
+        """The learning rate of the algorithm's first optimiser."""
+        first = next(iter(_parts(self._algo.optimizers).values()))
+        return {"training/lr": first.param_groups[0]["lr"]}
+
     @contextmanager
     def averaged(self) -> Iterator[None]:
         """The weights as they are: robomimic averages none."""

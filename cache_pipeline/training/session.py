@@ -290,15 +290,7 @@ def open_training(config: TrainConfig, run: Path) -> Session:
 
 
 def continued(session: Session, checkpoint: Checkpoint) -> Session:
-    """The session of a run that is resumed from one of its checkpoints.
-
-    Raises:
-        CheckpointError: the run is longer already than ``config.steps``, or its state does not fit.
-    """
-    if checkpoint.step > session.config.steps:
-        raise CheckpointError(
-            f"{checkpoint.path} has made {checkpoint.step} steps already: give --steps {checkpoint.step} or more"
-        )
+    """The session of a run that is resumed from one of its checkpoints; raises CheckpointError if that does not fit."""
     for item in session.unfreezing:
         if item.step < checkpoint.step:
             session.unfreeze(item.layers, item.step)
@@ -318,7 +310,12 @@ def check_resumed(before: RunRecord, run: Path, config: TrainConfig | FinetuneCo
     fingerprints = {before.data.fingerprint, data.record.fingerprint} - {None}
     if len(fingerprints) > 1:
         raise CheckpointError(f"{run} was trained on another state of the cache; give another --out to start anew")
-    if config.steps != before.steps:
+    if config.steps < before.steps:
+        raise CheckpointError(
+            f"{run} is a run of {before.steps} steps and is to be resumed with {config.steps}; give --steps "
+            f"{before.steps}, or more to extend it"
+        )
+    if config.steps > before.steps:
         logger.info("%s now ends at step %d, not %d, and so does its schedule", run, config.steps, before.steps)
 
 

@@ -240,6 +240,27 @@ def test_a_run_stopped_by_a_signal_and_resumed_equals_a_straight_run_bit_for_bit
     assert losses(out) == losses(run)
 
 
+def test_a_finished_run_that_is_extended_equals_a_longer_run_bit_for_bit(
+    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """At a constant learning rate; otherwise the two schedules differ."""
+    constant = OptimConfig(warmup_steps=0, min_lr_ratio=1.0)
+    longer = config(tmp_path / "longer", cache, steps=5, optim=constant)
+    shorter = replace(longer, out=tmp_path / "extended", steps=2)
+    straight = train(longer, progress=False).checkpoint
+    train(shorter, progress=False)
+    with caplog.at_level("INFO", "cache_pipeline"):
+        extended = train(replace(shorter, steps=5, resume=True), progress=False).checkpoint
+    assert "now ends at step 5, not 2" in caplog.text
+    for name in ("model.safetensors", "ema.safetensors", "resume/optimizer.safetensors"):
+        one, other = load_file(straight / name), load_file(extended / name)
+        assert all(torch.equal(one[key], other[key]) for key in one)
+    assert losses(tmp_path / "extended") == losses(tmp_path / "longer")
+    assert inspect_run(tmp_path / "extended").steps == 5
+    with pytest.raises(CheckpointError, match=r"a run of 5 steps .* give --steps 5, or more to extend it"):
+        train(replace(shorter, steps=4, resume=True), progress=False)
+
+
 def test_statistics_come_from_the_train_split_alone(run: Path, dataset: Path) -> None:
     data, policy = Dataset.open(dataset), load_policy(run)
     actions = np.concatenate([data.rows(demo)["actions"] for demo in range(3)])
@@ -253,6 +274,19 @@ def test_with_one_demo_the_held_out_figures_are_null(tmp_path: Path) -> None:
     assert result.valid_action_mse is None
     assert result.mean_action_mse is None
     assert inspect_run(result.run).latest == "step_0000002"
+
+
+def test_the_figures_hold_the_learning_rates_of_the_schedule(dataset: Path, tmp_path: Path) -> None:
+    optim = OptimConfig(warmup_steps=0, min_lr_ratio=0.0)
+    frozen = train(live(tmp_path / "frozen", dataset, steps=4, lr=0.1, optim=optim), progress=False)
+    rows = read_metrics(frozen.run)
+    assert [row["training/lr"] for row in rows if row["training/loss"] is not None] == pytest.approx(
+        [0.1 * 0.5 * (1 + np.cos(np.pi * step / 4)) for step in range(4)]
+    )
+    assert {row["training/encoder_lr"] for row in rows} == {None}
+    options: dict[str, Any] = {"freeze_encoder": False, "encoder_lr": 1e-6, "steps": 2}
+    learning = train(live(tmp_path / "learning", dataset, optim=optim, **options), progress=False)
+    assert read_metrics(learning.run)[0]["training/encoder_lr"] == pytest.approx(1e-6)
 
 
 def test_an_encoder_that_learns_from_the_start_is_saved_with_the_run(dataset: Path, tmp_path: Path) -> None:

@@ -39,6 +39,10 @@ class Learner(Protocol):
         """Makes update ``number``, counted from 0; the loss as a scalar on the device, detached."""
         ...
 
+    def rates(self) -> dict[str, float]:
+        """Column of metrics.csv → the learning rate of the last update."""
+        ...
+
     def averaged(self) -> Any:
         """A context in which ``policy`` acts with the weights that rollouts will use."""
         ...
@@ -111,6 +115,10 @@ class PolicyLearner:
         if self._average is not None:
             self._average.update(number)
         return loss
+
+    def rates(self) -> dict[str, float]:
+        names = {"policy": "training/lr", "encoder": "training/encoder_lr"}
+        return {names[part]: rate for part, rate in self._optimizer.current_rates().items()}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:

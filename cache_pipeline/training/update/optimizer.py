@@ -66,6 +66,11 @@ class Optimizer:
         share = schedule(number, self._steps, self._warmup, self._config.min_lr_ratio)
         return share if start == 0 or self._warmup == 0 else share * min(1.0, (number - start + 1) / self._warmup)
 
+    def current_rates(self) -> dict[Part, float]:
+        """The learning rate of each part that is trained, as of the last step."""
+        groups = [] if self._adamw is None else self._adamw.param_groups
+        return {group["part"]: group["lr"] for group in reversed(groups)}
+
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss whose gradient :meth:`step` expects: ``loss`` itself but for float16."""
         return self._scaler.scale(loss)
