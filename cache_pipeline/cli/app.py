@@ -70,7 +70,7 @@ app = typer.Typer(
     help="Train robot policies on frozen image features, computed once and kept in a cache that can be trusted.",
     cls=ErrorGroup,
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

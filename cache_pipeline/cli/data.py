@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cache_pipeline.cli import options as o
 from cache_pipeline.cli.effects import CheckedCommand
+from cache_pipeline.cli.encoder import EncoderOptions
+from cache_pipeline.cli.generated import Given, generated
 from cache_pipeline.errors import CheckFailedError, ConfigError
+from cache_pipeline.extract.config import ExtractConfig
+from cache_pipeline.options import DATA, ENCODER, OUTPUT, RUNNING
 
 if TYPE_CHECKING:
     from cache_pipeline.reports.inspection import Inspection
@@ -17,54 +22,41 @@ if TYPE_CHECKING:
 cache_app = typer.Typer(help="Look after a cache.", no_args_is_help=True)
 
 
+@generated(EncoderOptions, ExtractConfig)
 def extract_features(
+    given: Given,
     datasets: Annotated[list[Path] | None, typer.Argument(help="robomimic HDF5 files.", metavar="DATASET…")] = None,
-    out: Annotated[str | None, typer.Option("--out", help="The cache: a folder, by convention NAME.zarr.")] = None,
-    dataset: o.Datasets = None,
-    cameras: o.Cameras = None,
-    low_dim_keys: o.LowDimKeys = None,
-    filter_key: o.FilterKey = None,
-    rgb_model_name: o.RgbModelName = "resnet18",
-    pretrained: o.Pretrained = True,
-    weights: o.Weights = None,
-    encoder: o.Encoder = None,
+    out: Annotated[
+        str | None, typer.Option("--out", help="The cache: a folder, by convention NAME.zarr.", rich_help_panel=OUTPUT)
+    ] = None,
+    dataset: Annotated[
+        list[Path] | None,
+        typer.Option("--dataset", help="As DATASET; may be repeated.", metavar="FILE", rich_help_panel=DATA),
+    ] = None,
     encoder_from: Annotated[
-        Path | None, typer.Option("--encoder-from", help="The encoder of this run, such as a fine-tuned one.")
+        Path | None,
+        typer.Option(
+            "--encoder-from", help="The encoder of this run, such as a fine-tuned one.", rich_help_panel=ENCODER
+        ),
     ] = None,
     camera_encoder: Annotated[
         list[str] | None,
         typer.Option(
-            "--camera-encoder", help="CAMERA=MODEL[@WEIGHTS]: another encoder for one camera; may be repeated."
+            "--camera-encoder",
+            metavar="CAMERA=MODEL",
+            help="CAMERA=MODEL[@WEIGHTS]: another encoder for one camera; may be repeated.",
+            rich_help_panel=ENCODER,
         ),
     ] = None,
-    cut: o.Cut = "avgpool",
-    imagenet_norm: o.ImagenetNorm = None,
-    resize_shape: o.ResizeShape = None,
-    crop_shape: o.CropShape = None,
-    views: Annotated[int, typer.Option("--views", min=1, help="Fixed views of every frame; the first is clean.")] = 1,
-    store_dtype: Annotated[str, typer.Option("--store-dtype", help="float16 or float32.")] = "float16",
-    batch_size: Annotated[int | None, typer.Option("--batch-size", min=1, help="Images per batch.")] = None,
-    shard_rows: Annotated[int | None, typer.Option("--shard-rows", min=1, help="Rows per unit of work.")] = None,
-    device: o.Device = "auto",
-    precision: o.Precision = "auto",
-    precision_bound: Annotated[
-        float,
-        typer.Option(
-            "--precision-bound",
-            help="Largest error of stored features, as a share of their variation over frames, that auto accepts.",
-        ),
-    ] = 0.05,
-    seed: o.Seed = 0,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say images, bytes and time, and do nothing.")] = False,
-    deep: Annotated[
-        bool, typer.Option("--deep", help="Read every frame again instead of trusting size and time.")
+    seed: Annotated[
+        int, typer.Option("--seed", help="Seed of everything that is random.", rich_help_panel=RUNNING)
+    ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print images, bytes and time, and do nothing.", rich_help_panel=RUNNING)
     ] = False,
-    overwrite: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
     """Run the frozen encoder once over DATASET and keep its features in a cache; rerun to resume or to extend."""
-    from cache_pipeline.encoders.views import ViewSpec
-    from cache_pipeline.extract.config import ExtractConfig
     from cache_pipeline.extract.pipeline import extract_features as run
     from cache_pipeline.extract.plan import plan_extraction
 
@@ -72,36 +64,15 @@ def extract_features(
     if not paths or out is None:
         missing = "a dataset" if not paths else "--out"
         raise ConfigError(f"{missing} is missing; type: extract-features DATASET.hdf5 --out NAME.zarr")
-    spec = o.encoder_spec(
-        rgb_model_name=rgb_model_name, pretrained=pretrained, weights=weights, encoder=encoder, cut=cut, seed=seed
-    )
-    preprocess = o.preprocessing(
-        resize_shape=resize_shape, crop_shape=crop_shape, imagenet_norm=imagenet_norm, spec=spec
-    )
-    encoders, preprocessing = o.camera_encoders(camera_encoder, spec, preprocess, imagenet_norm, cut)
+    options = given.config(EncoderOptions)
     if encoder_from is not None:
         from cache_pipeline.runs.tuned_encoder import encoders_of_run
 
-        encoders, preprocessing = encoders_of_run(encoder_from, cut, encoder=encoder)
-    config = ExtractConfig(
-        datasets=paths,
-        out=Path(out),
-        cameras=o.names(cameras),
-        low_dim_keys=o.names(low_dim_keys),
-        filter_key=filter_key,
-        encoders=encoders,
-        preprocess=preprocessing,
-        views=views,
-        view_spec=ViewSpec(seed=seed),
-        device=device,
-        precision=precision,
-        precision_bound=precision_bound,
-        store_dtype=store_dtype,
-        batch_size=batch_size,
-        shard_rows=shard_rows,
-        overwrite=overwrite,
-        deep=deep,
-    )
+        chosen: Any = encoders_of_run(encoder_from, options.cut, encoder=options.encoder)
+    else:
+        chosen = options.for_cameras(camera_encoder, seed)
+    config = given.config(ExtractConfig, datasets=paths, out=Path(out), encoders=chosen[0], preprocess=chosen[1])
+    config = replace(config, view_spec=replace(config.view_spec, seed=seed))
     if dry_run:
         plan = plan_extraction(config)
         o.emit(json, plan.to_json(), plan.lines())

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from typer.core import TyperCommand
 
 from cache_pipeline.errors import OptionError
+from cache_pipeline.options import GROUPS
 
 Values = Mapping[str, Any]
 
@@ -25,9 +26,24 @@ class Rule(NamedTuple):
     why: str
 
 
-NETWORK = ("rgb_model_name", "pretrained", "weights")
+NETWORK = ("rgb_model_name", "pretrained_encoder", "weights")
 PREPROCESSING = ("imagenet_norm", "resize_shape", "crop_shape")
-OWN_POLICIES = ("lr", "emb_dim", "action_normalization", "feature_noise", "feature_dropout", "rotation_6d")
+OWN_POLICIES = (
+    "policy_option",
+    "lr",
+    "emb_dim",
+    "pooling",
+    "action_normalization",
+    "feature_noise",
+    "feature_dropout",
+    "rotation_6d",
+    "weight_decay",
+    "warmup_steps",
+    "min_lr_ratio",
+    "grad_clip",
+    "ema",
+)
+VIEWS = ("random_crop", "brightness", "contrast", "saturation", "hue")
 
 
 def _robomimic(values: Values) -> bool:
@@ -37,7 +53,7 @@ def _robomimic(values: Values) -> bool:
 ENCODER = (
     Rule(NETWORK, lambda v: v["encoder"], "--encoder brings its own network and weights"),
     Rule(("cut",), lambda v: v["encoder"] and v["cut"] != "output", "only ResNets are cut, --encoder gives its output"),
-    Rule(("pretrained",), lambda v: v["weights"] and not v["pretrained"], "--weights takes the weights of a file"),
+    Rule(("pretrained_encoder",), lambda v: v["weights"] and not v["pretrained_encoder"], "--weights takes the weights of a file"),
 )
 
 RULES: dict[str, tuple[Rule, ...]] = {
@@ -49,6 +65,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         *ENCODER,
         Rule(("deep",), lambda v: v["overwrite"], "--overwrite reads every frame anyway"),
+        Rule(VIEWS, lambda v: v["views"] == 1, "only views beyond the first are augmented; --views 4 makes some"),
     ),
     "verify": (
         Rule(
@@ -71,9 +88,15 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "the encoder is frozen, and the same for all cameras; --no-freeze-encoder trains it",
         ),
         Rule(
+            VIEWS,
+            lambda v: v["from_cache"] and v["source"] != "live",
+            "a cache holds the views that it was made with",
+        ),
+        Rule(VIEWS, lambda v: not v["augment"], "frames are changed with --augment only"),
+        Rule(
             ("augment",),
-            lambda v: not v["from_cache"] or v["source"] == "live",
-            "views are drawn from a cache made with --views K",
+            lambda v: v["augment"] is False and (not v["from_cache"] or v["source"] == "live"),
+            "live frames are changed with --augment only",
         ),
         Rule(
             OWN_POLICIES,
@@ -92,6 +115,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             lambda v: v["from_cache"],
             "--from-cache trains on the features of a cache while it can; give one of the two",
         ),
+        Rule(VIEWS, lambda v: not v["augment"], "frames are changed with --augment only"),
         Rule(("unfreeze",), lambda v: v["unfreeze_schedule"], "--unfreeze-schedule says which layers learn from when"),
     ),
     "bench": (
@@ -110,7 +134,19 @@ RULES: dict[str, tuple[Rule, ...]] = {
 
 
 class CheckedCommand(TyperCommand):
-    """A command that refuses options given twice and options without effect."""
+    """A command that refuses options given twice and options without effect; its help lists options by group."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {group: [] for group in ("Arguments", *GROUPS, "Options")}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                kind = "Options" if parameter.param_type_name == "option" else "Arguments"
+                groups[getattr(parameter, "rich_help_panel", None) or kind].append(record)
+        for group, records in groups.items():
+            if records:
+                with formatter.section(group):
+                    formatter.write_dl(records)
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _, _, order = self.make_parser(ctx).parse_args(args=list(args))

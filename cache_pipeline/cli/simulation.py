@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from cache_pipeline.cli import options as o
+from cache_pipeline.options import names
 
 
 def collect(
@@ -24,7 +25,7 @@ def collect(
     from cache_pipeline.sim.collect import CollectConfig
     from cache_pipeline.sim.collect import collect as run
 
-    chosen = o.names(cameras)
+    chosen = names(cameras) if cameras is not None else None
     extra: dict[str, Any] = {} if chosen is None else {"cameras": chosen}
     config = CollectConfig(
         out=out, task=task, demos=demos, image_size=image_size, seed=seed, overwrite=overwrite, **extra

@@ -8,255 +8,63 @@ import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
 from cache_pipeline.cli import options as o
+from cache_pipeline.cli.encoder import EncoderOptions
+from cache_pipeline.cli.generated import Given, generated
 from cache_pipeline.errors import ConfigError, RunStopped
+from cache_pipeline.options import DATA, ENCODER, read_fields
+from cache_pipeline.training.config import NESTED, FinetuneConfig, TrainConfig
 
 if TYPE_CHECKING:
-    from cache_pipeline.training.config import SavingConfig
     from cache_pipeline.training.result import TrainResult
 
-Steps = Annotated[int, typer.Option("--steps", min=1, help="Optimiser steps.")]
-BatchSize = Annotated[int, typer.Option("--batch-size", min=1, help="Windows per step.")]
-EncoderLr = Annotated[float, typer.Option("--encoder-lr", help="Peak learning rate of an encoder that learns.")]
-Source = Annotated[str, typer.Option("--source", help="auto, resident, streamed or live.")]
-MaxMemory = Annotated[
-    str | None, typer.Option("--max-memory", help="Memory for features or frames on the device, such as 2GiB.")
+# Settings of a run.json that hold for that run alone.
+OF_ONE_RUN = ("out", "resume", "overwrite")
+Chosen = TypeVar("Chosen", TrainConfig, FinetuneConfig)
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option("--config", help="Settings from a run.json; options that are typed win.", rich_help_panel=DATA),
 ]
-Order = Annotated[str, typer.Option("--order", help="Order of samples: full, block, or auto; block reads far less.")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the latest checkpoint of --out.")]
-Deep = Annotated[
-    bool, typer.Option("--deep", help="Compare every frame with its source instead of trusting size and time.")
-]
-Wandb = Annotated[str | None, typer.Option("--wandb", help="Log to this Weights & Biases project too.")]
-EvalEvery = Annotated[int, typer.Option("--eval-every", min=0, help="Steps between held-out measurements.")]
-SaveEvery = Annotated[int, typer.Option("--save-every", min=0, help="Steps between checkpoints.")]
-KeepBest = Annotated[int, typer.Option("--keep-best", min=0, help="Best checkpoints kept beside the latest.")]
 
 
-def train(
-    from_cache: Annotated[Path | None, typer.Option("--from-cache", help="A cache made by extract-features.")] = None,
-    dataset: o.Datasets = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The run folder; runs/NAME by default.")] = None,
-    cameras: o.Cameras = None,
-    low_dim_keys: o.LowDimKeys = None,
-    filter_key: o.FilterKey = None,
-    valid_key: o.ValidKey = None,
-    policy: Annotated[str, typer.Option("--policy", help="flow, mlp, gmm or robomimic:ALGORITHM.")] = "flow",
-    robomimic_config: Annotated[
-        Path | None, typer.Option("--robomimic-config", help="A robomimic JSON config; trains its algorithm.")
-    ] = None,
-    steps: Steps = 4000,
-    batch_size: Annotated[
-        int | None, typer.Option("--batch-size", min=1, help="Windows per step; 64, or what the robomimic config says.")
-    ] = None,
-    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of projection and policy.")] = 1e-3,
-    encoder_lr: EncoderLr = 1e-5,
-    emb_dim: Annotated[int, typer.Option("--emb-dim", min=1, help="Width of the projection.")] = 256,
-    obs_horizon: Annotated[
-        int | None,
-        typer.Option("--obs-horizon", min=1, help="Obs steps that the policy sees (frame_stack); 2 for our own."),
-    ] = None,
-    action_horizon: Annotated[
-        int | None,
-        typer.Option("--action-horizon", min=1, help="Action steps it predicts (seq_length); 8 for our own."),
-    ] = None,
-    action_normalization: Annotated[
-        str, typer.Option("--action-normalization", help="minmax, gaussian or none.")
-    ] = "minmax",
-    augment: Annotated[
-        bool | None, typer.Option("--augment/--no-augment", help="Draw a view per window; on when there are several.")
-    ] = None,
-    feature_noise: Annotated[
-        float, typer.Option("--feature-noise", min=0, help="Noise on features, in deviations.")
-    ] = 0,
-    feature_dropout: Annotated[
-        float, typer.Option("--feature-dropout", min=0, help="Share of features left out at random.")
-    ] = 0,
-    rotation_6d: Annotated[
-        str | None,
-        typer.Option("--rotation-6d", help="Axis-angle part of the action, such as 3:6, for the policy to see in 6d."),
-    ] = None,
-    rgb_model_name: o.RgbModelName = "resnet18",
-    pretrained: o.Pretrained = True,
-    weights: o.Weights = None,
-    encoder: o.Encoder = None,
-    freeze_encoder: Annotated[
-        bool, typer.Option("--freeze-encoder/--no-freeze-encoder", help="With --dataset: keep or train the encoder.")
-    ] = True,
-    imagenet_norm: o.ImagenetNorm = None,
-    share_rgb_model: o.ShareRgbModel = False,
-    cut: o.Cut = "avgpool",
-    resize_shape: o.ResizeShape = None,
-    crop_shape: o.CropShape = None,
-    source: Source = "auto",
-    order: Order = "auto",
-    max_memory: MaxMemory = None,
-    eval_every: EvalEvery = 500,
-    save_every: SaveEvery = 1000,
-    keep_best: KeepBest = 1,
-    device: o.Device = "auto",
-    precision: o.Precision = "auto",
-    seed: o.Seed = 0,
-    wandb: Wandb = None,
-    deep: Deep = False,
-    resume: Resume = False,
-    overwrite: o.Overwrite = False,
-    json: o.Json = False,
-) -> None:
+@generated(TrainConfig, EncoderOptions)
+def train(given: Given, config: ConfigFile = None, json: o.Json = False) -> None:
     """Train projection and policy on a cache (--from-cache), or with the encoder live (--dataset)."""
-    from cache_pipeline.policies.rotations import parse_slices
-    from cache_pipeline.training.config import TrainConfig
     from cache_pipeline.training.train import train as run
 
-    if from_cache is None and not dataset:
-        raise ConfigError("nothing to train on; give --from-cache CACHE, or --dataset FILE to encode at every step")
-    live: dict[str, Any] = {}
-    if dataset:
-        spec = o.encoder_spec(
-            rgb_model_name=rgb_model_name, pretrained=pretrained, weights=weights, encoder=encoder, cut=cut, seed=seed
-        )
-        preprocess = o.preprocessing(
-            resize_shape=resize_shape, crop_shape=crop_shape, imagenet_norm=imagenet_norm, spec=spec
-        )
-        live = {"encoder": spec, "preprocess": preprocess} if from_cache is None else {}
-    config = TrainConfig(
-        cache=from_cache,
-        datasets=tuple(dataset or ()),
-        cameras=o.names(cameras),
-        low_dim_keys=o.names(low_dim_keys),
-        filter_key=filter_key,
-        valid_key=valid_key,
-        encoder_factory=encoder if from_cache is not None else None,
-        freeze_encoder=freeze_encoder,
-        share_rgb_model=share_rgb_model,
-        policy=policy,
-        robomimic_config=robomimic_config,
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        encoder_lr=encoder_lr,
-        emb_dim=emb_dim,
-        obs_horizon=obs_horizon,
-        action_horizon=action_horizon,
-        action_normalization=cast(Any, action_normalization),
-        augment=augment,
-        feature_noise=feature_noise,
-        feature_dropout=feature_dropout,
-        rotation_6d=() if rotation_6d is None else parse_slices(rotation_6d),
-        source=cast(Any, source),
-        order=cast(Any, order),
-        max_memory=o.byte_count(max_memory),
-        device=device,
-        precision=cast(Any, precision),
-        seed=seed,
-        wandb=wandb,
-        out=out,
-        deep=deep,
-        resume=resume,
-        overwrite=overwrite,
-        saving=_saving(eval_every, save_every, keep_best),
-        **live,
-    )
-    _emit(partial(run, config), json)
+    options = given.config(EncoderOptions)
+    others: dict[str, Any] = {}
+    if given["from_cache"] is not None:
+        others["encoder_factory"] = options.encoder
+    elif given["dataset"] and (config is None or given.any_typed(EncoderOptions)):
+        spec = options.spec(given["seed"])
+        others |= {"encoder": spec, "preprocess": options.preprocess(spec)}
+    _emit(partial(run, _chosen(TrainConfig, given, config, others)), json)
 
 
+@generated(FinetuneConfig)
 def finetune(
-    checkpoint: Annotated[Path, typer.Option("--checkpoint", help="The run to go on from, or one of its checkpoints.")],
+    given: Given,
     live_encoder: Annotated[
-        bool, typer.Option("--live-encoder", help="Encode at every step, so that the encoder can learn.")
+        bool,
+        typer.Option(
+            "--live-encoder", help="Encode at every step, so that the encoder can learn.", rich_help_panel=ENCODER
+        ),
     ] = False,
-    from_cache: Annotated[
-        Path | None,
-        typer.Option("--from-cache", help="A cache cut below the layers to unfreeze, such as --cut layer3."),
-    ] = None,
-    dataset: o.Datasets = None,
-    encoder: o.StoredEncoder = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The run folder; RUN_finetune by default.")] = None,
-    filter_key: o.FilterKey = None,
-    valid_key: o.ValidKey = None,
-    unfreeze: Annotated[str, typer.Option("--unfreeze", help="all, or layers such as layer4,layer3.")] = "all",
-    unfreeze_schedule: Annotated[
-        str | None, typer.Option("--unfreeze-schedule", help="Such as layer4@0,layer3@2000,all@5000.")
-    ] = None,
-    freeze: Annotated[
-        str | None, typer.Option("--freeze", help="Patterns of encoder parameters that stay frozen, comma-separated.")
-    ] = None,
-    update_batchnorm: Annotated[
-        bool, typer.Option("--update-batchnorm", help="Let BatchNorm statistics follow the batches.")
-    ] = False,
-    share_rgb_model: o.ShareRgbModel = False,
-    steps: Steps = 2000,
-    batch_size: BatchSize = 64,
-    lr: Annotated[float, typer.Option("--lr", help="Peak learning rate of projection and policy.")] = 1e-4,
-    encoder_lr: Annotated[
-        float | None,
-        typer.Option("--encoder-lr", help="Peak learning rate of the encoder; 1e-5, less where features vary little."),
-    ] = None,
-    augment: Annotated[bool, typer.Option("--augment", help="Random crop and colour jitter on the device.")] = False,
-    accumulate: Annotated[int, typer.Option("--accumulate", min=1, help="Parts into which a batch is split.")] = 1,
-    gradient_checkpointing: Annotated[
-        bool, typer.Option("--gradient-checkpointing", help="Less memory for more arithmetic.")
-    ] = False,
-    source: Source = "auto",
-    order: Order = "auto",
-    max_memory: MaxMemory = None,
-    eval_every: EvalEvery = 500,
-    save_every: SaveEvery = 1000,
-    keep_best: KeepBest = 1,
-    device: o.Device = "auto",
-    precision: o.Precision = "auto",
-    seed: o.Seed = 0,
-    wandb: Wandb = None,
-    deep: Deep = False,
-    resume: Resume = False,
-    overwrite: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
-    """Go on from a run with the encoder unfrozen: live, or live only above the cut of a cache."""
-    from cache_pipeline.training.config import FinetuneConfig
+    """Continue from a run with the encoder unfrozen: live, or live only above the cut of a cache."""
     from cache_pipeline.training.finetune import finetune as run
 
-    if not live_encoder and from_cache is None:
+    if not live_encoder and given["from_cache"] is None:
         raise ConfigError(
             "say where features come from: --live-encoder, or --from-cache with a cache cut below --unfreeze"
         )
-    config = FinetuneConfig(
-        checkpoint=checkpoint,
-        datasets=tuple(dataset or ()),
-        cache=from_cache,
-        encoder_factory=encoder,
-        filter_key=filter_key,
-        valid_key=valid_key,
-        unfreeze=unfreeze,
-        unfreeze_schedule=unfreeze_schedule,
-        freeze=freeze,
-        batchnorm="update" if update_batchnorm else "frozen",
-        share_rgb_model=share_rgb_model,
-        steps=steps,
-        batch_size=batch_size,
-        lr=lr,
-        encoder_lr=encoder_lr,
-        augment=augment,
-        accumulate=accumulate,
-        checkpointing=gradient_checkpointing,
-        source=cast(Any, source),
-        order=cast(Any, order),
-        max_memory=o.byte_count(max_memory),
-        device=device,
-        precision=cast(Any, precision),
-        seed=seed,
-        wandb=wandb,
-        out=out,
-        deep=deep,
-        resume=resume,
-        overwrite=overwrite,
-        saving=_saving(eval_every, save_every, keep_best),
-    )
-    _emit(partial(run, config), json)
+    _emit(partial(run, given.config(FinetuneConfig)), json)
 
 
 def export(
@@ -300,7 +108,12 @@ def resuming_command() -> str:
     return shlex.join([*start, *(word for word in words if word not in ("--overwrite", "--resume")), "--resume"])
 
 
-def _saving(eval_every: int, save_every: int, keep_best: int) -> SavingConfig:
-    from cache_pipeline.training.config import SavingConfig
+def _chosen(cls: type[Chosen], given: Given, file: Path | None, others: dict[str, Any]) -> Chosen:
+    """The config of the options, or of a file with what was typed in place of what it says."""
+    if file is None:
+        return given.config(cls, **others)
+    from cache_pipeline.runs.record import read_object
 
-    return SavingConfig(eval_every=eval_every, save_every=save_every, keep_best=keep_best)
+    value = read_object(file)
+    settings = {name: item for name, item in value.get("config", value).items() if name not in OF_ONE_RUN}
+    return given.over(cls, read_fields(cls, settings, NESTED), **others)

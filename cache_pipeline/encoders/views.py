@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.errors import EncoderError
 from cache_pipeline.files import digest
 
@@ -43,39 +43,6 @@ class ViewBatch(NamedTuple):
 
 
 View = ViewParameters | Sequence[ViewParameters] | ViewBatch
-
-
-@dataclass(frozen=True, kw_only=True)
-class ViewSpec:
-    """How the views 1, 2, … of a frame are drawn. Colour ranges as in torchvision's ``ColorJitter``."""
-
-    seed: int = 0
-    random_crop: bool = True
-    """Places the crop at random; the preprocessing's ``crop_shape`` says how large it is."""
-    brightness: float = 0.3
-    """Factors are drawn from [1 - x, 1 + x]; so for contrast and saturation."""
-    contrast: float = 0.3
-    saturation: float = 0.3
-    hue: float = 0.05
-    """Turns are drawn from [-x, x]."""
-
-    def __post_init__(self) -> None:
-        for name in ("brightness", "contrast", "saturation"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise EncoderError(f"views: {name} is {getattr(self, name)}; it must lie between 0 and 1")
-        if not 0 <= self.hue <= 0.5:
-            raise EncoderError(f"views: hue is {self.hue}; it must lie between 0 and 0.5 turns")
-        if not self.random_crop and not any((self.brightness, self.contrast, self.saturation, self.hue)):
-            raise EncoderError("views: no random crop and no colour jitter, so all views would be the clean one")
-
-    def to_json(self) -> dict[str, Any]:
-        """As a JSON object: part of a cache's identity."""
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: Mapping[str, Any]) -> ViewSpec:
-        """The inverse of ``to_json``."""
-        return cls(**value)
 
 
 def view_parameters(spec: ViewSpec, demo: str, camera: str, view: int) -> ViewParameters:

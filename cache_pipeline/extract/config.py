@@ -1,23 +1,36 @@
 """What to extract, from where and how."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from cache_pipeline.cache.manifest import STORE_DTYPES
-from cache_pipeline.encoders.image_encoder import EncoderSpec
-from cache_pipeline.encoders.preprocess import Preprocess
-from cache_pipeline.encoders.views import ViewSpec
+from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.errors import ConfigError, available
+from cache_pipeline.options import DATA, ENCODER, OUTPUT, RUNNING, Option, check, names
+
+if TYPE_CHECKING:
+    from cache_pipeline.encoders.image_encoder import EncoderSpec
+    from cache_pipeline.encoders.preprocess import Preprocess
 
 Item = TypeVar("Item")
 
 OTHERS = ""
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 PRECISION_BOUND = 0.05
+
+
+def _encoder_spec() -> Any:
+    from cache_pipeline.encoders.image_encoder import EncoderSpec
+
+    return EncoderSpec()
+
+
+def _preprocess() -> Any:
+    from cache_pipeline.encoders.preprocess import Preprocess
+
+    return Preprocess()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,31 +41,36 @@ class ExtractConfig:
     """robomimic HDF5 files, read as one list of demos."""
     out: Path | str
     """Folder of the cache."""
-    cameras: tuple[str, ...] | None = None
-    """rgb obs keys; all that the files have by default. Those that the cache has already are kept too."""
-    low_dim_keys: tuple[str, ...] | None = None
-    filter_key: str | None = None
-    """Take the demos of this filter key; every demo by default."""
-    encoders: EncoderSpec | Mapping[str, EncoderSpec] = field(default_factory=EncoderSpec)
+    cameras: Annotated[
+        tuple[str, ...] | None, Option("Cameras, comma-separated; all by default.", DATA, typed=str, parse=names)
+    ] = None
+    """rgb obs keys. Those that the cache has already are kept too."""
+    low_dim_keys: Annotated[
+        tuple[str, ...] | None,
+        Option("Low-dim obs keys, comma-separated; proprioception by default.", DATA, typed=str, parse=names),
+    ] = None
+    filter_key: Annotated[str | None, Option("Only the demos of this filter key; all by default.", DATA)] = None
+    deep: Annotated[bool, Option("Read every frame again instead of trusting size and time.", DATA)] = False
+    encoders: "EncoderSpec | Mapping[str, EncoderSpec]" = field(default_factory=_encoder_spec)
     """One encoder for all cameras, or camera → encoder; of a mapping, the key ``""`` is that of all other cameras."""
-    preprocess: Preprocess | Mapping[str, Preprocess] = field(default_factory=Preprocess)
-    views: int = 1
-    """Views K of every frame; the first is the clean one. A cache that has more keeps them."""
+    preprocess: "Preprocess | Mapping[str, Preprocess]" = field(default_factory=_preprocess)
+    views: Annotated[int, Option("Fixed views of every frame; the first is clean.", ENCODER, least=1)] = 1
+    """A cache that has more views keeps them."""
     view_spec: ViewSpec = field(default_factory=ViewSpec)
-    device: str = "auto"
-    precision: str = "auto"
-    """What the encoder computes in; ``auto``: the device's fastest whose features are within ``precision_bound``."""
-    precision_bound: float = PRECISION_BOUND
-    """Largest error of stored features against float32, as a share of their variation over frames."""
-    store_dtype: str = "float16"
-    batch_size: int | None = None
-    """Frames per batch; by default that of the cache, else chosen for the device."""
-    shard_rows: int | None = None
-    """Rows of a unit of work; by default that of the cache, else chosen by size."""
-    overwrite: bool = False
-    """Make the cache anew; the old one stays until the new one is complete."""
-    deep: bool = False
-    """Read every frame again instead of trusting the size and time of source files."""
+    device: Annotated[str, Option("auto, cpu or cuda:0.", RUNNING)] = "auto"
+    precision: Annotated[str, Option("auto, fp32, tf32, bf16 or fp16.", RUNNING, choices=PRECISIONS)] = "auto"
+    """The precision in which the encoder computes; ``auto`` is the device's fastest within ``precision_bound``."""
+    precision_bound: Annotated[
+        float,
+        Option("Largest error of features, over their variation, that auto accepts.", RUNNING, above=0),
+    ] = PRECISION_BOUND
+    """Largest error of stored features against float32, as a fraction of their variation over frames."""
+    batch_size: Annotated[int | None, Option("Images per batch.", RUNNING, least=1)] = None
+    """By default that of the cache, else chosen for the device."""
+    store_dtype: Annotated[str, Option("float16 or float32.", OUTPUT, choices=STORE_DTYPES)] = "float16"
+    shard_rows: Annotated[int | None, Option("Rows per unit of work.", OUTPUT, least=1)] = None
+    """By default that of the cache, else chosen by size."""
+    overwrite: Annotated[bool, Option("Replace the cache once the new one is complete.", OUTPUT)] = False
 
     def __post_init__(self) -> None:
         given = (self.datasets,) if isinstance(self.datasets, str | Path) else self.datasets
@@ -61,23 +79,13 @@ class ExtractConfig:
             raise ConfigError("no dataset is given; type: extract-features DATASET.hdf5 --out NAME.zarr")
         if self.cameras == ():
             raise ConfigError("no cameras are left; name at least one with --cameras, or leave it out for all")
-        for name, value in (("views", self.views), ("batch-size", self.batch_size), ("shard-rows", self.shard_rows)):
-            if value is not None and value < 1:
-                raise ConfigError(f"--{name} is {value}; it must be at least 1")
-        if not self.precision_bound > 0:
-            raise ConfigError(f"--precision-bound is {self.precision_bound}; it must be positive, such as 0.05")
-        for name, text, choices in (
-            ("precision", self.precision, PRECISIONS),
-            ("store-dtype", self.store_dtype, STORE_DTYPES),
-        ):
-            if text not in choices:
-                raise ConfigError(f"--{name} is {text!r}; {available(choices, text)}")
+        check(self)
 
-    def encoder_for(self, camera: str) -> EncoderSpec:
+    def encoder_for(self, camera: str) -> "EncoderSpec":
         """The encoder of one camera."""
         return _of_camera(self.encoders, camera, "encoder")
 
-    def preprocess_for(self, camera: str) -> Preprocess:
+    def preprocess_for(self, camera: str) -> "Preprocess":
         """The preprocessing of one camera."""
         return _of_camera(self.preprocess, camera, "preprocessing")
 

@@ -28,7 +28,8 @@ from cache_pipeline.cache.layout import Segment, Unit
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, write_record
 from cache_pipeline.cache.lock import writer_lock
 from cache_pipeline.cache.manifest import PENDING, Manifest, is_complete, write_manifest, write_pending
-from cache_pipeline.encoders.views import ViewParameters, ViewSpec, view_parameters
+from cache_pipeline.encoders.view_spec import ViewSpec
+from cache_pipeline.encoders.views import ViewParameters, view_parameters
 from cache_pipeline.errors import CacheError, CorruptCacheError, DatasetError, EncoderError
 from cache_pipeline.extract.camera_encoders import save_weights
 from cache_pipeline.extract.config import ExtractConfig

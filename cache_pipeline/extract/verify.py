@@ -21,7 +21,8 @@ from cache_pipeline.encoders.identity import COLLAPSED_SPREAD
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.precision import nearest_precision
 from cache_pipeline.encoders.preprocess import Preprocess
-from cache_pipeline.encoders.views import ViewSpec, view_parameters
+from cache_pipeline.encoders.view_spec import ViewSpec
+from cache_pipeline.encoders.views import view_parameters
 from cache_pipeline.errors import DatasetError
 from cache_pipeline.extract.camera_encoders import restore_encoders
 from cache_pipeline.extract.encode import BatchEncoder

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from cache_pipeline.encoders.views import ViewBatch, ViewSpec
+from cache_pipeline.encoders.view_spec import ViewSpec
+from cache_pipeline.encoders.views import ViewBatch
 from cache_pipeline.policies.draws import Draws, uniform
 
 

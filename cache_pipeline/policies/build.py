@@ -52,10 +52,12 @@ def build_policy(spec: PolicySpec, encoders: Mapping[str, ImageEncoder], seed: i
             freeze_rgb_encoder=True,
             share_rgb_model=shared,
             cut=spec.cut,
+            pooling=spec.pooling,  # type: ignore[arg-type]
             preprocess={camera: Preprocess.from_json(value) for camera, value in spec.preprocess.items()},
         )
         torch.manual_seed(seed)
         _draw(obs_encoder.projection)
+        _draw(obs_encoder.pooling)
         width = RotationSlices(spec.rotation_6d, spec.action_dim).encoded_width
         policy = policy_class(spec.obs_horizon * spec.emb_dim, spec.action_horizon, width, config)
     shape = (spec.obs_horizon, spec.action_horizon, spec.action_dim)
@@ -76,9 +78,9 @@ def policy_config(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def _draw(module: nn.Module) -> None:
-    """Draws the weights of all linear layers again."""
+    """Draws the weights of all layers again."""
     for layer in module.modules():
-        if isinstance(layer, nn.Linear):
+        if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.reset_parameters()
 
 

@@ -97,11 +97,3 @@ class RotationSlices:
             parts += [values[..., at:begin], function(values[..., begin : begin + size])]
             at = begin + size
         return torch.cat([*parts, values[..., at:]], dim=-1) if parts else values
-
-
-def parse_slices(text: str) -> tuple[tuple[int, int], ...]:
-    """``3:6`` or ``3:6,10:13``; raises ConfigError for anything else."""
-    pairs = [item.split(":") for item in text.split(",")]
-    if any(len(pair) != 2 or not all(part.strip().isdecimal() for part in pair) for pair in pairs):
-        raise ConfigError(f"rotation_6d {text!r} is not START:STOP; write 3:6, or 3:6,10:13 for two rotations")
-    return tuple((int(start), int(stop)) for start, stop in pairs)

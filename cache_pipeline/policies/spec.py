@@ -33,6 +33,8 @@ class PolicySpec:
     """One encoder module for all cameras: for frozen encoders, and where asked."""
     clip_actions: bool = True
     """Whether normalised actions are clipped to [-1, 1] when acting: with min-max normalisation."""
+    pooling: str = "avg"
+    """How maps are pooled: ``avg``, or ``spatial_softmax``, which is trained with the policy."""
     rotation_6d: tuple[tuple[int, int], ...] = ()
     """Slices of the action that are axis-angle rotations; the policy sees six numbers for each."""
 

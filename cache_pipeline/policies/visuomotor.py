@@ -17,7 +17,7 @@ from cache_pipeline.encoders.obs import acting_obs, camera_frames, is_frames
 from cache_pipeline.encoders.obs_encoder import MultiImageObsEncoder
 from cache_pipeline.encoders.precision import autocast_dtype, computing_in
 from cache_pipeline.encoders.preprocess import Preprocess, preprocess
-from cache_pipeline.encoders.views import ViewSpec
+from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.errors import CheckpointError, ConfigError
 from cache_pipeline.policies.augment import draw_views
 from cache_pipeline.policies.batch import Batch
@@ -120,7 +120,10 @@ class VisuomotorPolicy(nn.Module):
             normalization: of the actions.
         """
         parts = []
-        for camera in self.cameras:
+        for camera, width in self.obs_encoder.pooled_widths.items():
+            if camera in self.obs_encoder.pooling:  # keypoints lie on -1 to 1 and change as they are trained
+                parts.append(Normalizer((width,)))
+                continue
             encoder, split = self.obs_encoder.key_model_map[camera], torch.split(features[camera], 256)
             with computing_in("fp32", self.device):
                 rows = torch.cat([encoder.head(part.to(self.device).float()) for part in split]).cpu().numpy()

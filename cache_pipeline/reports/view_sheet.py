@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.preprocess import Preprocess, augment
-from cache_pipeline.encoders.views import ViewSpec, view_parameters
+from cache_pipeline.encoders.view_spec import ViewSpec
+from cache_pipeline.encoders.views import view_parameters
 from cache_pipeline.errors import CacheError, CachePipelineError
 from cache_pipeline.extract.freshness import open_sources
 from cache_pipeline.files import PNG, check_output, output_file

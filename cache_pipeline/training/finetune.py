@@ -17,7 +17,6 @@ from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.precision import resolve_precision
-from cache_pipeline.encoders.views import ViewSpec
 from cache_pipeline.errors import CacheError, CheckpointError, ConfigError, DatasetError, EncoderError, OptionError
 from cache_pipeline.extract.freshness import check_sources
 from cache_pipeline.files import resolved
@@ -204,7 +203,7 @@ def _build(
         encoder.train_batch_norm = config.batchnorm == "update"
         if config.checkpointing:
             encoder.enable_gradient_checkpointing()
-    policy.augmentation = ViewSpec() if config.augment else None
+    policy.augmentation = config.augmentation if config.augment else None
     policy.obs_encoder.key_model_map.to(memory_format=torch.channels_last)
     return policy.to(device).train()
 

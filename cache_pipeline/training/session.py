@@ -360,6 +360,7 @@ def _own_trainee(
     assert config.batch_size is not None
     policy = build_policy(spec, encoders, config.seed).to(device)
     policy.feature_noise, policy.feature_dropout = config.feature_noise, config.feature_dropout
+    policy.augmentation = config.augmentation if config.live and config.augment else None
     policy.precision = resolve_precision(config.precision, device)
     if not config.freeze_encoder:
         policy.carries_encoder = True
@@ -420,6 +421,7 @@ def _new_policy(
         share_rgb_model=config.freeze_encoder or config.share_rgb_model,
         clip_actions=bridge is None and config.action_normalization == "minmax",
         rotation_6d=() if bridge is not None else config.rotation_6d,
+        pooling=config.pooling,
     )
     return spec, encoders
 

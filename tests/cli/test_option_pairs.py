@@ -41,6 +41,21 @@ SAMPLES: dict[str, list[str]] = {
     "seconds": ["--seconds", "0.5"],
     "task": ["--task", "Stack"],
     "video": ["--video", "films"],
+    "brightness": ["--brightness", "0.1"],
+    "config": ["--config", "settings.json"],
+    "contrast": ["--contrast", "0.1"],
+    "ema": ["--ema", "none"],
+    "eval_windows": ["--eval-windows", "9"],
+    "grad_clip": ["--grad-clip", "0.5"],
+    "hue": ["--hue", "0.1"],
+    "log_every": ["--log-every", "3"],
+    "min_lr_ratio": ["--min-lr-ratio", "0.1"],
+    "policy_option": ["--policy-option", "hidden=[8]"],
+    "pooling": ["--pooling", "spatial_softmax"],
+    "random_crop": ["--no-random-crop"],
+    "saturation": ["--saturation", "0.1"],
+    "warmup_steps": ["--warmup-steps", "3"],
+    "weight_decay": ["--weight-decay", "0.1"],
     "videos": ["--videos", "2"],
     "accumulate": ["--accumulate", "2"],
     "action_horizon": ["--action-horizon", "5"],
@@ -81,7 +96,7 @@ SAMPLES: dict[str, list[str]] = {
     "policy": ["--policy", "gmm"],
     "precision": ["--precision", "bf16"],
     "precision_bound": ["--precision-bound", "0.2"],
-    "pretrained": ["--no-pretrained-encoder"],
+    "pretrained_encoder": ["--no-pretrained-encoder"],
     "resize_shape": ["--resize-shape", "30,30"],
     "resume": ["--resume"],
     "rgb_model_name": ["--rgb-model-name", "resnet34"],
@@ -102,6 +117,7 @@ SAMPLES: dict[str, list[str]] = {
     "wandb": ["--wandb", "project"],
     "weights": ["--weights", "w.safetensors"],
 }
+SETTINGS = {"steps": 70, "seed": 70, "batch_size": 70}
 BASES = {
     "extract": ["extract-features", "a.hdf5"],
     "train on a cache": ["train", "--from-cache", "a.zarr"],
@@ -128,14 +144,14 @@ FUNCTIONS = (
     "sim.rollout.rollout",
     "sim.collect.collect",
     "reports.probe.probe_cache",
-    "reports.bench.run_bench",
+    "reports.bench.run.run_bench",
     "reports.quickstart.run_quickstart",
 )
 # Allowed where they change nothing: ``--seed`` is a promise about whatever is random, kept where nothing is;
 # ``--no-imagenet-norm`` is what random weights have anyway; ``--encoder`` beside a cache or a run names the factory
 # whose code may be run.
 ALLOWED = {"seed"}
-AGREEING = {("imagenet_norm", "pretrained")}
+AGREEING = {("imagenet_norm", "pretrained_encoder")}
 NAMES_A_FACTORY = {("train", "from_cache"), ("extract-features", "encoder_from")}
 
 
@@ -159,7 +175,7 @@ class Outcome(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def outcome():
+def outcome(tmp_path_factory):
     """A function from the words of a command line to its outcome. Nothing is opened, built or trained."""
     called: list[tuple[str, Any]] = []
 
@@ -181,6 +197,8 @@ def outcome():
         return Outcome(name, config, printed.getvalue())
 
     with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(tmp_path_factory.mktemp("here"))
+        Path("settings.json").write_text(json.dumps({"config": SETTINGS}))
         for name in FUNCTIONS:
             patch.setattr(f"cache_pipeline.{name}", fake(name))
         patch.setattr("cache_pipeline.runs.tuned_encoder.encoders_of_run", encoders_of_run)
@@ -197,7 +215,7 @@ def effective(config: Any) -> dict[str, Any]:
     value = {item.name: getattr(config, item.name) for item in dataclasses.fields(config)}
     if isinstance(config, FinetuneConfig):
         value["unfreeze"] = parse_unfreezing(value["unfreeze"], value.pop("unfreeze_schedule"), config.steps)
-        return value
+        return value if config.augment else {name: item for name, item in value.items() if name != "augmentation"}
     if isinstance(config, TrainConfig):
         learns = config.live and not config.freeze_encoder
         dropped = [
@@ -205,9 +223,11 @@ def effective(config: Any) -> dict[str, Any]:
             *(("encoder", "preprocess") if config.cache is not None else ()),
             *((*OWN_POLICY_OPTIONS, "freeze_encoder") if config.robomimic else ()),
             *(("precision",) if config.robomimic and not config.live else ()),
-            *(("augment", "order") if config.live else ()),
+            *(("order",) if config.live else ()),
+            *(() if config.live and config.augment else ("augmentation",)),
         ]
         value = {name: item for name, item in value.items() if name not in dropped}
+        value["augment"] = bool(config.augment) if config.live else config.augment
         if "encoder" in value:
             value["encoder"], value["preprocess"] = _network(config.encoder), _pixels(config.preprocess)
         return value
@@ -294,8 +314,12 @@ def _allowed(words, name, beside):
         ("train --from-cache c --no-freeze-encoder", "a cache holds frozen features"),
         ("train --from-cache c --policy robomimic:bc --lr 1e-3", "--lr has no effect: robomimic"),
         ("train --from-cache c --policy robomimic:bc --precision bf16", "--precision has no effect: robomimic"),
-        ("train --dataset d --augment", "--augment has no effect: views are drawn from a cache"),
-        ("train --dataset d --no-augment", "--no-augment has no effect"),
+        ("train --dataset d --no-augment", "--no-augment has no effect: live frames are changed with --augment only"),
+        ("train --dataset d --hue 0.1", "--hue has no effect: frames are changed with --augment only"),
+        ("train --from-cache c --augment --hue 0.1", "--hue has no effect: a cache holds the views"),
+        ("finetune --checkpoint r --live-encoder --no-random-crop", "--no-random-crop has no effect"),
+        ("extract-features d --out c --contrast 0", "--contrast has no effect: only views beyond the first"),
+        ("train --from-cache c --policy robomimic:bc --ema none", "--ema has no effect: robomimic"),
         ("train --dataset d --encoder f.py:f --rgb-model-name resnet34", "--encoder brings its own"),
         ("train --dataset d --encoder f.py:f --weights w", "--weights has no effect: --encoder brings"),
         ("train --dataset d --encoder f.py:f --cut layer3", "--cut has no effect: only ResNets are cut"),
@@ -335,7 +359,6 @@ def test_options_without_effect_are_usage_errors_that_say_why(words, told):
         {"preprocess": Preprocess()},
         {"share_rgb_model": True},
         {"encoder_lr": 1.0},
-        {"source": "live", "datasets": (Path("d"),), "augment": True},
     ],
 )
 def test_configs_refuse_what_has_no_effect_too(options):

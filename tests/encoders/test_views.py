@@ -3,8 +3,9 @@ import torch
 import torchvision.transforms.v2.functional as vision
 
 from cache_pipeline.encoders.preprocess import Preprocess, augment
-from cache_pipeline.encoders.views import ViewParameters, ViewSpec, jitter_colors, view_parameters
-from cache_pipeline.errors import EncoderError
+from cache_pipeline.encoders.view_spec import ViewSpec
+from cache_pipeline.encoders.views import ViewParameters, jitter_colors, view_parameters
+from cache_pipeline.errors import ConfigError, EncoderError
 
 CROP = Preprocess(crop_shape=(9, 9), imagenet_norm=False)
 
@@ -113,7 +114,7 @@ def test_jittered_pixels_stay_between_0_and_1(frames):
 
 
 def test_views_that_change_nothing_are_refused():
-    with pytest.raises(EncoderError, match="all views would be the clean one"):
+    with pytest.raises(ConfigError, match="all views would be the clean one"):
         ViewSpec(random_crop=False, brightness=0, contrast=0, saturation=0, hue=0)
 
 

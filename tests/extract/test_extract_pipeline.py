@@ -18,7 +18,8 @@ from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
-from cache_pipeline.encoders.views import ViewSpec, view_parameters
+from cache_pipeline.encoders.view_spec import ViewSpec
+from cache_pipeline.encoders.views import view_parameters
 from cache_pipeline.errors import DatasetError, EncoderError, NotACacheError
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.pipeline import extract_features

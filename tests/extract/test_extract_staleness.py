@@ -11,7 +11,7 @@ from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.saving import load_encoder
-from cache_pipeline.encoders.views import ViewSpec
+from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.errors import StaleCacheError
 from cache_pipeline.extract.freshness import check_sources
 from cache_pipeline.extract.staleness import check_camera

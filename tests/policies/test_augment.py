@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import torch
 
-from cache_pipeline.encoders.views import ViewSpec
+from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.policies.augment import draw_views
 from cache_pipeline.policies.draws import Share
 

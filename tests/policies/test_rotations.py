@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from cache_pipeline.errors import ConfigError
+from cache_pipeline.options import slices
 from cache_pipeline.policies.normalizer import ActionNormalizer
-from cache_pipeline.policies.rotations import RotationSlices, axis_angle_from_6d, axis_angle_to_6d, parse_slices
+from cache_pipeline.policies.rotations import RotationSlices, axis_angle_from_6d, axis_angle_to_6d
 
 
 def rotations(count: int, most: float) -> torch.Tensor:
@@ -59,6 +60,6 @@ def test_slices_that_are_no_rotations_are_refused(slices: tuple[tuple[int, int],
 
 
 def test_slices_are_read_from_text() -> None:
-    assert parse_slices("3:6,10:13") == ((3, 6), (10, 13))
+    assert slices("3:6,10:13") == ((3, 6), (10, 13))
     with pytest.raises(ConfigError, match="START:STOP"):
-        parse_slices("3-6")
+        slices("3-6")

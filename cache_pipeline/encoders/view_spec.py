@@ -1,0 +1,40 @@
+"""How augmented views of a frame are drawn."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Self
+
+from cache_pipeline.errors import ConfigError
+from cache_pipeline.options import ENCODER, Option, check
+
+
+@dataclass(frozen=True, kw_only=True)
+class ViewSpec:
+    """How the views 1, 2, … of a frame are drawn. Colour ranges as in torchvision's ``ColorJitter``.
+
+    Brightness, contrast and saturation are multiplied by factors from [1 - x, 1 + x]; the hue turns by [-x, x] turns.
+    """
+
+    seed: int = 0
+    random_crop: Annotated[
+        bool, Option("Crop at random in augmented views.", ENCODER, "--random-crop/--no-random-crop")
+    ] = True
+    """Places the crop at random; the preprocessing's ``crop_shape`` says how large it is."""
+    brightness: Annotated[float, Option("Jitter of the brightness.", ENCODER, least=0, most=1)] = 0.3
+    contrast: Annotated[float, Option("Jitter of the contrast.", ENCODER, least=0, most=1)] = 0.3
+    saturation: Annotated[float, Option("Jitter of the saturation.", ENCODER, least=0, most=1)] = 0.3
+    hue: Annotated[float, Option("Jitter of the hue, in turns.", ENCODER, least=0, most=0.5)] = 0.05
+
+    def __post_init__(self) -> None:
+        check(self)
+        if not self.random_crop and not any((self.brightness, self.contrast, self.saturation, self.hue)):
+            raise ConfigError("views: no random crop and no colour jitter, so all views would be the clean one")
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object: part of a cache's identity."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """The inverse of ``to_json``."""
+        return cls(**value)
