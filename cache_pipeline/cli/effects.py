@@ -53,7 +53,11 @@ def _robomimic(values: Values) -> bool:
 ENCODER = (
     Rule(NETWORK, lambda v: v["encoder"], "--encoder brings its own network and weights"),
     Rule(("cut",), lambda v: v["encoder"] and v["cut"] != "output", "only ResNets are cut, --encoder gives its output"),
-    Rule(("pretrained_encoder",), lambda v: v["weights"] and not v["pretrained_encoder"], "--weights takes the weights of a file"),
+    Rule(
+        ("pretrained_encoder",),
+        lambda v: v["weights"] and not v["pretrained_encoder"],
+        "--weights takes the weights of a file",
+    ),
 )
 
 RULES: dict[str, tuple[Rule, ...]] = {

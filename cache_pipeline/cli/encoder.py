@@ -49,7 +49,9 @@ class EncoderOptions:
         """
         from cache_pipeline.encoders.image_encoder import EncoderSpec
 
-        source = str(self.weights) if self.weights is not None else ("imagenet" if self.pretrained_encoder else "random")
+        source = (
+            str(self.weights) if self.weights is not None else ("imagenet" if self.pretrained_encoder else "random")
+        )
         return EncoderSpec(
             rgb_model_name=self.rgb_model_name, weights=source, seed=seed, cut=self.cut, factory=self.encoder
         )

@@ -45,7 +45,7 @@ from cache_pipeline.training.data.run_data import (
 )
 from cache_pipeline.training.data.sampler import Sampler
 from cache_pipeline.training.data.source import Source, SplitRows
-from cache_pipeline.training.data.sources import Sources, plan_source
+from cache_pipeline.training.data.sources import SourcePlan, Sources, plan_source
 from cache_pipeline.training.evaluate import ActionError, evaluate
 from cache_pipeline.training.robomimic import RobomimicLearner, fit_robomimic, robomimic_config, robomimic_splits
 from cache_pipeline.training.update.learner import PolicyLearner
@@ -213,15 +213,7 @@ def assemble(
     if before is not None:
         plan, record = plan.with_order(before.order), before.with_steps(config.steps)
     else:
-        record = RunRecord(
-            kind="train" if isinstance(config, TrainConfig) else "finetune",
-            config=config.to_json(),
-            policy=trainee.spec,
-            data=data.record,
-            order=plan.order,
-            start=None if start is None else str(start.resolve()),
-            **this_process(),
-        )
+        record = _new_record(config, trainee.spec, data, plan, start)
     sources = Sources(
         data,
         trainee.splits,
@@ -243,6 +235,20 @@ def assemble(
         learner=trainee.learner,
         sampler=Sampler(windows, trainee.batch_size, config.seed, views=plan.views, blocks=plan.blocks),
         unfreezing=unfreezing,
+    )
+
+
+def _new_record(
+    config: TrainConfig | FinetuneConfig, spec: PolicySpec, data: RunData, plan: SourcePlan, start: Path | None
+) -> RunRecord:
+    return RunRecord(
+        kind="train" if isinstance(config, TrainConfig) else "finetune",
+        config=config.to_json(),
+        policy=spec,
+        data=data.record,
+        order=plan.order,
+        start=None if start is None else str(start.resolve()),
+        **this_process(),
     )
 
 

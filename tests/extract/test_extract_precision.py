@@ -127,7 +127,7 @@ def test_storage_counts_and_the_bound_can_be_chosen(
     assert "--store-dtype float32 is more exact" in caplog.text
     extract(tmp_path / "whole.zarr", dataset, encoders=HUGE, precision="fp32", store_dtype="float32")
     assert error(tmp_path / "whole.zarr") == 0
-    with pytest.raises(ConfigError, match=r"--precision-bound is 0\.0; it must be positive"):
+    with pytest.raises(ConfigError, match=r"precision_bound is 0\.0; it must be a finite number above 0"):
         extract(tmp_path / "none.zarr", dataset, precision_bound=0.0)
 
 

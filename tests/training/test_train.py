@@ -19,7 +19,7 @@ from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders import precision
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
-from cache_pipeline.errors import CheckpointError, ConfigError, DatasetError
+from cache_pipeline.errors import CheckpointError, ConfigError, DatasetError, EncoderError
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.runs.metrics import read_metrics
 from cache_pipeline.runs.policy import load_policy
@@ -374,3 +374,43 @@ def test_feature_dropout_changes_training_and_not_the_first_measurement(run: Pat
     dropped = policy.train()._disturbed(rows, torch.Generator().manual_seed(0))
     assert set(dropped[:, :1024].unique().tolist()) == {0.0, 2.0}
     assert torch.equal(dropped[:, 1024:], rows[:, 1024:])
+
+
+def test_spatial_softmax_is_trained_with_the_policy_and_survives_a_stop(
+    frontier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = config(tmp_path / "run", frontier, pooling="spatial_softmax", steps=4)
+    straight = train(asked, progress=False)
+    state = load_file(straight.checkpoint / "model.safetensors")
+    name = "obs_encoder.pooling.agentview_image.conv.weight"
+    first = open_training(replace(asked, out=tmp_path / "other"), tmp_path / "other").policy.tensors()[name]
+    assert not torch.equal(state[name], first)
+    stopped = replace(asked, out=tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(KeyboardInterrupt):
+            train(stopped, progress=False)
+    resumed = load_file(train(replace(stopped, resume=True), progress=False).checkpoint / "model.safetensors")
+    assert all(torch.equal(state[key], resumed[key]) for key in state)
+    policy = load_policy(straight.run)
+    frames = {camera: np.zeros((1, 2, *size, 3), np.uint8) for camera, size in policy.cameras.items()}
+    low_dim = {key: np.zeros((1, 2, *shape), np.float32) for key, shape in policy.low_dim.items()}
+    assert torch.isfinite(policy.act({**frames, **low_dim})).all()
+
+
+def test_pooling_of_vectors_is_refused_with_the_way_out(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(EncoderError, match=r"needs feature maps.*--cut layer4"):
+        train(config(tmp_path / "run", cache, pooling="spatial_softmax"), progress=False)
+    assert not (tmp_path / "run").exists()
+
+
+def test_frames_of_a_live_run_are_augmented_in_training_and_never_when_acting(dataset: Path, tmp_path: Path) -> None:
+    clean, changed = (
+        open_training(live(tmp_path / "run", dataset, augment=augment), tmp_path / "run") for augment in (None, True)
+    )
+    batch = next(clean.enter(clean.phases()[0]).batches(clean.sampler.plans(0, 1)))
+    changed.enter(changed.phases()[0])
+    drawn = [torch.Generator().manual_seed(0) for _ in range(4)]
+    assert clean.policy.loss(batch, drawn[0]) != changed.policy.loss(batch, drawn[1])
+    changed.policy.eval()
+    torch.testing.assert_close(clean.policy.act(batch.obs, drawn[2]), changed.policy.act(batch.obs, drawn[3]))
