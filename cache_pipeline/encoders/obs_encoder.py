@@ -103,6 +103,7 @@ class MultiImageObsEncoder(nn.Module):
         train_batch_norm: let BatchNorm statistics follow the batches where its layer is trained; ``None``: only for
             random weights that are not frozen.
         preprocess: one or for each camera, in place of what follows from the options above.
+        verbose: log the encoders, their weights, and how many parameters are trainable.
 
     Attributes:
         key_model_map: camera → ``ImageEncoder``, with torchvision's parameter names under ``net.``.
@@ -136,6 +137,7 @@ class MultiImageObsEncoder(nn.Module):
         gradient_checkpointing: bool = False,
         train_batch_norm: bool | None = None,
         preprocess: PerCamera[Preprocess] = None,
+        verbose: bool = True,
     ) -> None:
         super().__init__()
         self.shapes = parse_shape_meta(shape_meta)
@@ -172,7 +174,11 @@ class MultiImageObsEncoder(nn.Module):
         self._set_training_options(gradient_checkpointing, scratch if train_batch_norm is None else train_batch_norm)
         if freeze_rgb_encoder:
             self.freeze_rgb_encoder()
-        self._log_start(freeze_rgb_encoder)
+        if verbose:
+            self.log_encoders()
+            if freeze_rgb_encoder:
+                logger.info("froze the RGB encoder: what lies above it is trained")
+            logger.info("%s", self.parameter_report())
 
     @classmethod
     def from_config(cls, shape_meta: Mapping[str, Any], config: Mapping[str, Any]) -> MultiImageObsEncoder:
@@ -337,12 +343,10 @@ class MultiImageObsEncoder(nn.Module):
                 encoder.enable_gradient_checkpointing()
         self.train(self.training)
 
-    def _log_start(self, frozen: bool) -> None:
+    def log_encoders(self) -> None:
+        """Logs the encoder and the weights of each camera."""
         for camera, encoder in self.key_model_map.items():
             logger.info("%s: %s, weights: %s", camera, encoder.architecture, encoder.source)
-        if frozen:
-            logger.info("froze the RGB encoder: what lies above it is trained")
-        logger.info("%s", self.parameter_report())
 
 
 def _split(rows: Tensor, leading: tuple[int, ...]) -> Tensor:

@@ -54,6 +54,7 @@ def build_policy(spec: PolicySpec, encoders: Mapping[str, ImageEncoder], seed: i
             cut=spec.cut,
             pooling=spec.pooling,  # type: ignore[arg-type]
             preprocess={camera: Preprocess.from_json(value) for camera, value in spec.preprocess.items()},
+            verbose=False,
         )
         torch.manual_seed(seed)
         _draw(obs_encoder.projection)

@@ -130,6 +130,8 @@ class Session:
             assert isinstance(self.policy, VisuomotorPolicy)
             freeze = self.config.freeze if isinstance(self.config, FinetuneConfig) else None
             self.learner.learn("encoder", unfreeze(self.policy, layers, freeze), step)
+            names, report = ", ".join(layers), self.policy.obs_encoder.parameter_report()
+            logger.info("from step %d on the encoder's %s learns; %s", step, names, report)
 
     def source_at(self, step: int) -> Source:
         """Opens the source of a step. Of frames, all that is frozen is encoded on the fast path."""
@@ -380,6 +382,9 @@ def _own_trainee(
         device=device,
     )
     policy.train()
+    policy.obs_encoder.log_encoders()
+    if config.freeze_encoder:
+        logger.info("the encoder is frozen; %s", policy.obs_encoder.parameter_report())
     splits = data.splits(WindowSpec(spec.obs_horizon, spec.action_horizon), device)
     return Trainee(spec, encoders, policy, splits, learner, config.batch_size)
 
