@@ -14,22 +14,19 @@ from typing import Any, NamedTuple, TypeVar, cast
 import numpy as np
 import zarr
 from numpy.typing import NDArray
-from zarr.codecs import Crc32cCodec
-from zarr.core.buffer import Buffer
 from zarr.core.metadata import ArrayV3Metadata
-from zarr.storage import LocalStore, MemoryStore
+from zarr.storage import LocalStore
 
-from cache_pipeline.cache.layout import Unit, align_up, choose_chunk_rows
+from cache_pipeline.cache.layout import Unit
 from cache_pipeline.cache.manifest import Manifest
 from cache_pipeline.cache.shards import open_shard, uncompressed_layout, write_shard
 from cache_pipeline.errors import CorruptCacheError
-from cache_pipeline.files import DIGEST_BYTES, atomic_path
+from cache_pipeline.files import DIGEST_BYTES
 
 READ_THREADS = max(1, min(8, os.cpu_count() or 1))
 THREADED_BYTES = 2 << 20  # less is read sooner than threads start
 PIECE_BYTES = 4 << 20  # that one thread reads at once
 LONG_RUN = 16  # rows in a run, on average, from which each run is read straight into its place
-GROUP = {"attributes": {}, "zarr_format": 3, "node_type": "group"}
 Item = TypeVar("Item")
 DECODE_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, OSError)
 """What zarr and its codecs raise for bytes that are not what was written."""
@@ -90,71 +87,6 @@ def unit_arrays(manifest: Manifest, unit: Unit) -> list[str]:
     return sorted(name for name in array_specs(manifest) if not name.startswith(("features/", "frame_digests/")))
 
 
-def array_metadata(spec: ArraySpec, n_rows: int, shard_rows: int) -> bytes:
-    """The ``zarr.json`` of one array: a pure function, so that it can be compared and written again."""
-    rows = max(align_up(n_rows, shard_rows), shard_rows)
-    lead = () if spec.views is None else (1,)
-    chunk_rows = choose_chunk_rows(spec.row_bytes, shard_rows)
-    names = [*(["view"] if lead else []), "row", *("feature", "h", "w")[: len(spec.row_shape)]]
-    stored: dict[str, Buffer] = {}
-    zarr.create_array(
-        MemoryStore(stored),
-        shape=(*([spec.views] if spec.views is not None else []), rows, *spec.row_shape),
-        shards=(*lead, shard_rows, *spec.row_shape),
-        chunks=(*lead, chunk_rows, *spec.row_shape),
-        dtype=spec.dtype,
-        compressors=[Crc32cCodec()],
-        fill_value=spec.fill,
-        dimension_names=names,
-        zarr_format=3,
-    )
-    return stored["zarr.json"].to_bytes()
-
-
-def metadata_files(manifest: Manifest) -> dict[str, bytes]:
-    """Path → bytes of every ``zarr.json`` of the cache, groups included."""
-    group = json.dumps(GROUP, indent=2).encode()
-    files = {"zarr.json": group}
-    for name, spec in array_specs(manifest).items():
-        for parent in Path(name).parents[:-1]:
-            files[f"{parent}/zarr.json"] = group
-        files[f"{name}/zarr.json"] = array_metadata(spec, manifest.n_rows, manifest.shard_rows)
-    return files
-
-
-def write_metadata(path: Path, files: dict[str, bytes]) -> None:
-    """Writes each metadata file that is missing or differs; shards are left alone."""
-    for name, content in files.items():
-        file = path / name
-        if file.is_file() and file.read_bytes() == content:
-            continue
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as partial:
-            partial.write_bytes(content)
-
-
-def check_metadata(path: Path, name: str, manifest: Manifest) -> None:
-    """Refuses an array whose ``zarr.json`` does not hold what the manifest tells."""
-    file = path / name / "zarr.json"
-    spec, lead = array_specs(manifest)[name], array_specs(manifest)[name].views
-    try:
-        stored = json.loads(file.read_bytes())
-        shape, shard = stored["shape"], stored["chunk_grid"]["configuration"]["chunk_shape"]
-        dtype = stored["data_type"]
-        rows_at = 0 if lead is None else 1
-        fits = (
-            dtype == spec.dtype
-            and shape[rows_at + 1 :] == list(spec.row_shape)
-            and shape[rows_at] >= manifest.n_rows
-            and shard[rows_at] == manifest.shard_rows
-            and (lead is None or shape[0] >= lead)
-        )
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise CorruptCacheError(f"{file} is missing or damaged ({error}); {MEND}") from error
-    if not fits:
-        raise CorruptCacheError(f"{file} tells another shape or type than the manifest; {MEND}")
-
-
 MEND = "run the extract-features command of this cache again: it makes anew what is missing or damaged"
 
 
@@ -181,7 +113,7 @@ class StoredArray:
         self._read_only = read_only
         try:
             metadata = json.loads((path / name / "zarr.json").read_bytes())
-            self._has_views = metadata.get("dimension_names", [""])[0] == "view"
+            self._has_views = name.startswith("features/")
             rows_at = 1 if self._has_views else 0
             self.shard_rows = int(metadata["chunk_grid"]["configuration"]["chunk_shape"][rows_at])
             self.dtype = np.dtype(metadata["data_type"])

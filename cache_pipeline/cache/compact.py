@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from cache_pipeline.cache.arrays import StoredArray, array_names, metadata_files, unit_arrays, write_metadata
+from cache_pipeline.cache.arrays import StoredArray, array_names, unit_arrays
 from cache_pipeline.cache.folder import (
     finish_swap,
     folder_bytes,
@@ -22,7 +22,8 @@ from cache_pipeline.cache.folder import (
 from cache_pipeline.cache.layout import Segment, Unit, place_demos
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, write_record
 from cache_pipeline.cache.lock import writer_lock
-from cache_pipeline.cache.manifest import PENDING, DemoRows, Manifest, read_manifest, write_manifest, write_pending
+from cache_pipeline.cache.manifest import PENDING, DemoRows, Manifest, read_manifest, write_pending
+from cache_pipeline.cache.metadata import ROOT, complete_cache, metadata_files, root_file, write_metadata
 from cache_pipeline.files import digest
 
 
@@ -77,7 +78,7 @@ def _copy(path: Path, old: Manifest, new: Path) -> None:
     target = replace(old, demos=demos, n_rows=placement.n_rows, units={}, metadata={})
     write_pending(new, target)
     files = metadata_files(target)
-    write_metadata(new, files)
+    write_metadata(new, {ROOT: root_file(target, complete=False), **files})
     write_metadata(new, {file: (path / file).read_bytes() for file in old.encoders.values()})
     names = array_names(old)
     source = {name: StoredArray(path, name) for name in names}
@@ -92,7 +93,7 @@ def _copy(path: Path, old: Manifest, new: Path) -> None:
         units[unit.name] = record.output
     metadata = {name: digest(content) for name, content in files.items()}
     metadata |= {file: old.metadata[file] for file in old.encoders.values()}
-    write_manifest(new, replace(target, units=units, metadata=metadata))
+    complete_cache(new, replace(target, units=units, metadata=metadata))
     assert not (new / PENDING).exists()
 
 

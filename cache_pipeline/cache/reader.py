@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from cache_pipeline.cache import arrays
 from cache_pipeline.cache.manifest import MANIFEST, CameraEntry, DemoRows, Manifest, read_manifest
+from cache_pipeline.cache.metadata import check_metadata
 from cache_pipeline.errors import CacheError, CorruptCacheError, StaleCacheError, available
 
 Rows = slice | NDArray[np.integer] | NDArray[np.bool_] | None
@@ -47,7 +48,7 @@ def _open(path: Path) -> tuple[_Identity, Manifest]:
         try:
             manifest = read_manifest(path)
             for name in arrays.array_names(manifest):
-                arrays.check_metadata(path, name, manifest)
+                check_metadata(path, name, manifest)
         except CacheError:
             if before == _identity(path):
                 raise

@@ -27,7 +27,8 @@ from cache_pipeline.cache.folder import (
 from cache_pipeline.cache.layout import Segment, Unit
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, write_record
 from cache_pipeline.cache.lock import writer_lock
-from cache_pipeline.cache.manifest import PENDING, Manifest, is_complete, write_manifest, write_pending
+from cache_pipeline.cache.manifest import PENDING, Manifest, is_complete, write_pending
+from cache_pipeline.cache.metadata import ROOT, complete_cache, metadata_files, root_file, write_metadata
 from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.encoders.views import ViewParameters, view_parameters
 from cache_pipeline.errors import CacheError, CorruptCacheError, DatasetError, EncoderError
@@ -163,7 +164,7 @@ def _extract(config: ExtractConfig, progress: bool) -> tuple[Prepared, Manifest,
                     run.run()
                     prepared = run.prepared
                     finished = finish(prepared, begun.result())
-                write_manifest(prepared.path, finished)
+                complete_cache(prepared.path, finished)
                 remove_other_weights(prepared.path, finished.encoders.values())
             if prepared.path != prepared.out:
                 swap(prepared.path, prepared.out)
@@ -204,10 +205,12 @@ def _begin(prepared: Prepared, background: Executor) -> Future[dict[str, str]]:
     else:
         make_beside(prepared.path, prepared.out, "new")
     remove_partial_files(prepared.path)
-    files = arrays.metadata_files(prepared.manifest)
+    files = metadata_files(prepared.manifest)
     metadata = {name: digest(content) for name, content in files.items()}
     write_pending(prepared.path, replace(prepared.manifest, metadata=metadata))
-    arrays.write_metadata(prepared.path, files)
+    # A cache that is extended keeps its root group: it describes what is complete until all else is.
+    root = {} if prepared.old else {ROOT: root_file(prepared.manifest, complete=False)}
+    write_metadata(prepared.path, {**root, **files})
     return background.submit(_save_weights, prepared)
 
 

@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cache_pipeline.cache.arrays import array_specs, metadata_files, unit_arrays
+from cache_pipeline.cache.arrays import array_specs, unit_arrays
 from cache_pipeline.cache.folder import check_target, finish_swap, folders_beside, remove_cache, unused_name
 from cache_pipeline.cache.layout import choose_shard_rows, place_demos
 from cache_pipeline.cache.manifest import MANIFEST, DemoRows, Manifest, is_cache, read_manifest, read_pending
+from cache_pipeline.cache.metadata import metadata_files
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.frozen import preferred_batch_size
@@ -221,7 +222,7 @@ def check_array_names(dataset: Dataset) -> None:
 
 
 def metadata_digests(prepared: Prepared) -> dict[str, str]:
-    """Digests of the cache's metadata and weight files, the weights as they lie on the disk."""
+    """Digests of the cache's metadata and weight files but the root group's, the weights as they lie on the disk."""
     found = {name: digest(content) for name, content in metadata_files(prepared.manifest).items()}
     weights = {file: digest((prepared.path / file).read_bytes()) for file in prepared.manifest.encoders.values()}
     return {**found, **weights}

@@ -50,7 +50,7 @@ def test_a_compaction_that_fails_leaves_the_cache_as_it_was(dataset, tmp_path, m
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cache_pipeline.cache.compact.write_manifest", stop)
+        patch.setattr("cache_pipeline.cache.compact.complete_cache", stop)
         with pytest.raises(KeyboardInterrupt):
             compact(path)
     assert check_integrity(path).ok

@@ -66,7 +66,7 @@ EXTENSIONS = {
 
 
 @pytest.mark.parametrize(
-    "moment", [("write_record", 0), ("write_record", 1), ("save_weights", 0), ("write_manifest", 0)]
+    "moment", [("write_record", 0), ("write_record", 1), ("save_weights", 0), ("complete_cache", 0)]
 )
 @pytest.mark.parametrize("what", EXTENSIONS)
 def test_a_killed_extension_leaves_the_complete_cache_as_it_was(tmp_path, dataset, out, monkeypatch, what, moment):

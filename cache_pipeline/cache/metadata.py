@@ -1,0 +1,228 @@
+"""The ``zarr.json`` files of a cache: what zarr, xarray and tensorstore know of it without this package.
+
+Those of the arrays are written before the first unit. That of the root group is written after the last unit and just
+before the manifest: its attributes name the demos, and its consolidated metadata hold the shapes. Until then it says
+what the cache held before, which is still stored, or that nothing is complete.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import zarr
+from zarr.codecs import Crc32cCodec
+from zarr.core.buffer import Buffer
+from zarr.storage import MemoryStore
+
+from cache_pipeline.cache.arrays import MEND, ArraySpec, array_specs
+from cache_pipeline.cache.layout import align_up, choose_chunk_rows
+from cache_pipeline.cache.manifest import Manifest, write_manifest, write_pending
+from cache_pipeline.errors import CorruptCacheError
+from cache_pipeline.files import atomic_path, digest
+
+ROOT = "zarr.json"
+TITLE = "features of a frozen image encoder, made by cache_pipeline"
+ROWS = (
+    "Demo i has the rows demo_starts[i] to demo_starts[i] + demo_lengths[i] - 1 of every array, one row per step. All "
+    "other rows hold no demo: they fill up a shard, belonged to a demo that was removed, or are being written."
+)
+UNFINISHED = "The extraction has not finished: no row can be relied on. Run the same extract-features command again."
+AUTHORITY = "manifest.json decides what the cache holds; docs/cache-format.md describes it."
+GROUPS = {
+    "features": "output of the frozen encoder at the cut, one array per camera",
+    "frame_digests": "digest of each frame that was encoded, one array per camera",
+    "low_dim": "low-dimensional observations of the dataset, in its own units",
+}
+STEPS = {
+    "actions": "action of each step, in the units of the dataset",
+    "rewards": "reward of each step; NaN if the dataset has none",
+    "dones": "1 where the dataset ends a demo, else 0; NaN if the dataset has none",
+}
+AXES = {
+    "view": "0 is the frame as recorded; each other number is one fixed augmentation",
+    "row": "one step of a demo; the attributes of the root group say which rows belong to which demo",
+    "feature": "channel of the encoder's output",
+    "h": "height of the feature map, from top to bottom",
+    "w": "width of the feature map, from left to right",
+    "action": "component of the action",
+    "digest_byte": "byte of the digest",
+}
+
+
+def metadata_files(manifest: Manifest) -> dict[str, bytes]:
+    """Path → bytes of every ``zarr.json`` but that of the root group."""
+    return {f"{path}/zarr.json": _json(node) for path, node in _nodes(manifest).items()}
+
+
+def root_file(manifest: Manifest, *, complete: bool = True) -> bytes:
+    """The ``zarr.json`` of the root group, with the metadata of all arrays.
+
+    Args:
+        manifest: what the cache holds, or is to hold.
+        complete: whether all its rows are stored; without that the attributes name no demo.
+    """
+    nodes = {path: _consolidated(node) for path, node in _nodes(manifest).items()}
+    metadata = {"kind": "inline", "must_understand": False, "metadata": nodes}
+    return _json({**_group(_root_attributes(manifest, complete)), "consolidated_metadata": metadata})
+
+
+def complete_cache(path: Path, manifest: Manifest) -> None:
+    """Makes a cache complete whose units are all recorded: the root group's metadata, then the manifest.
+
+    After a kill in between, the manifest names the old demos and the attributes the new ones. Rows of both are stored,
+    and the next run writes the rest.
+    """
+    content = root_file(manifest)
+    manifest = replace(manifest, metadata={ROOT: digest(content), **manifest.metadata})
+    write_pending(path, manifest)
+    write_metadata(path, {ROOT: content})
+    write_manifest(path, manifest)
+
+
+def write_metadata(path: Path, files: dict[str, bytes]) -> None:
+    """Writes each metadata file that is missing or differs; shards are left alone."""
+    for name, content in files.items():
+        file = path / name
+        if file.is_file() and file.read_bytes() == content:
+            continue
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(file) as partial:
+            partial.write_bytes(content)
+
+
+def check_metadata(path: Path, name: str, manifest: Manifest) -> None:
+    """Refuses an array whose ``zarr.json`` does not hold what the manifest tells."""
+    file = path / name / "zarr.json"
+    spec, lead = array_specs(manifest)[name], array_specs(manifest)[name].views
+    try:
+        stored = json.loads(file.read_bytes())
+        shape, shard = stored["shape"], stored["chunk_grid"]["configuration"]["chunk_shape"]
+        dtype = stored["data_type"]
+        rows_at = 0 if lead is None else 1
+        fits = (
+            dtype == spec.dtype
+            and shape[rows_at + 1 :] == list(spec.row_shape)
+            and shape[rows_at] >= manifest.n_rows
+            and shard[rows_at] == manifest.shard_rows
+            and (lead is None or shape[0] >= lead)
+        )
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise CorruptCacheError(f"{file} is missing or damaged ({error}); {MEND}") from error
+    if not fits:
+        raise CorruptCacheError(f"{file} tells another shape or type than the manifest; {MEND}")
+
+
+def dimension_names(manifest: Manifest) -> dict[str, tuple[str, ...]]:
+    """Array → name of each axis. Axes of one name have one length, and no axis is named as an array is."""
+    taken = {"actions", "rewards", "dones", *manifest.cameras, *manifest.low_dim}
+
+    def free(name: str) -> str:
+        while name in taken:
+            name += "_"
+        taken.add(name)
+        return name
+
+    row, action, byte = free("row"), free("action"), free("digest_byte")
+    names: dict[str, tuple[str, ...]] = {"actions": (row, action), "rewards": (row,), "dones": (row,)}
+    shared = free("view") if len({entry.views for entry in manifest.cameras.values()}) == 1 else None
+    for camera, entry in manifest.cameras.items():
+        axes = [free(f"{camera}_{axis}") for axis in ("feature", "h", "w")[: len(entry.feature_shape)]]
+        names[f"features/{camera}"] = (shared or free(f"{camera}_view"), row, *axes)
+        names[f"frame_digests/{camera}"] = (row, byte)
+    for key, shape in manifest.low_dim.items():
+        names[f"low_dim/{key}"] = (row, *(free(f"{key}_dim_{axis}") for axis in range(len(shape))))
+    return names
+
+
+def _nodes(manifest: Manifest) -> dict[str, dict[str, Any]]:
+    """Path → metadata of every array and group but the root group, in the order in which zarr consolidates them."""
+    nodes, names = {}, dimension_names(manifest)
+    for path, spec in array_specs(manifest).items():
+        group, _, _ = path.rpartition("/")
+        if group:
+            nodes[group] = _group({"description": GROUPS[group]})
+        node = _array(spec, names[path], manifest.n_rows, manifest.shard_rows)
+        nodes[path] = {**node, "attributes": _array_attributes(manifest, path)}
+    return dict(sorted(nodes.items(), key=lambda item: (item[0].count("/"), item[0])))
+
+
+def _array(spec: ArraySpec, names: tuple[str, ...], n_rows: int, shard_rows: int) -> dict[str, Any]:
+    """What zarr writes for an array: a pure function, so that it can be compared and written again."""
+    rows = max(align_up(n_rows, shard_rows), shard_rows)
+    lead = () if spec.views is None else (1,)
+    stored: dict[str, Buffer] = {}
+    zarr.create_array(
+        MemoryStore(stored),
+        shape=(*([spec.views] if spec.views is not None else []), rows, *spec.row_shape),
+        shards=(*lead, shard_rows, *spec.row_shape),
+        chunks=(*lead, choose_chunk_rows(spec.row_bytes, shard_rows), *spec.row_shape),
+        dtype=spec.dtype,
+        compressors=[Crc32cCodec()],
+        fill_value=spec.fill,
+        dimension_names=names,
+        zarr_format=3,
+    )
+    node: dict[str, Any] = json.loads(stored["zarr.json"].to_bytes())
+    return node
+
+
+def _array_attributes(manifest: Manifest, path: str) -> dict[str, Any]:
+    group, _, key = path.rpartition("/")
+    if group == "features":
+        entry = manifest.cameras[key]
+        axes = ["view", "row", *("feature", "h", "w")[: len(entry.feature_shape)]]
+        return {
+            "description": f"output of the frozen encoder for each frame of {key}",
+            "axes": [AXES[axis] for axis in axes],
+            "camera": key,
+            "image_shape": list(entry.image_shape),
+            "architecture": entry.identity.get("architecture"),
+            "cut": entry.identity.get("cut"),
+            "weights_digest": entry.identity.get("weights", {}).get("digest"),
+        }
+    if group == "frame_digests":
+        told = f"blake2b, 16 bytes, of each frame of {key}: uint8 (H, W, 3) in C order"
+        return {"description": told, "axes": [AXES["row"], AXES["digest_byte"]], "camera": key}
+    if group == "low_dim":
+        axes = [AXES["row"], *("component of the observation" for _ in manifest.low_dim[key])]
+        return {"description": f"observation {key}, in the units of the dataset", "axes": axes, "obs_key": key}
+    axes = [AXES["row"], *([AXES["action"]] if path == "actions" else [])]
+    return {"description": STEPS[path], "axes": axes}
+
+
+def _root_attributes(manifest: Manifest, complete: bool) -> dict[str, Any]:
+    common = {"title": TITLE, "format": manifest.format, "complete": complete}
+    if not complete:
+        return {**common, "comment": f"{UNFINISHED} {AUTHORITY}"}
+    return {
+        **common,
+        "comment": f"{ROWS} {AUTHORITY}",
+        "fingerprint": manifest.fingerprint,
+        "demos": len(manifest.demos),
+        "rows": sum(demo.length for demo in manifest.demos),
+        "demo_names": [demo.name for demo in manifest.demos],
+        "demo_starts": [demo.row for demo in manifest.demos],
+        "demo_lengths": [demo.length for demo in manifest.demos],
+        "filter_keys": {key: list(members) for key, members in manifest.masks.items()},
+        "cameras": list(manifest.cameras),
+        "views": {camera: entry.views for camera, entry in manifest.cameras.items()},
+        "low_dim_keys": list(manifest.low_dim),
+    }
+
+
+def _group(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {"attributes": attributes, "zarr_format": 3, "node_type": "group"}
+
+
+def _consolidated(node: dict[str, Any]) -> dict[str, Any]:
+    """A node as zarr consolidates it: the root group lists all nodes, groups inside it list none."""
+    if node["node_type"] == "array":
+        return node
+    return {**node, "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": {}}}
+
+
+def _json(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, indent=2, allow_nan=False).encode()
