@@ -18,15 +18,16 @@ CAMERA = "agentview_image"
 OTHER = "robot0_eye_in_hand_image"
 TINY = EncoderSpec(factory=f"{Path(__file__).resolve()}:tiny")
 OTHER_WEIGHTS = EncoderSpec(factory=f"{Path(__file__).resolve()}:tiny_of_other_weights")
+NARROW = EncoderSpec(factory=f"{Path(__file__).resolve()}:narrow")
 OVERFLOWING = EncoderSpec(factory=f"{Path(__file__).resolve()}:overflowing")
 
 
 class Tiny(nn.Module):
-    """(B,3,h,w) → (B,6): a strided convolution, ReLU and the mean."""
+    """(B,3,h,w) → (B,width): a strided convolution, ReLU and the mean."""
 
-    def __init__(self, seed: int, scale: float = 1.0) -> None:
+    def __init__(self, seed: int, scale: float = 1.0, width: int = 6) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(3, 6, 5, stride=4)
+        self.conv = nn.Conv2d(3, width, 5, stride=4)
         generator = torch.Generator().manual_seed(seed)
         for parameter in self.parameters():
             parameter.data = torch.rand(parameter.shape, generator=generator) * scale
@@ -41,6 +42,10 @@ def tiny() -> nn.Module:
 
 def tiny_of_other_weights() -> nn.Module:
     return Tiny(1)
+
+
+def narrow() -> nn.Module:
+    return Tiny(0, width=4)
 
 
 def overflowing() -> nn.Module:
