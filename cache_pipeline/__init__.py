@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from cache_pipeline.sim.rollout import rollout as rollout
     from cache_pipeline.training.config import FinetuneConfig as FinetuneConfig
     from cache_pipeline.training.config import TrainConfig as TrainConfig
+    from cache_pipeline.training.data.window_dataset import WindowDataset as WindowDataset
     from cache_pipeline.training.finetune import finetune as finetune
     from cache_pipeline.training.train import train as train
 
@@ -60,6 +61,7 @@ _MODULES = {
     "load_policy": "runs.policy",
     "FinetuneConfig": "training.config",
     "TrainConfig": "training.config",
+    "WindowDataset": "training.data.window_dataset",
     "finetune": "training.finetune",
     "train": "training.train",
 }

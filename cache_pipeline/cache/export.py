@@ -124,7 +124,8 @@ def export_npz(cache_path: str | Path, out_path: str | Path, *, overwrite: bool 
     """Writes all live rows of a cache as one uncompressed ``.npz``.
 
     Arrays: ``features/<camera>`` (K, N, …), ``actions``, ``rewards``, ``dones``, ``low_dim/<key>``, ``starts`` and
-    ``lengths`` (E,) of the demos, ``demos`` (E,) their names.
+    ``lengths`` (E,) of the demos, ``demos`` (E,) their names, and for each filter key ``mask/<key>``: the indices of
+    its demos in ``demos``, ``starts`` and ``lengths``.
 
     Raises:
         ConfigError: the file exists already, or is none that an export wrote.
@@ -141,6 +142,7 @@ def export_npz(cache_path: str | Path, out_path: str | Path, *, overwrite: bool 
     shapes = {name: value.shape[2 if name.startswith("features/") else 1 :] for name, value in values.items()}
     values |= {"starts": cache.packed_starts, "lengths": cache.lengths}
     values["demos"] = np.array([demo.name for demo in cache.demos])
+    values |= {f"mask/{key}": np.array(members, np.int64) for key, members in cache.masks.items()}
     needed = sum(value.nbytes for value in values.values())
     with (
         output_file(out, FEATURE_NPZ, overwrite=overwrite, sources=sources, needed=needed) as partial,

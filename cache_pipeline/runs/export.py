@@ -16,6 +16,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import re
 import statistics
 import time
 import warnings
@@ -37,7 +38,7 @@ from cache_pipeline.runs.policy import load_policy
 
 FORMATS = (".onnx", ".pt2")
 METADATA_FILE = "metadata.json"
-NOISE, ACTIONS = "noise", "actions"
+NOISE, ACTIONS, BATCH = "noise", "actions", "batch"
 TOLERANCE = 1e-4
 LATENCY_CALLS = 10
 
@@ -262,7 +263,18 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, inputs: Inputs
         raise ConfigError(f"the policy has no ONNX form: {_first_line(error)}; export it as .pt2") from error
     assert converted is not None
     converted.model.metadata_props.update({key: json.dumps(value) for key, value in values.items()})
-    path.write_bytes(converted.model_proto.SerializeToString())
+    model = converted.model_proto
+    _name_batch(model.graph)
+    path.write_bytes(model.SerializeToString())
+
+
+def _name_batch(graph: Any) -> None:
+    """Calls the free size of the inputs ``batch`` in all shapes of an ONNX graph, also as a factor: ``2*batch``."""
+    symbols = {value.type.tensor_type.shape.dim[0].dim_param for value in graph.input} - {""}
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for size in value.type.tensor_type.shape.dim:
+            if size.dim_param:
+                size.dim_param = re.sub(r"\w+", lambda word: BATCH if word[0] in symbols else word[0], size.dim_param)
 
 
 def read_onnx(path: Path) -> Function:

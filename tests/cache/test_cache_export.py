@@ -53,6 +53,19 @@ def test_npz_holds_every_array_with_its_views(cache, tmp_path):
         assert arrays["starts"].tolist() == [0, 7]
 
 
+def test_npz_keeps_the_filter_keys(tmp_path):
+    masks = {"train": ["demo_2", "demo_5"], "valid": ["demo_10"], "20_percent": ["demo_5", "gone"]}
+    dataset = make_dataset(tmp_path / "d.hdf5", lengths=(7, 5, 4), names=["demo_2", "demo_5", "demo_10"], masks=masks)
+    extract(tmp_path / "c.zarr", dataset)
+    export_npz(tmp_path / "c.zarr", tmp_path / "features.npz")
+    with np.load(tmp_path / "features.npz") as arrays:
+        found = {name.removeprefix("mask/"): arrays[name] for name in arrays.files if name.startswith("mask/")}
+        assert {key: arrays["demos"][numbers].tolist() for key, numbers in found.items()} == {
+            key: [name for name in members if name != "gone"] for key, members in masks.items()
+        }
+        assert arrays["lengths"][found["valid"]].tolist() == [4]
+
+
 @pytest.mark.parametrize("export", [export_robomimic, export_npz])
 def test_a_file_that_is_there_is_replaced_only_when_asked(cache, tmp_path, export):
     out = tmp_path / "out"

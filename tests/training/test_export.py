@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import pytest
 import torch
@@ -134,6 +135,17 @@ def test_the_file_says_what_a_caller_has_to_know(exported: dict[str, ExportResul
     assert set(known["low_dim_keys"]) == {"robot0_eef_pos", "robot0_gripper_qpos"}
     properties = onnxruntime.InferenceSession(str(onnx)).get_modelmeta().custom_metadata_map
     assert {key: json.loads(properties[key]) for key in known} == known
+
+
+def test_the_onnx_file_names_its_batch_dimension(exported: dict[str, ExportResult]) -> None:
+    session = onnxruntime.InferenceSession(str(exported[".onnx"].file))
+    shapes = {value.name: value.shape for value in (*session.get_inputs(), *session.get_outputs())}
+    assert shapes["agentview_image"] == ["batch", 2, 24, 24, 3]
+    assert shapes["noise"] == shapes["actions"] == ["batch", 8, 7]
+    assert {shape[0] for shape in shapes.values()} == {"batch"}
+    inner = onnx.load(exported[".onnx"].file).graph.value_info
+    named = {size.dim_param for value in inner for size in value.type.tensor_type.shape.dim} - {""}
+    assert named == {"batch", "2*batch"}
 
 
 def test_a_file_whose_actions_differ_from_the_run_is_not_written(
