@@ -175,10 +175,7 @@ class MultiImageObsEncoder(nn.Module):
         if freeze_rgb_encoder:
             self.freeze_rgb_encoder()
         if verbose:
-            self.log_encoders()
-            if freeze_rgb_encoder:
-                logger.info("froze the RGB encoder: what lies above it is trained")
-            logger.info("%s", self.parameter_report())
+            self._log_start(freeze_rgb_encoder)
 
     @classmethod
     def from_config(cls, shape_meta: Mapping[str, Any], config: Mapping[str, Any]) -> MultiImageObsEncoder:
@@ -342,6 +339,12 @@ class MultiImageObsEncoder(nn.Module):
             if gradient_checkpointing:
                 encoder.enable_gradient_checkpointing()
         self.train(self.training)
+
+    def _log_start(self, frozen: bool) -> None:
+        self.log_encoders()
+        if frozen:
+            logger.info("froze the RGB encoder: what lies above it is trained")
+        logger.info("%s", self.parameter_report())
 
     def log_encoders(self) -> None:
         """Logs the encoder and the weights of each camera."""
