@@ -14,16 +14,19 @@ def quickstart(
     out: Annotated[Path, typer.Option("--out", help="Folder for the cache, the run and the report.")] = Path(
         "quickstart"
     ),
+    dataset: Annotated[
+        Path | None, typer.Option("--dataset", help="A robomimic HDF5 file; the sample by default.")
+    ] = None,
     steps: Annotated[int, typer.Option("--steps", min=10, help="Training steps.")] = 1500,
     weights: o.Weights = None,
     device: o.Device = "auto",
     seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """The whole path on the sample in data/: inspect, extract, verify, train, evaluate, and a page to look at."""
+    """The whole path on the sample: inspect, extract, verify, train, evaluate, and an HTML report."""
     from cache_pipeline.reports.quickstart import run_quickstart
 
-    result = run_quickstart(out, steps=steps, weights=weights, device=device, seed=seed)
+    result = run_quickstart(out, dataset=dataset, steps=steps, weights=weights, device=device, seed=seed)
     o.emit(json, result.to_json(), result.lines())
 
 
@@ -61,7 +64,7 @@ def bench(
         list[str] | None, typer.Argument(help="encode, extract, load, train or finetune; all by default.")
     ] = None,
     dataset: Annotated[
-        Path | None, typer.Option("--dataset", help="A robomimic HDF5 file; the sample in data/ by default.")
+        Path | None, typer.Option("--dataset", help="A robomimic HDF5 file; the sample by default.")
     ] = None,
     rgb_model_name: o.RgbModelName = "resnet18",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows per training step.")] = 64,

@@ -13,10 +13,10 @@ from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import EncoderError
 from cache_pipeline.progress import logger
-from cache_pipeline.reports.bench.run import sample_dataset
 from cache_pipeline.reports.inspection import inspect_path
 from cache_pipeline.reports.page import is_ours
 from cache_pipeline.reports.run_report import write_report
+from cache_pipeline.reports.sample import sample_dataset
 
 DOWNLOAD_TIMEOUT_S = 10.0
 
@@ -55,8 +55,14 @@ class QuickstartResult(NamedTuple):
         ]
 
 
-def run_quickstart(out: Path, *, steps: int, weights: Path | None, device: str, seed: int) -> QuickstartResult:
-    """Runs every stage into ``out``; what an earlier quickstart finished there is reused."""
+def run_quickstart(
+    out: Path, *, steps: int, weights: Path | None, device: str, seed: int, dataset: Path | None = None
+) -> QuickstartResult:
+    """Runs every stage into ``out``; what an earlier quickstart finished there is reused.
+
+    Args:
+        dataset: a robomimic file; the sample by default.
+    """
     from cache_pipeline.extract.config import ExtractConfig
     from cache_pipeline.extract.pipeline import extract_features
     from cache_pipeline.extract.verify import verify
@@ -64,7 +70,8 @@ def run_quickstart(out: Path, *, steps: int, weights: Path | None, device: str, 
     from cache_pipeline.training.train import train
 
     started = time.perf_counter()
-    dataset, cache, run = sample_dataset(), out / "lift_sample.zarr", out / "run"
+    dataset = dataset if dataset is not None else sample_dataset()
+    cache, run = out / f"{dataset.stem}.zarr", out / "run"
     _say("1/5 inspect", f"inspect {dataset}")
     for line in inspect_path(dataset).lines():
         logger.info("  %s", line)

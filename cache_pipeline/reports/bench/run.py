@@ -17,6 +17,7 @@ from cache_pipeline.errors import ConfigError, available
 from cache_pipeline.files import FileKind, check_output, output_file, read_json, write_json
 from cache_pipeline.progress import logger
 from cache_pipeline.reports.bench.case import BenchRow, BenchSetup
+from cache_pipeline.reports.sample import sample_dataset
 
 
 class BenchResult(NamedTuple):
@@ -93,14 +94,6 @@ def run_bench(
         with output_file(out, BENCH_JSON, overwrite=overwrite) as partial:
             write_json(partial, result.to_json())
     return result
-
-
-def sample_dataset() -> Path:
-    """The sample that lies beside the package in a checkout."""
-    path = Path(__file__).parents[3] / "data" / "lift_sample.hdf5"
-    if not path.is_file():
-        raise ConfigError(f"{path} is not there: run from a checkout of the project, or name a file with --dataset")
-    return path
 
 
 def describe_device(device: str) -> str:
