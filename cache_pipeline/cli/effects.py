@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from typer.core import TyperCommand
 
+from cache_pipeline.cli.options import results_alone_on_stdout
 from cache_pipeline.errors import OptionError
 from cache_pipeline.options import GROUPS
 
@@ -162,7 +163,8 @@ class CheckedCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> Any:
         refuse_without_effect(ctx)
-        return super().invoke(ctx)
+        with results_alone_on_stdout():
+            return super().invoke(ctx)
 
 
 def refuse_without_effect(ctx: Any) -> None:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,14 +13,25 @@ import typer
 
 from cache_pipeline.options import OUTPUT
 
+_results: Any = None
+
+
+@contextmanager
+def results_alone_on_stdout() -> Iterator[None]:
+    """Sends everything but what ``emit`` prints to stderr: libraries print to stdout too, as torch does."""
+    global _results
+    before, _results = _results, sys.stdout
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        _results = before
+
 
 def emit(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
     """Prints one JSON object, or the lines for a person, to stdout."""
-    if as_json:
-        typer.echo(json.dumps(value, allow_nan=False))
-    else:
-        for line in lines:
-            typer.echo(line)
+    for line in [json.dumps(value, allow_nan=False)] if as_json else lines:
+        typer.echo(line, file=_results)
 
 
 Json = Annotated[

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -85,3 +86,14 @@ def test_a_value_out_of_range_is_a_usage_error(called: list[Any]) -> None:
     result = run("train --from-cache c.zarr --steps 0")
     assert result.exit_code == 2
     assert called == []
+
+
+def test_json_alone_is_on_stdout_whatever_libraries_print(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def noisy(cache: Path) -> Any:
+        print('Downloading: "https://example.org/resnet18.pth"')
+        return SimpleNamespace(to_json=lambda: {"units": 1}, lines=lambda: ["fine"], ok=True)
+
+    monkeypatch.setattr("cache_pipeline.cache.integrity.check_integrity", noisy)
+    for words, expected in (("verify c --integrity --json", '{"units": 1}\n'), ("verify c --integrity", "fine\n")):
+        result = run(words)
+        assert (result.stdout, result.stderr.startswith("Downloading")) == (expected, True)
