@@ -61,7 +61,7 @@ def test_a_folder_is_refused(tmp_path):
 
 
 def test_naming_no_file_or_one_twice_is_an_error(path):
-    refused([], "no dataset was named")
+    refused([], "no dataset is given")
     refused([path, path.parent / "." / path.name], "named twice")
 
 
@@ -128,7 +128,7 @@ def test_a_file_without_demos_is_refused(path):
 def test_an_array_among_the_demos_is_unsound(path):
     with h5py.File(path, "r+") as file:
         file["data/demo_9"] = np.zeros(3)
-    unsound(path, "data/demo_9 is no group")
+    unsound(path, "data/demo_9 is not a group")
 
 
 def test_a_broken_link_is_unsound(path):
@@ -168,9 +168,9 @@ def test_a_filter_key_that_names_absent_demos_takes_the_others_with_a_warning(tm
     path = make_dataset(tmp_path / "part.hdf5", masks=masks)
     dataset = Dataset.open(path, filter_key="train")
     assert [demo.name for demo in dataset.demos] == ["demo_0", "demo_2"]
-    assert "'train' names 10 demos that are not here (demo_10, demo_11" in caplog.text
-    assert "the other 2 of 12 are taken" in caplog.text
-    refused(path, "'gone'", "names 1 demos, none of which is in the file", filter_key="gone")
+    assert "'train' names 10 demos that are not in the data (demo_10, demo_11" in caplog.text
+    assert "the other 2 of 12 are used" in caplog.text
+    refused(path, "'gone'", "names 1 demos, and none of them is in the file", filter_key="gone")
 
 
 def test_a_filter_key_without_demos_is_refused(tmp_path):
@@ -326,14 +326,14 @@ def test_frames_that_were_never_written_are_unsound(path):
             f"data/demo_1/obs/{CAMERA}", (5, 24, 24, 3), np.uint8, chunks=(2, 24, 24, 3), compression="gzip"
         )
         images[:4] = 1
-    unsound(path, "demo_1", CAMERA, "never written whole")
+    unsound(path, "demo_1", CAMERA, "is incomplete")
 
 
 def test_contiguous_frames_that_were_never_written_are_unsound(path):
     with h5py.File(path, "r+") as file:
         del file[f"data/demo_1/obs/{CAMERA}"]
         file.create_dataset(f"data/demo_1/obs/{CAMERA}", (5, 24, 24, 3), np.uint8)
-    unsound(path, "demo_1", CAMERA, "never written whole")
+    unsound(path, "demo_1", CAMERA, "is incomplete")
 
 
 @pytest.mark.parametrize(

@@ -164,7 +164,7 @@ def test_what_is_taken_and_what_is_left_out_is_said_in_two_lines(tmp_path):
             demo["actions_abs"] = demo["actions"][()]
             demo["action_dict/abs_pos"] = demo["actions"][()]
     assert Dataset.open(path, cameras=[CAMERA]).choice.lines() == [
-        f"taken: cameras {CAMERA}; low-dim keys robot0_eef_pos, robot0_gripper_qpos; action key actions",
+        f"used: cameras {CAMERA}; low-dim keys robot0_eef_pos, robot0_gripper_qpos; action key actions",
         f"left out: cameras {EYE}; low-dim keys object; action keys action_dict, actions_abs "
         "(--cameras and --low-dim-keys choose)",
     ]

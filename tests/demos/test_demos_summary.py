@@ -193,7 +193,7 @@ def test_several_files_are_counted_together_and_different_environments_told(path
     summary = inspect_dataset([path, second])
     assert summary.sound
     assert (summary.demos, summary.steps) == (4, 25)
-    assert summary.notes == ("the files' env_args differ, so none is used",)
+    assert summary.notes == ("env_args of the files differ, so none are used",)
     assert any("together: 2 files, 4 demos, 25 steps" in line for line in summary.lines())
 
 

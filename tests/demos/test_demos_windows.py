@@ -103,7 +103,7 @@ def test_a_demo_too_short_for_one_whole_window_is_an_error_and_not_skipped():
 
 @pytest.mark.parametrize("options", [{"obs_horizon": 0}, {"action_horizon": -1}])
 def test_horizons_below_one_are_refused(options):
-    with pytest.raises(ConfigError, match="must be 1 or more"):
+    with pytest.raises(ConfigError, match="must be at least 1"):
         WindowSpec(**options)
 
 
