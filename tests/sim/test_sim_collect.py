@@ -137,7 +137,7 @@ def test_an_expert_that_never_succeeds_ends_with_an_error_and_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_up(monkeypatch, lambda attempt: False)
-    with pytest.raises(CollectError, match="of 10 episodes of Lift only 0 succeeded"):
+    with pytest.raises(CollectError, match="only 0 of 10 episodes of Lift succeeded"):
         collect(CollectConfig(out=tmp_path / "x.hdf5", demos=2), progress=False)
     assert list(tmp_path.iterdir()) == []
 
