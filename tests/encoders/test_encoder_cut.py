@@ -54,7 +54,7 @@ def test_gradients_with_checkpointing_equal_those_without():
 def test_checkpointing_is_refused_where_it_would_count_batches_twice():
     encoder = build_encoder(EncoderSpec(weights="random"))
     encoder.train_batch_norm = True
-    with pytest.raises(EncoderError, match="twice a step"):
+    with pytest.raises(EncoderError, match="twice per step"):
         encoder.enable_gradient_checkpointing()
 
 

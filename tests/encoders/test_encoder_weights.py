@@ -132,7 +132,7 @@ def test_the_digest_counts_values_statistics_and_shapes_but_not_order_kind_of_fl
 
 
 def test_group_norm_is_refused_on_weights_trained_with_batch_norm(tmp_path, state):
-    with pytest.raises(EncoderError, match="GroupNorm in place of the BatchNorm"):
+    with pytest.raises(EncoderError, match="use_group_norm would replace the BatchNorm"):
         EncoderSpec(use_group_norm=True)
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(EncoderError, match="trained with BatchNorm"):

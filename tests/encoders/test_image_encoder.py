@@ -103,7 +103,7 @@ def test_a_factory_takes_neither_cut_nor_weights(factory):
 
 
 def test_an_output_that_is_no_feature_is_refused():
-    with pytest.raises(EncoderError, match=r"Identity gave \(2, 3, 4\)"):
+    with pytest.raises(EncoderError, match=r"Identity returned \(2, 3, 4\)"):
         ImageEncoder(nn.Identity()).trunk(torch.rand(2, 3, 4))
 
 
@@ -151,7 +151,7 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path):
     with pytest.raises(EncoderError, match="cannot read the encoder's weights"):
         load_encoder(EncoderSpec(), tmp_path / "bad.safetensors")
     save_encoder(ImageEncoder(Scaled(1)), tmp_path / "ready.safetensors")
-    with pytest.raises(EncoderError, match="ready module"):
+    with pytest.raises(EncoderError, match="a module without factory"):
         load_encoder(None, tmp_path / "ready.safetensors")
     with pytest.raises(EncoderError, match="does not hold the weights of resnet18"):
         load_encoder(EncoderSpec(), tmp_path / "ready.safetensors")

@@ -257,12 +257,12 @@ def small_features(encoder, images):
 
 @pytest.mark.parametrize("option", [{"resize_shape": (20, 20)}, {"crop_shape": (8, 8)}, {"imagenet_norm": False}])
 def test_options_that_a_given_preprocessing_overrides_are_refused(option):
-    with pytest.raises(EncoderError, match="preprocess says resize, crop and normalisation"):
+    with pytest.raises(EncoderError, match="preprocess sets resize, crop and normalisation"):
         MultiImageObsEncoder(shape_meta(), pretrained=False, preprocess=Preprocess(), **option)
 
 
 def test_weights_for_an_encoder_that_brings_its_own_are_refused():
-    with pytest.raises(EncoderError, match="leave weights out"):
+    with pytest.raises(EncoderError, match="leave out weights"):
         MultiImageObsEncoder(shape_meta(), torch.nn.Flatten(), weights="mine.safetensors")
 
 
@@ -281,7 +281,7 @@ def test_spatial_softmax_is_trained_and_needs_a_map():
 
 
 def test_group_norm_is_refused_on_pretrained_and_taken_on_random_weights():
-    with pytest.raises(EncoderError, match="GroupNorm in place of the BatchNorm"):
+    with pytest.raises(EncoderError, match="use_group_norm would replace the BatchNorm"):
         MultiImageObsEncoder(shape_meta(), use_group_norm=True)
     encoder = MultiImageObsEncoder(shape_meta(), pretrained=False, use_group_norm=True)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())

@@ -129,7 +129,7 @@ def test_an_action_that_is_none_is_refused(env: Environment, action: np.ndarray)
     ("change", "message"),
     [
         ({"env_name": "Lfit"}, "did you mean Lift"),
-        ({"type": 2}, "no robosuite task"),
+        ({"type": 2}, "not a robosuite task"),
         ({"env_kwargs": {"robots": "Panda", "sped": 1}}, "does not take: sped"),
     ],
 )
