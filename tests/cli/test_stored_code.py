@@ -238,7 +238,7 @@ def test_what_robomimic_would_evaluate_is_refused_in_a_run_and_in_a_given_config
     ]
     for command in commands:
         assert "encoder.low_dim.core_kwargs.backbone_class" in refused(run(*command))
-    with pytest.raises(CheckpointError, match="run it as code"):
+    with pytest.raises(CheckpointError, match="execute it as code"):
         load_policy(tmp_path / "run")
     done(run("inspect", tmp_path / "run"))
     assert not witness.exists()

@@ -71,7 +71,7 @@ def test_horizons_that_are_asked_for_win_and_the_network_follows() -> None:
     [
         ({"algo_name": "hbc"}, "available: bc, bcq, cql, iql, td3_bc"),
         ({"train": {"sequence_length": 3}}, "sequence_length"),
-        ({"train": 3}, "no config of robomimic"),
+        ({"train": 3}, "not a config of robomimic"),
         ({"train": {"seq_length": 0}}, "train.seq_length is 0"),
         ({"train": {"goal_mode": "last"}}, "goals"),
         ({"observation": {"modalities": {"obs": {"rgb": []}}}}, "names no cameras"),
