@@ -111,7 +111,7 @@ def frozen_encoders(
     device: torch.device,
     precision: str,
 ) -> dict[str, FrozenEncoder]:
-    """The fast path of each camera's encoder; cameras with one encoder and preprocessing share it."""
+    """Builds the fast path of each camera; cameras with the same encoder and preprocessing share it."""
     made: dict[tuple[int, Preprocess], FrozenEncoder] = {}
     by_camera: dict[str, FrozenEncoder] = {}
     for camera, encoder in encoders.items():

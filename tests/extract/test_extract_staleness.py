@@ -140,13 +140,14 @@ def test_training_is_told_the_frame_that_changed(out, dataset):
 
 def test_training_is_told_the_demo_that_was_added(out, dataset):
     make_dataset(dataset, lengths=(*LENGTHS, 4), names=["demo_0", "demo_1", "demo_2", "demo_9"])
-    with pytest.raises(StaleCacheError, match="demo demo_9 is 'absent' in the cache and 'there' now"):
+    with pytest.raises(StaleCacheError, match="demo demo_9 is 'absent' in the cache and 'present' now"):
         check_sources(FeatureCache(out), [dataset])
 
 
 def test_training_is_told_the_filter_key_that_changed(out, dataset):
     make_dataset(dataset, lengths=LENGTHS, masks={"train": ["demo_0"], "valid": ["demo_1", "demo_2"]})
-    with pytest.raises(StaleCacheError, match=r"filter key train is '2 demos' in the cache.*other demos now .demo_1"):
+    message = r"filter key train is '2 demos' in the cache.*its demos have changed .demo_1"
+    with pytest.raises(StaleCacheError, match=message):
         check_sources(FeatureCache(out))
     assert extract(out, dataset, views=2, preprocess=CROPPED).images == 0
     check_sources(FeatureCache(out))
@@ -169,7 +170,7 @@ def test_training_is_told_the_actions_that_changed(out, dataset):
 
 def test_training_is_told_the_demo_that_was_removed(out, dataset):
     make_dataset(dataset, lengths=LENGTHS[:2])
-    with pytest.raises(StaleCacheError, match="demo demo_2 is 'there' in the cache and 'absent' now"):
+    with pytest.raises(StaleCacheError, match="demo demo_2 is 'present' in the cache and 'absent' now"):
         check_sources(FeatureCache(out), [dataset])
 
 

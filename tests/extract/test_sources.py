@@ -62,7 +62,7 @@ def test_a_file_that_was_only_touched_is_read_again_and_accepted(out, dataset, c
     os.utime(dataset)
     with caplog.at_level("INFO", "cache_pipeline"):
         check(out)
-    assert "holds what its 1 files hold" in caplog.text
+    assert "has the same content as its 1 source files" in caplog.text
 
 
 def test_a_file_that_is_not_there_is_noted_once(out, dataset, caplog):
@@ -70,7 +70,7 @@ def test_a_file_that_is_not_there_is_noted_once(out, dataset, caplog):
     with caplog.at_level("INFO", "cache_pipeline"):
         check(out)
     assert len(caplog.records) == 1
-    assert "demos.hdf5 is not there, so the two are not compared" in caplog.text
+    assert "demos.hdf5 is missing, so they are not compared" in caplog.text
     check(out, dataset.with_name("moved.hdf5"))
 
 
