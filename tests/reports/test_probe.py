@@ -66,8 +66,8 @@ def scores(features, proprioception, random):
 
 def test_the_verdict_says_when_features_will_do():
     words = verdict(scores(0.8, 0.1, 0.5))
-    assert "they should do" in words
-    assert "pretraining shows" in words
+    assert "they should suffice" in words
+    assert "pretraining helps" in words
 
 
 def test_the_verdict_says_when_features_add_nothing():
