@@ -1,4 +1,4 @@
-"""Which demos are held out, and that the rule is said."""
+"""The split into training and held-out demos, and the rule in the log."""
 
 import pytest
 from fakes import make_dataset
@@ -12,7 +12,7 @@ from cache_pipeline.errors import DatasetError
 NAMES = [f"demo_{i}" for i in range(10)]
 
 
-def test_the_files_keys_are_taken():
+def test_the_train_and_valid_keys_of_the_file_are_used():
     split = split_demos(NAMES, {"train": NAMES[:8], "valid": NAMES[8:]})
     assert split.train == tuple(range(8))
     assert split.valid == (8, 9)
@@ -28,7 +28,7 @@ def test_the_files_keys_are_taken():
         {"train": NAMES[:8], "valid": []},
     ],
 )
-def test_otherwise_a_tenth_is_held_out_by_seed_and_the_reason_is_said(masks):
+def test_without_a_valid_key_a_tenth_is_held_out_by_seed_and_the_reason_is_given(masks):
     split = split_demos(NAMES, masks, seed=3)
     assert len(split.valid) == 1
     assert "a seeded split by demo (seed 3) because" in split.rule
@@ -50,13 +50,13 @@ def test_otherwise_a_tenth_is_held_out_by_seed_and_the_reason_is_said(masks):
         ({"train": NAMES[7:], "valid": NAMES[8:]}, (7,), "share 2 demos (demo_8, …): these demos are held out"),
     ],
 )
-def test_demos_of_valid_never_train_and_what_is_left_out_is_said(masks, train, words):
+def test_demos_of_valid_are_never_trained_on_and_a_warning_names_them(masks, train, words):
     split = split_demos(NAMES, masks)
     assert (split.train, split.valid) == (train, (8, 9))
     assert any(words in warning for warning in split.warnings) if words else not split.warnings
 
 
-def test_valid_trains_where_it_is_asked_for_by_name():
+def test_demos_of_valid_are_trained_on_if_valid_is_the_filter_key():
     masks = {"train": NAMES[:8], "valid": NAMES[8:]}
     split = split_demos(NAMES, masks, filter_key="valid")
     assert sorted(split.train + split.valid) == [8, 9]
@@ -67,7 +67,7 @@ def test_a_valid_that_holds_out_every_demo_is_refused():
         split_demos(NAMES, {"valid": NAMES})
 
 
-def test_what_one_of_several_files_holds_out_never_trains(tmp_path):
+def test_a_demo_held_out_by_one_of_several_files_is_never_trained_on(tmp_path):
     first = make_dataset(tmp_path / "a.hdf5", lengths=(4, 3, 5))
     second = make_dataset(tmp_path / "b.hdf5", lengths=(6, 4), seed=1, masks={})
     dataset = Dataset.open([first, second])
@@ -87,7 +87,7 @@ def test_a_seeded_split_covers_every_demo_once_and_holds_out_about_a_tenth(count
     assert split.train
 
 
-def test_a_single_demo_has_no_held_out_split_and_the_log_says_so():
+def test_one_demo_is_not_split_and_the_rule_says_so():
     split = split_demos(["demo_0"], {})
     assert split.train == (0,)
     assert split.valid == ()
@@ -100,20 +100,20 @@ def test_a_datasets_own_demos_and_masks_can_be_split(tmp_path):
     assert (split.train, split.valid) == ((0, 1), (2,))
 
 
-def test_keys_asked_for_are_taken():
+def test_named_filter_and_valid_keys_are_used():
     masks = {"train": NAMES[:8], "valid": NAMES[8:], "some": NAMES[:3], "other": NAMES[5:7]}
     assert split_demos(NAMES, masks, filter_key="some", valid_key="other")[:2] == ((0, 1, 2), (5, 6))
     assert split_demos(NAMES, masks, filter_key="some")[:2] == ((0, 1, 2), (8, 9))
     assert split_demos(NAMES, masks, valid_key="other")[:2] == ((0, 1, 2, 3, 4, 7, 8, 9), (5, 6))
 
 
-def test_a_key_asked_for_gives_up_the_demos_that_valid_holds_out():
+def test_demos_of_the_filter_key_that_are_also_in_valid_are_held_out():
     split = split_demos(NAMES, {"some": NAMES[:3], "valid": NAMES[2:]}, filter_key="some")
     assert (split.train, split.valid) == ((0, 1), (2, 3, 4, 5, 6, 7, 8, 9))
     assert "'some' and 'valid' share 1 demos (demo_2, …): these demos are held out" in split.warnings[0]
 
 
-def test_a_key_is_split_by_seed_where_nothing_is_held_out():
+def test_the_filter_key_is_split_by_seed_if_there_is_no_valid_key():
     split = split_demos(NAMES, {"some": [*NAMES[:3], "demo_44"]}, filter_key="some")
     assert sorted(split.train + split.valid) == [0, 1, 2]
     assert len(split.valid) == 1
@@ -133,7 +133,7 @@ def test_a_key_is_split_by_seed_where_nothing_is_held_out():
         ({"valid_key": "all"}, "holds out all demos, so none is left to train on"),
     ],
 )
-def test_keys_that_cannot_be_had_are_refused_with_those_that_can(options, message):
+def test_unusable_keys_are_refused_with_a_list_of_usable_keys(options, message):
     masks = {"train": NAMES[:8], "all": NAMES, "gone": ["demo_77", "demo_78"], "empty": []}
     with pytest.raises(DatasetError, match=message):
         split_demos(NAMES, masks, **options)

@@ -72,7 +72,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_a_file_that_is_no_weights_is_refused(tmp_path, name):
+def test_a_file_without_weights_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"not weights at all")
     with pytest.raises(EncoderError, match="cannot read weights"):
         read_weights(tmp_path / name)

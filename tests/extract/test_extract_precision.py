@@ -1,4 +1,4 @@
-"""What precision is taken, by what error it is judged, and what becomes of a cache whose precision a device lacks."""
+"""The choice of precision by its error, and caches whose precision a device lacks."""
 
 from __future__ import annotations
 
@@ -127,11 +127,11 @@ def test_storage_counts_and_the_bound_can_be_chosen(
     assert "--store-dtype float32 is more exact" in caplog.text
     extract(tmp_path / "whole.zarr", dataset, encoders=HUGE, precision="fp32", store_dtype="float32")
     assert error(tmp_path / "whole.zarr") == 0
-    with pytest.raises(ConfigError, match=r"--precision-bound is 0\.0; it must be positive"):
+    with pytest.raises(ConfigError, match=r"precision_bound is 0\.0; it must be a finite number above 0"):
         extract(tmp_path / "none.zarr", dataset, precision_bound=0.0)
 
 
-def test_a_precision_that_was_asked_for_is_obeyed_and_its_error_is_told(
+def test_a_named_precision_is_used_and_its_error_is_logged(
     dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = tmp_path / "bf16.zarr"

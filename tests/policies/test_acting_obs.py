@@ -1,4 +1,4 @@
-"""What simulators and robots hand to a policy: NumPy and torch, uint8 and float, both layouts give the same actions."""
+"""Obs as NumPy or torch, uint8 or float, in both layouts give the same actions."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_low_dim_obs_of_every_kind_give_the_same_actions(change, policy, images,
     torch.testing.assert_close(policy.act({**images, KEY: change(rows)}), expected, atol=2e-3, rtol=0)
 
 
-def test_the_caller_keeps_what_it_handed_over(policy, images, rows):
+def test_acting_does_not_change_the_callers_obs(policy, images, rows):
     before = {camera: image.copy() for camera, image in images.items()}
     policy.act({**images, KEY: rows})
     assert all(np.array_equal(before[camera], image) for camera, image in images.items())
@@ -105,7 +105,7 @@ def test_the_caller_keeps_what_it_handed_over(policy, images, rows):
         (lambda image: "a.png", EncoderError, ["front", "str", "NumPy array or a tensor"]),
     ],
 )
-def test_what_cannot_be_taken_is_told_in_words_of_images(change, error, words, policy, images, rows):
+def test_unusable_images_are_an_error_that_describes_the_images(change, error, words, policy, images, rows):
     with pytest.raises(error) as caught:
         policy.act({**images, "front": change(images["front"]), KEY: rows})
     assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Where the description of an environment can come from."""
+"""Sources of env_args."""
 
 from __future__ import annotations
 
