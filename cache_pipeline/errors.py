@@ -1,4 +1,4 @@
-"""Errors that users meet. Each says what is wrong, where, what is available and what to type next, in one line."""
+"""Errors shown to users. Each is one line: what is wrong, where, what is available, and what to type next."""
 
 from __future__ import annotations
 
@@ -7,31 +7,31 @@ from difflib import get_close_matches
 
 
 class CachePipelineError(Exception):
-    """Base of every error of ours; the command line prints it as one line and exits with 1."""
+    """Base class of all errors of this project; the command line prints one line and exits with 1."""
 
 
 class DatasetError(CachePipelineError, ValueError):
-    """A robomimic file is missing, broken or does not hold what was asked for."""
+    """A dataset file is missing, damaged, or lacks what the user named."""
 
 
 class EncoderError(CachePipelineError, ValueError):
-    """An encoder cannot be built as asked, or its weights cannot be had."""
+    """An encoder cannot be built, or its weights cannot be loaded."""
 
 
 class CacheError(CachePipelineError):
-    """Base of the errors about a feature cache."""
+    """Base class of errors of a feature cache."""
 
 
 class NotACacheError(CacheError, ValueError):
-    """The path holds no feature cache."""
+    """The path is not a feature cache."""
 
 
 class IncompleteCacheError(CacheError):
-    """The cache was cut off before it was finished; extraction can be resumed."""
+    """The extraction into this cache has not finished; it can be resumed."""
 
 
 class CorruptCacheError(CacheError):
-    """Stored bytes, a ledger record or the manifest are not what was written."""
+    """Stored bytes, a ledger record or the manifest differ from what was written."""
 
 
 class CacheLockedError(CacheError):
@@ -39,11 +39,11 @@ class CacheLockedError(CacheError):
 
 
 class StaleCacheError(CacheError):
-    """The cache was made from something else than what is asked for now.
+    """The cache was made from other data, another encoder or other settings than now.
 
     Attributes:
         field: the item of the identity that differs, such as ``encoder.weights``.
-        cached, wanted: its two values.
+        cached, wanted: its value in the cache and its value now.
     """
 
     def __init__(self, field: str, cached: object, wanted: object, meaning: str, command: str) -> None:
@@ -54,15 +54,15 @@ class StaleCacheError(CacheError):
 
 
 class ConfigError(CachePipelineError, ValueError):
-    """Options that do not fit together or are out of range."""
+    """Options are inconsistent or out of range."""
 
 
 class OptionError(ConfigError):
-    """An option that would have no effect, or contradicts another; the command line exits with 2."""
+    """An option would have no effect or contradicts another; the command line exits with 2."""
 
 
 class CheckpointError(CachePipelineError, ValueError):
-    """A run or checkpoint is missing, damaged, or does not fit the data it is used with."""
+    """A run or checkpoint is missing, damaged, or does not fit the data."""
 
 
 class RunLockedError(CheckpointError):
@@ -70,24 +70,24 @@ class RunLockedError(CheckpointError):
 
 
 class RunStopped(KeyboardInterrupt):
-    """A run was asked to stop; it has saved all steps that it made. The message says how far it came."""
+    """A run was interrupted and has saved all its steps. The message gives the last step."""
 
 
 class MissingExtraError(CachePipelineError, ImportError):
-    """An optional package is needed; the message names the extra that installs it."""
+    """An optional package is missing; the message names the extra that installs it."""
 
 
 def install_command(extra: str) -> str:
-    """What to type in a checkout to install an optional extra of this project."""
+    """Returns the command that installs an optional extra of this project in a checkout."""
     return f"uv sync --extra {extra} (or pip install '.[{extra}]')"
 
 
 class CheckFailedError(CachePipelineError):
-    """A check ran to its end and its answer is no; the command line exits with 3."""
+    """A check has completed and failed; the command line exits with 3."""
 
 
 def available(names: Iterable[str], asked: str | None = None, limit: int = 12) -> str:
-    """Lists the names that would have worked, the nearest to ``asked`` first.
+    """Returns a list of the valid names for a message, with the name nearest to ``asked``.
 
     >>> available(["agentview_image", "eye_image"], "agentview")
     'available: agentview_image, eye_image (did you mean agentview_image?)'

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent, and the one digest that the project uses."""
+"""Atomic file writes, checks of output paths, and the digest that the project uses."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FULL_BYTES = 1 << 16  # a disk with less free space counts as full
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``; on success it is synced and renamed into place, on an error removed."""
+    """Yields a temporary path beside ``path``: synced and renamed to ``path`` on success, removed on an error."""
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
@@ -38,11 +38,11 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 class FileKind(NamedTuple):
-    """A kind of file that a command writes, known by its contents and never by its name.
+    """A kind of file that a command writes, recognised by content, not by name.
 
     Attributes:
-        name: for messages, with its article.
-        holds: whether an existing file is of this kind.
+        name: noun with its article, for messages.
+        holds: returns whether an existing file is of this kind.
     """
 
     name: str
@@ -50,7 +50,7 @@ class FileKind(NamedTuple):
 
 
 def begins_with(*starts: bytes, skip: int = 0) -> Callable[[Path], bool]:
-    """A test of a file's first bytes after ``skip`` bytes, upper and lower case alike."""
+    """Returns a test of a file's first bytes after ``skip`` bytes, ignoring case."""
 
     def holds(path: Path) -> bool:
         with path.open("rb") as file:
@@ -64,19 +64,19 @@ PNG = FileKind("a PNG picture", begins_with(b"\x89PNG\r\n"))
 
 
 def check_output(path: str | Path, kind: FileKind, *, overwrite: bool, sources: Iterable[str | Path] = ()) -> Path:
-    """Refuses, before any work, a file that a command must not write.
+    """Checks that a command may write a file. Call it before any work.
 
     Args:
-        path: the file; a link stands for what it points to.
-        kind: what is to be written.
-        overwrite: whether an existing file of that kind may be replaced. One of another kind never is.
-        sources: files that the command reads, or that others need.
+        path: the file; links are followed.
+        kind: kind of the file to write.
+        overwrite: whether to replace an existing file of this kind. Files of another kind are never replaced.
+        sources: input files, which are never replaced.
 
     Returns:
-        The file's real path.
+        The real path of the file.
 
     Raises:
-        ConfigError: something is there that is not replaced; it is left as it was.
+        ConfigError: the path is taken and may not be replaced.
     """
     real = resolved(path)
     if real.is_dir():
@@ -84,9 +84,9 @@ def check_output(path: str | Path, kind: FileKind, *, overwrite: bool, sources: 
     if not os.path.lexists(real):
         return real
     if not real.is_file():
-        raise ConfigError(f"{path} is no ordinary file; give the path of one")
+        raise ConfigError(f"{path} is not a regular file; give the path of a regular file")
     if any(Path(source).exists() and real.samefile(source) for source in sources):
-        raise ConfigError(f"{path} is a source of this command, which is never replaced; choose another path")
+        raise ConfigError(f"{path} is an input of this command and is never replaced; choose another path")
     if real.stat().st_size and not _holds(kind, real):
         raise ConfigError(
             f"{path} exists and is not {kind.name}, so it is left alone even with --overwrite; choose another path"
@@ -100,33 +100,33 @@ def check_output(path: str | Path, kind: FileKind, *, overwrite: bool, sources: 
 def output_file(
     path: str | Path, kind: FileKind, *, overwrite: bool, sources: Iterable[str | Path] = (), needed: int = 0
 ) -> Iterator[Path]:
-    """Yields a temporary path for the one file that a command writes; on success it becomes ``path``.
+    """Yields a temporary path for the file that a command writes; on success it becomes ``path``.
 
     Args:
-        path, kind, overwrite, sources: as those of :func:`check_output`.
-        needed: bytes that the file takes at least, where that is known.
+        path, kind, overwrite, sources: as in :func:`check_output`.
+        needed: smallest size of the file in bytes, if known.
 
     Raises:
-        ConfigError: something is there that is not replaced.
-        CachePipelineError: the disk is full; an existing file is left as it was.
+        ConfigError: the path is taken and may not be replaced.
+        CachePipelineError: the disk is full. An existing file is unchanged.
     """
     real = check_output(path, kind, overwrite=overwrite, sources=sources)
     real.parent.mkdir(parents=True, exist_ok=True)
     try:
         if shutil.disk_usage(real.parent).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with atomic_path(real) as partial, _full_disk_told(real.parent):
+        with atomic_path(real) as partial, _full_disk_as_os_error(real.parent):
             yield partial
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
         raise CachePipelineError(
-            f"no space left for {path}, which was not written; free some and run the same command again"
+            f"no space left for {path}, which was not written; free some space and run the same command again"
         ) from error
 
 
 def resolved(path: str | Path) -> Path:
-    """The absolute path without links; ConfigError for a link to itself."""
+    """Returns the absolute path without links; raises ConfigError for a circular link."""
     try:
         return Path(path).resolve()
     except (OSError, RuntimeError) as error:
@@ -134,8 +134,8 @@ def resolved(path: str | Path) -> Path:
 
 
 @contextmanager
-def _full_disk_told(folder: Path) -> Iterator[None]:
-    """Some libraries raise ``RuntimeError`` for a write that failed: on a full disk it becomes an ``OSError``."""
+def _full_disk_as_os_error(folder: Path) -> Iterator[None]:
+    """Converts ``RuntimeError``, which some libraries raise for failed writes, to ``OSError`` if the disk is full."""
     try:
         yield
     except RuntimeError as error:
@@ -152,7 +152,7 @@ def _holds(kind: FileKind, path: Path) -> bool:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes ``value`` as JSON, atomically. NaN and infinities are refused: they are not JSON."""
+    """Writes ``value`` as JSON, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     with atomic_path(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
@@ -164,7 +164,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def digest(*parts: bytes | bytearray | memoryview) -> str:
-    """The 128-bit blake2b of the parts' concatenation, in hex."""
+    """Returns the 128-bit blake2b of the concatenated parts, in hex."""
     hasher = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for part in parts:
         hasher.update(part)
@@ -172,12 +172,12 @@ def digest(*parts: bytes | bytearray | memoryview) -> str:
 
 
 def json_digest(value: Any) -> str:
-    """The digest of a JSON value, independent of key order."""
+    """Returns the digest of a JSON value, independent of key order."""
     return digest(json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode())
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Lets two paths of one file system change places in one step; False, and nothing done, where that cannot be."""
+    """Swaps two paths of one file system atomically; returns False, without a change, if unsupported."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None)
     return rename is not None and not rename(
         AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), ctypes.c_uint(RENAME_EXCHANGE)
@@ -185,7 +185,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def remove(path: Path) -> None:
-    """Removes a file, a link or a folder; nothing if it is not there."""
+    """Removes a file, link or folder, if it exists."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
@@ -193,13 +193,13 @@ def remove(path: Path) -> None:
 
 
 def free_path(path: Path) -> Path:
-    """``path``, or with a number after its name if something is there."""
+    """Returns ``path`` if it is free, else the first free ``path_2``, ``path_3``, …"""
     tried = chain([path], (path.with_name(f"{path.name}_{number}") for number in count(2)))
     return next(path for path in tried if not os.path.lexists(path))
 
 
 def sync_folder(path: Path) -> None:
-    """Brings to the disk which names the folder holds."""
+    """Syncs a folder's list of names to the disk."""
     _sync(path, os.O_RDONLY)
 
 

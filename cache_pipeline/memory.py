@@ -1,4 +1,4 @@
-"""Freed memory stays with the process while the same work is done again and again."""
+"""Keeps freed memory in the process during repeated work."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import cast
 
 MMAP_MAX, TRIM_THRESHOLD, MMAP_THRESHOLD, ARENA_MAX = -4, -1, -3, -8
 KEEP = {MMAP_MAX: 0, TRIM_THRESHOLD: 2**31 - 1, ARENA_MAX: 1}
-# Where glibc's own adaptation ends after one large allocation was freed; setting any of them switches it off.
+# glibc adapts these thresholds by itself until one is set. These are the values that it adapts to.
 USUAL = {MMAP_MAX: 65536, MMAP_THRESHOLD: 32 << 20, TRIM_THRESHOLD: 64 << 20, ARENA_MAX: 0}
 
 _lock = threading.Lock()
@@ -21,11 +21,11 @@ _within = 0
 
 @contextmanager
 def retained_memory() -> Iterator[None]:
-    """Within, what is freed is not given back to the system; at the end it is, and glibc does as it usually does.
+    """Keeps freed memory in the process inside the ``with`` block; returns it to the system at the end.
 
-    A batch of feature maps takes tens of megabytes that glibc maps for each layer and unmaps after it, and the
-    system's work to hand out fresh pages is then a tenth of the time. For the whole process, so that threads begun
-    within use the memory of the others; may be nested. Without glibc it does nothing.
+    A batch of feature maps takes tens of megabytes. By default glibc maps them for each layer and unmaps them after
+    it; the page faults then take about 10 % of the time. The setting holds for the whole process: threads that start
+    inside the block share one heap. May be nested. Without glibc it does nothing.
     """
     global _within
     with _lock:
@@ -57,7 +57,7 @@ def _trim() -> None:
 
 @functools.cache
 def _function(name: str) -> Callable[..., int] | None:
-    """A function of glibc's; None elsewhere."""
+    """Returns a function of glibc, or None on other C libraries."""
     if platform.libc_ver()[0] != "glibc":
         return None
     return cast("Callable[..., int] | None", getattr(ctypes.CDLL(None), name, None))

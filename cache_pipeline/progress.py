@@ -1,4 +1,4 @@
-"""Progress of long work: a bar with rate and ETA on a terminal, a quiet line now and then in a log. All on stderr."""
+"""Progress reports on stderr: a bar with rate and ETA on a terminal, otherwise a log line every 30 s."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class Progress:
     """Counts work of ``total`` items named ``unit`` under ``label``; use as a context manager.
 
     Args:
-        label: what is being done, such as ``encode``.
+        label: name of the work, such as ``encode``.
         total: number of items.
         unit: plural noun of an item, such as ``images``.
         done: items finished by an earlier process.
-        stream: where to report; stderr by default.
+        stream: output stream; default: stderr.
     """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0, stream: TextIO | None = None) -> None:

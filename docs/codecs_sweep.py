@@ -1,8 +1,8 @@
-"""Size and speed of codecs, chunks and shards on real features: `uv run docs/codecs_sweep.py DATASET`.
+"""Measures size and speed of codecs, chunks and shards on real features: `uv run docs/codecs_sweep.py DATASET`.
 
-Prints the tables of docs/codecs.md. Features are encoded in memory; every variant is a zarr v3 array in a temporary
-folder, written and read as a cache is: whole shards, synced, each chunk with its CRC-32C. Reads are from the page
-cache, times are medians.
+Prints the tables of docs/codecs.md. Features are encoded in memory. Each variant is a zarr v3 array in a temporary
+folder, written and read like a cache: whole shards, synced, a CRC-32C per chunk. Reads come from the page cache; times
+are medians.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ GATHERED = 512
 CHUNK_KB, SHARD_ROWS = 64, 1024
 BLOSC_LEVELS, KEEP_BITS = (("lz4", 5), ("zstd", 3)), 7
 THROUGH_ZARR = "none, read by zarr"
-HEAD = "size | write MB/s | load MB/s | gather of 512 rows, ms |"
+HEAD = "size, fraction of float16 | write, MB/s | load, MB/s | gather of 512 rows, ms |"
 
 
 def codecs() -> dict[str, dict[str, Any]]:
-    """Name → how a zarr v3 array is told to use it."""
+    """Returns codec name → arguments of ``zarr.create_array``."""
     blosc = {cname: BloscCodec(cname=cname, clevel=level, shuffle="bitshuffle") for cname, level in BLOSC_LEVELS}
     rounded = {"filters": [BitRound(keepbits=KEEP_BITS)]}
     return {
@@ -53,7 +53,7 @@ def codecs() -> dict[str, dict[str, Any]]:
 
 
 class Figures(NamedTuple):
-    """What one variant costs; ``size`` and ``error`` are shares of the raw bytes and of the largest value."""
+    """Cost of one variant; ``size`` is a fraction of the raw bytes, ``error`` a fraction of the largest value."""
 
     size: float
     write_mb_s: float
@@ -63,7 +63,7 @@ class Figures(NamedTuple):
 
 
 def main() -> None:
-    """Encodes, sweeps, prints."""
+    """Encodes the features and prints the tables of each cut."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--rgb-model-name", default="resnet18")
@@ -83,7 +83,7 @@ def main() -> None:
 
 
 def encode(path: Path, spec: EncoderSpec, frames: int) -> NDArray[np.float16]:
-    """Features of the first frames of the first camera."""
+    """Encodes the first frames of the first camera to (N, …) features."""
     dataset, encoder = Dataset.open([path]), build_encoder(spec)
     camera, segments, left = next(iter(dataset.cameras)), [], frames
     for number, demo in enumerate(dataset.demos):
@@ -95,8 +95,8 @@ def encode(path: Path, spec: EncoderSpec, frames: int) -> NDArray[np.float16]:
 
 
 def sweep_codecs(features: NDArray[np.float16]) -> None:
-    """One line for each codec, in chunks of ``CHUNK_KB`` and shards of ``SHARD_ROWS``."""
-    print(f"| codec | {HEAD} largest error |\n|---|---|---|---|---|---|")
+    """Prints one line per codec, with chunks of ``CHUNK_KB`` and shards of ``SHARD_ROWS``."""
+    print(f"| codec | {HEAD} largest error, fraction of largest value |\n|---|---|---|---|---|---|")
     for name, codec in codecs().items():
         f = measure(features, codec, CHUNK_KB, SHARD_ROWS, through_zarr=name == THROUGH_ZARR)
         error = f"{f.error:.1e}" if f.error else "0"
@@ -104,8 +104,8 @@ def sweep_codecs(features: NDArray[np.float16]) -> None:
 
 
 def sweep_layout(features: NDArray[np.float16]) -> None:
-    """One line for each chunk size, then for each shard size, without a codec."""
-    print(f"\n| chunk kB | shard rows | {HEAD}\n|---|---|---|---|---|---|")
+    """Prints one line per chunk size, then per shard size, without a codec."""
+    print(f"\n| chunk, kB | shard, rows | {HEAD}\n|---|---|---|---|---|---|")
     sizes = [(kb, SHARD_ROWS) for kb in (16, 64, 256, 1024)] + [(CHUNK_KB, rows) for rows in (256, 4096)]
     for kb, rows in sizes:
         f = measure(features, {}, kb, rows)
@@ -120,7 +120,7 @@ def measure(
     *,
     through_zarr: bool = False,
 ) -> Figures:
-    """Writes, loads and gathers one variant."""
+    """Measures writing, loading and gathering of one variant."""
     n, megabytes = len(features), features.nbytes / 1e6
     rows = np.random.default_rng(0).permutation(n)[:GATHERED]
     with tempfile.TemporaryDirectory() as folder:
@@ -140,7 +140,7 @@ def measure(
 
 
 def create(path: Path, features: NDArray[np.float16], codec: dict[str, Any], chunk_kb: int, shard_rows: int) -> None:
-    """An array of whole shards whose chunks have at most ``chunk_kb``, but one row at least."""
+    """Creates an array of whole shards; a chunk has at most ``chunk_kb``, but at least one row."""
     row_bytes, shape = features[0].nbytes, features.shape[1:]
     chunk_rows = shard_rows
     while chunk_rows > 1 and chunk_rows * row_bytes > chunk_kb * 1024:
@@ -159,7 +159,7 @@ def create(path: Path, features: NDArray[np.float16], codec: dict[str, Any], chu
 
 
 def write(array: StoredArray, features: NDArray[np.float16]) -> None:
-    """Shard by shard, the last one filled up."""
+    """Writes features shard by shard; the last shard is padded with NaN."""
     for block, start in enumerate(range(0, len(features), array.shard_rows)):
         values = np.full((array.shard_rows, *array.row_shape), np.nan, features.dtype)
         part = features[start : start + array.shard_rows]
@@ -168,7 +168,7 @@ def write(array: StoredArray, features: NDArray[np.float16]) -> None:
 
 
 def times(call: Callable[[], Any], rounds: int) -> Iterator[float]:
-    """Seconds of each call."""
+    """Yields the seconds of each call."""
     for _ in range(rounds):
         started = time.perf_counter()
         call()

@@ -189,7 +189,7 @@ class StoredArray:
 
     def _read_piece(self, piece: _Piece) -> None:
         view, block, row, out = piece
-        with self._damage_told(block, view):
+        with self._damage_as_error(block, view):
             if self._layout is None:
                 first = block * self.shard_rows + row
                 out[...] = self._select(slice(first, first + len(out)), view)
@@ -204,7 +204,7 @@ class StoredArray:
 
         def read(part: slice) -> None:
             block = int(blocks[part.start])
-            with self._damage_told(block, view):
+            with self._damage_as_error(block, view):
                 if self._layout is None:
                     out[part] = self._select(rows[part], view)
                 else:
@@ -230,7 +230,7 @@ class StoredArray:
         return zarr.Array(zarr.AsyncArray(metadata, array.async_array.store_path, config))
 
     @contextmanager
-    def _damage_told(self, block: int, view: int) -> Iterator[None]:
+    def _damage_as_error(self, block: int, view: int) -> Iterator[None]:
         file = self._shard_file(block, view)
         if not file.is_file():
             raise CorruptCacheError(f"{file} is missing; {MEND}")

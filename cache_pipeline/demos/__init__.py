@@ -1,1 +1,1 @@
-"""robomimic HDF5 files: demos, frames, windows and splits. NumPy and h5py only."""
+"""Reads robomimic HDF5 files: demos, frames, windows and splits. Imports NumPy and h5py, never torch."""

@@ -1,6 +1,6 @@
-"""What makes a file unsound. Each finding is one sentence that names demo, key and frame; the callers add the file.
+"""Checks of a dataset file. Each problem is one sentence with demo, key and frame; the caller adds the file name.
 
-``Dataset.open`` raises the first finding, ``inspect_dataset`` tells all of them.
+``Dataset.open`` raises the first problem; ``inspect_dataset`` reports all problems.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cache_pipeline.errors import DatasetError, available
 
 logger = logging.getLogger("cache_pipeline")
 
-# Of every arm: robot0_eef_pos, robot1_eef_pos, robot0_right_eef_pos, left_eef_pos, eef_pos.
+# Keys of each arm: robot0_eef_pos, robot1_eef_pos, robot0_right_eef_pos, left_eef_pos, eef_pos.
 PROPRIOCEPTION = re.compile(r"((?:robot\d+_)?(?:left_|right_)?)(eef_pos|eef_quat|gripper_q?pos)")
 PRIVILEGED = "object"
 
@@ -34,19 +34,20 @@ class Wanted(NamedTuple):
 
 
 def find_cameras(demos: Iterable[DemoInfo]) -> tuple[str, ...]:
-    """Every obs key that is an image in some demo."""
+    """Returns every obs key that is an image in at least one demo."""
     return tuple(sorted({key for demo in demos for key, info in demo.obs.items() if info.is_image}))
 
 
 def find_low_dim(demos: Iterable[DemoInfo]) -> tuple[str, ...]:
-    """Every obs key that is a number or a row of numbers per step in some demo."""
+    """Returns every obs key that holds one or more numbers per step in at least one demo."""
     return tuple(sorted({key for demo in demos for key, info in demo.obs.items() if info.is_low_dim}))
 
 
 def default_low_dim(demos: Iterable[DemoInfo], with_cameras: bool) -> tuple[str, ...]:
-    """Position, orientation and gripper of every arm as robomimic and robosuite name them, else every low-dim key.
+    """Returns position, orientation and gripper keys of every arm; without such keys, every low-dim key.
 
-    ``object`` is what a camera has to find out for itself: beside cameras it is left out, alone it is taken.
+    The names are those of robomimic and robosuite. ``object`` (object poses, unknown to a real robot) is left out if
+    there are cameras.
     """
     found = [key for key in find_low_dim(demos) if key != PRIVILEGED or not with_cameras]
     arms = {key: match.groups() for key in found if (match := PROPRIOCEPTION.fullmatch(key))}
@@ -55,7 +56,7 @@ def default_low_dim(demos: Iterable[DemoInfo], with_cameras: bool) -> tuple[str,
 
 
 def choice_of(demos: Sequence[DemoInfo], wanted: Wanted) -> Choice:
-    """What is taken of demos, and what is left out."""
+    """Returns the keys of demos that are used and those that are left out."""
     cameras, low_dim = find_cameras(demos), find_low_dim(demos)
     everything = sorted({key for demo in demos for key in demo.obs})
     return Choice(
@@ -69,10 +70,10 @@ def choice_of(demos: Sequence[DemoInfo], wanted: Wanted) -> Choice:
 
 
 def select_demos(info: FileInfo, filter_key: str | None) -> tuple[DemoInfo, ...]:
-    """The demos of a filter key that are in the file, with a warning where it names others too; or all demos.
+    """Returns the demos of a filter key, or all demos without one. Warns if the key names demos not in the file.
 
     Raises:
-        DatasetError: there is no such key, it is empty, or none of its demos is in the file.
+        DatasetError: the key does not exist, is empty, or none of its demos is in the file.
     """
     if filter_key is None:
         return info.demos
@@ -80,7 +81,7 @@ def select_demos(info: FileInfo, filter_key: str | None) -> tuple[DemoInfo, ...]
         raise DatasetError(f"{info.path} has no filter key {filter_key!r}; {available(info.masks, filter_key)}")
     absent, present = info.absent(filter_key), set(info.present(filter_key))
     if not present:
-        why = f"names {len(absent)} demos, none of which is in the file" if absent else "names no demos"
+        why = f"names {len(absent)} demos, and none of them is in the file" if absent else "names no demos"
         raise DatasetError(f"filter key {filter_key!r} of {info.path} {why}; {available(info.masks)}")
     if absent:
         logger.warning("%s: %s", info.path, absent_demos(filter_key, absent, len(present) + len(absent)))
@@ -88,13 +89,13 @@ def select_demos(info: FileInfo, filter_key: str | None) -> tuple[DemoInfo, ...]
 
 
 def skipped_demos(info: FileInfo) -> str:
-    """One sentence that names the demos without steps."""
+    """Returns one sentence that names the demos without steps."""
     names = ", ".join(info.empty[:5]) + (", …" if len(info.empty) > 5 else "")
     return f"{len(info.empty)} of {len(info.empty) + len(info.demos)} demos have no steps and are skipped ({names})"
 
 
 def structure_problems(demos: Sequence[DemoInfo], wanted: Wanted) -> Iterator[str]:
-    """Missing, misshapen or half-written arrays, from metadata alone."""
+    """Yields missing, incomplete or wrongly shaped arrays. Reads metadata only."""
     for demo in demos:
         yield from _action_problems(demo)
         for camera in wanted.cameras:
@@ -119,7 +120,7 @@ def _action_problems(demo: DemoInfo) -> Iterator[str]:
     elif actions.trouble:
         yield f"{demo.name}: actions {actions.trouble}"
     elif not actions.written:
-        yield f"{demo.name}: actions was never written whole; write the file again"
+        yield f"{demo.name}: actions is incomplete: part of it is not in the file; write the file again"
 
 
 def _obs_problems(demo: DemoInfo, key: str, kind: str) -> Iterator[str]:
@@ -129,7 +130,7 @@ def _obs_problems(demo: DemoInfo, key: str, kind: str) -> Iterator[str]:
     elif kind == "camera" and not info.is_image:
         yield f"{demo.name}: obs/{key} is {info}; a camera must be uint8 (T, H, W, 3){_image_advice(info)}"
     elif kind != "camera" and not info.is_numbers:
-        yield f"{demo.name}: obs/{key} is {info}; a low-dim key must be numbers (T, …) and no image"
+        yield f"{demo.name}: obs/{key} is {info}; a low-dim key must be numbers (T, …), not an image"
     elif info.shape[0] != demo.length:
         yield f"{demo.name}: obs/{key} has {info.shape[0]} frames, but there are {demo.length} actions"
     elif 0 in info.shape[1:]:
@@ -137,7 +138,7 @@ def _obs_problems(demo: DemoInfo, key: str, kind: str) -> Iterator[str]:
     elif info.trouble:
         yield f"{demo.name}: obs/{key} {info.trouble}"
     elif not info.written:
-        yield f"{demo.name}: obs/{key} was never written whole (parts of it are not in the file); write it again"
+        yield f"{demo.name}: obs/{key} is incomplete: part of it is not in the file; write the file again"
 
 
 def _image_advice(info: ArrayInfo) -> str:
@@ -149,9 +150,10 @@ def _image_advice(info: ArrayInfo) -> str:
 
 
 def unused_images(demos: Sequence[DemoInfo]) -> Iterator[str]:
-    """Obs that look like rgb images of a wrong type or order, and are therefore no cameras.
+    """Yields obs that have the shape of rgb images but the wrong dtype or axis order.
 
-    Beside cameras, floats may well be normals, and are left out with the rest; bytes with channels first are images.
+    If the file has cameras, float images may be surface normals and are not reported; uint8 images with channels first
+    are.
     """
     beside_cameras = bool(find_cameras(demos))
     for demo in demos:
@@ -160,12 +162,12 @@ def unused_images(demos: Sequence[DemoInfo]) -> Iterator[str]:
             if meant and len(info.shape) == 4 and not info.is_image and 3 in (info.shape[1], info.shape[3]):
                 yield (
                     f"{demo.name}: obs/{key} is {info}, not uint8 (T, H, W, 3){_image_advice(info)}, "
-                    "or name the cameras to be used"
+                    "or name the cameras to use"
                 )
 
 
 def agreement_problems(demos: Iterable[DemoInfo], wanted: Wanted) -> Iterator[str]:
-    """Image sizes, widths and action dims that differ from those of the first demo that has them."""
+    """Yields image sizes, widths and action dims that differ from those of the first demo that has the key."""
     first: dict[str, tuple[str, tuple[int, ...]]] = {}
     for demo in demos:
         for path in ("actions", *(f"obs/{key}" for key in (*wanted.cameras, *wanted.low_dim))):
@@ -177,7 +179,7 @@ def agreement_problems(demos: Iterable[DemoInfo], wanted: Wanted) -> Iterator[st
 
 
 def content_problems(file: h5py.File, demos: Iterable[DemoInfo], wanted: Wanted) -> Iterator[str]:
-    """Numbers that cannot be read or are not finite as float32, in everything but the images."""
+    """Yields values that cannot be read or are not finite as float32, in all arrays except images."""
     for demo in demos:
         for path in ("actions", "rewards", "dones", *(f"obs/{key}" for key in wanted.low_dim)):
             info = demo.arrays.get(path)
@@ -190,13 +192,13 @@ def content_problems(file: h5py.File, demos: Iterable[DemoInfo], wanted: Wanted)
                 continue
             bad = np.argwhere(~np.isfinite(values))
             if len(bad):
-                told = f"{len(np.unique(bad[:, 0]))} of {len(values)} frames are not finite"
-                yield f"{demo.name}: {path} is {values[tuple(bad[0])]} at frame {bad[0][0]} ({told})"
+                count = f"{len(np.unique(bad[:, 0]))} of {len(values)} frames are not finite"
+                yield f"{demo.name}: {path} is {values[tuple(bad[0])]} at frame {bad[0][0]} ({count})"
 
 
 def read_numbers(file: h5py.File, demo: str, path: str) -> np.ndarray:
-    """One array of a demo as float32; numbers beyond its range become infinite."""
+    """Reads one array of a demo as float32; values beyond the float32 range become infinite."""
     with np.errstate(over="ignore"):
         item = file[f"data/{demo}/{path}"]
-        missing_filter(item)  # imports the package of filters, in a process that did not scan the file
+        missing_filter(item)  # imports hdf5plugin in a process that has not scanned the file
         return np.asarray(item[()]).astype(np.float32)

@@ -1,4 +1,4 @@
-"""What is taken from data and what is left out, to be said before any work."""
+"""The keys of a dataset that are used and those that are left out; printed before any work."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Choice(NamedTuple):
-    """Cameras, low-dim keys and action arrays: those taken, and those that are there and left out."""
+    """Cameras, low-dim keys and action arrays: those used, and those present but left out."""
 
     cameras: tuple[str, ...]
     low_dim: tuple[str, ...]
@@ -18,8 +18,8 @@ class Choice(NamedTuple):
     other_actions: tuple[str, ...] = ()
 
     def lines(self) -> list[str]:
-        """One line for what is taken, and one for what is left out, where anything is."""
-        taken = f"cameras {_listed(self.cameras)}; low-dim keys {_listed(self.low_dim)}; action key actions"
+        """Returns one line of the keys used and, if any are left out, one line of those."""
+        used = f"cameras {_listed(self.cameras)}; low-dim keys {_listed(self.low_dim)}; action key actions"
         parts = (
             ("cameras", self.other_cameras),
             ("low-dim keys", self.other_low_dim),
@@ -28,11 +28,11 @@ class Choice(NamedTuple):
         )
         left = [f"{what} {_listed(names)}" for what, names in parts if names]
         hint = " (--cameras and --low-dim-keys choose)" if self.other_cameras or self.other_low_dim else ""
-        return [f"taken: {taken}", *([f"left out: {'; '.join(left)}{hint}"] if left else [])]
+        return [f"used: {used}", *([f"left out: {'; '.join(left)}{hint}"] if left else [])]
 
 
 def choose_from(there: Iterable[str], taken: Sequence[str]) -> tuple[str, ...]:
-    """The names that are there and not taken, in their order."""
+    """Returns the names of ``there`` that are not in ``taken``, in their order."""
     return tuple(name for name in there if name not in taken)
 
 

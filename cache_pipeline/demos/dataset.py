@@ -1,4 +1,4 @@
-"""One or several robomimic HDF5 files read as one list of demos.
+"""Reads one or several robomimic HDF5 files as one list of demos.
 
 dataset = Dataset.open("lift.hdf5", cameras=["agentview_image"], filter_key="train")
 dataset.frames(0, "agentview_image")        # (T, 84, 84, 3) uint8
@@ -36,7 +36,7 @@ from cache_pipeline.demos.checks import (
     unused_images,
 )
 from cache_pipeline.demos.frames import INFLATE_THREADS, start_reading
-from cache_pipeline.demos.layouts.robomimic import DemoInfo, FileInfo, FileStamp, damage_told, open_file, scan_file
+from cache_pipeline.demos.layouts.robomimic import DemoInfo, FileInfo, FileStamp, damage_as_error, open_file, scan_file
 from cache_pipeline.demos.split import VALID_KEY
 from cache_pipeline.errors import DatasetError, available
 
@@ -54,7 +54,7 @@ class Demo(NamedTuple):
 
 
 class SourceFile(NamedTuple):
-    """One HDF5 file as it was when it was opened; ``path`` is absolute, ``linked`` are the files that it reads."""
+    """Size and time of one HDF5 file when it was opened; ``path`` is absolute, ``linked`` are the files it links to."""
 
     path: Path
     size: int
@@ -62,32 +62,31 @@ class SourceFile(NamedTuple):
     linked: tuple[FileStamp, ...] = ()
 
     def check_unchanged(self) -> None:
-        """Raises DatasetError if this file or one that it reads is not as it was when it was opened."""
+        """Raises DatasetError if this file or a linked file has changed since it was opened."""
         for then in (FileStamp(*self[:3]), *self.linked):
             try:
                 now = FileStamp.of(then.path)
             except FileNotFoundError as error:
-                raise DatasetError(f"{then.path} vanished while it was being read; put it back, run again") from error
+                raise DatasetError(f"{then.path} disappeared while it was read; put it back, run again") from error
             if now != then:
                 raise DatasetError(f"{then.path} has changed since it was opened; run the same command again")
 
 
 class Dataset:
-    """Demos of one or several robomimic files; build it with :meth:`open`.
+    """Demos of one or several robomimic files; create it with :meth:`open`.
 
-    Holds no open handle across fork or pickle, and may be read from several threads.
+    Safe to fork, pickle and read from several threads: each process opens its own handles.
 
     Attributes:
-        files: the files, in the order given.
+        files: the files, in the given order.
         demos: in numeric order, file by file.
         cameras: name → (H, W, 3).
-        low_dim: key → (width,): what has more axes per step is flattened, as robomimic's networks do.
+        low_dim: key → (width,). Values with more axes per step are flattened, as in robomimic's networks.
         action_dim: A.
-        choice: what was taken of the files and what was left out.
-        masks: filter key → indices into ``demos`` of those of its demos that are here, for the keys that every file
-            has; and ``valid``, if only some files have it.
-        absent: filter key → names of its demos that are not here.
-        env_args, render_flags: the files' JSON attributes where all files agree, else ``None``.
+        choice: the keys that are used and those that are left out.
+        masks: filter key → indices into ``demos``, for keys that every file has, and for ``valid`` if any file has it.
+        absent: filter key → names of its demos that are not in the files.
+        env_args, render_flags: JSON attributes of the files; ``None`` if the files differ.
     """
 
     def __init__(self, infos: Sequence[FileInfo], chosen: Sequence[Sequence[DemoInfo]], wanted: Wanted) -> None:
@@ -112,18 +111,18 @@ class Dataset:
         low_dim_keys: Sequence[str] | None = None,
         filter_key: str | None = None,
     ) -> Dataset:
-        """Opens files and checks all of them: metadata, actions and low-dim obs; images are decoded when they are read.
+        """Opens files and checks metadata, actions and low-dim obs; images are decoded later, when they are read.
 
         Args:
-            paths: one path or several; several must have the same cameras, keys and action dim.
-            cameras: rgb obs keys; by default every obs that is uint8 (T, H, W, 3). ``()`` reads no images.
-            low_dim_keys: by default position, orientation and gripper of every arm (``robot0_eef_pos``,
-                ``robot0_eef_quat``, ``robot0_gripper_qpos``, …) as far as they are there, else every low-dim key.
-                ``object`` is privileged: it is left out beside cameras.
-            filter_key: take only the demos of this key of each file's ``mask`` group; by default every demo.
+            paths: one or several paths. Several files must have the same cameras, keys and action dim.
+            cameras: rgb obs keys; default: every obs that is uint8 (T, H, W, 3). ``()``: no images.
+            low_dim_keys: default: the position, orientation and gripper keys of every arm (``robot0_eef_pos``,
+                ``robot0_eef_quat``, ``robot0_gripper_qpos``, …); without such keys, every low-dim key. ``object`` is
+                privileged information: it is left out if there are cameras.
+            filter_key: use only the demos of this key of each file's ``mask`` group; default: every demo.
 
         Raises:
-            DatasetError: the first thing found wrong.
+            DatasetError: the first problem found.
         """
         infos = [scan_file(path) for path in distinct_paths(paths)]
         for info in infos:
@@ -139,20 +138,20 @@ class Dataset:
 
     @property
     def steps(self) -> int:
-        """Steps of all demos together; frames of one camera."""
+        """Number of steps of all demos, which is the number of frames of one camera."""
         return sum(demo.length for demo in self.demos)
 
     def frames(self, demo: int, camera: str, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Frames [start, stop) of a demo, uint8 (n, H, W, 3), a new array. Raises as :meth:`gather` does."""
+        """Reads frames [start, stop) of a demo into a new uint8 (n, H, W, 3) array; errors as in :meth:`gather`."""
         return self.gather(camera, [(demo, start, self.demos[demo].length if stop is None else stop)])
 
     def gather(self, camera: str, segments: Sequence[tuple[int, int, int]]) -> np.ndarray:
-        """Frames of several segments (demo, start, stop), one after another: uint8 (n, H, W, 3), a new array.
+        """Reads frames of several segments (demo, start, stop) into a new uint8 (n, H, W, 3) array, in this order.
 
-        All segments are read together, so that gzip chunks of many demos are inflated at once.
+        All segments are read together, so gzip chunks of many demos are decompressed in parallel.
 
         Raises:
-            DatasetError: no such camera; stored frames are damaged; the file is gone or changed since it was opened.
+            DatasetError: unknown camera, damaged frames, or a file that was removed or changed since it was opened.
             IndexError: frames outside the demo.
         """
         if camera not in self.cameras:
@@ -169,29 +168,29 @@ class Dataset:
             part = out[filled : filled + stop - start]
             filled += len(part)
             handle = self._handles.file(self.demos[demo].file)
-            with self._damage_told(camera, segment):
+            with self._damage_as_error(camera, segment):
                 images = handle[f"data/{self.demos[demo].name}/obs/{camera}"]
                 reading.append((segment, start_reading(images, start, part, pool)))
         for segment, futures in reading:
-            with self._damage_told(camera, segment):
+            with self._damage_as_error(camera, segment):
                 for future in futures:
                     future.result()
         return out
 
-    def _damage_told(self, camera: str, segment: tuple[int, int, int]) -> AbstractContextManager[None]:
+    def _damage_as_error(self, camera: str, segment: tuple[int, int, int]) -> AbstractContextManager[None]:
         demo, start, stop = segment
         source = self.files[self.demos[demo].file]
-        return damage_told(source.path, f"{self.demos[demo].name}: {camera!r} between frames {start} and {stop}")
+        return damage_as_error(source.path, f"{self.demos[demo].name}: {camera!r} between frames {start} and {stop}")
 
     def rows(self, demo: int) -> dict[str, np.ndarray]:
-        """Everything but the images, as float32.
+        """Reads all arrays of a demo except images, as float32.
 
-        ``actions`` (T, A), ``rewards`` (T,), ``dones`` (T,), ``low_dim/<key>`` (T, …). Rewards or dones that the file
-        does not have are NaN, never zeros.
+        ``actions`` (T, A), ``rewards`` (T,), ``dones`` (T,), ``low_dim/<key>`` (T, …). Missing rewards or dones
+        are NaN, not zeros.
         """
         file, name, length = self.demos[demo]
         handle = self._handles.file(file)
-        with damage_told(self.files[file].path, f"the actions and low-dim obs of {name}"):
+        with damage_as_error(self.files[file].path, f"the actions and low-dim obs of {name}"):
             rows = {"actions": read_numbers(handle, name, "actions")}
             for key in ("rewards", "dones"):
                 there = key in handle[f"data/{name}"]
@@ -201,7 +200,7 @@ class Dataset:
         return rows
 
     def close(self) -> None:
-        """Closes this process's handles; they open again when needed."""
+        """Closes the handles of this process; they reopen on the next read."""
         self._handles.close()
 
     def __enter__(self) -> Dataset:
@@ -225,7 +224,7 @@ class Dataset:
 
 
 class _Handles:
-    """Open files of one process; a forked child drops its parent's and opens its own."""
+    """File handles of one process; a forked child opens its own."""
 
     def __init__(self, files: Sequence[SourceFile]) -> None:
         self._files = files
@@ -274,10 +273,10 @@ class _Handles:
 
 
 def distinct_paths(paths: Paths) -> list[Path]:
-    """The files named, in order; none or one twice is a ``DatasetError``."""
+    """Returns the paths in order; raises ``DatasetError`` for no path or a repeated path."""
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
-        raise DatasetError("no dataset was named; give one or several robomimic HDF5 files")
+        raise DatasetError("no dataset is given; name one or several robomimic HDF5 files")
     found: dict[Path, Path] = {}
     for path in (Path(path).expanduser() for path in given):
         if path.resolve() in found:
@@ -308,7 +307,7 @@ def _choose(
 def _named(
     kind: str, asked: Sequence[str], right: Sequence[str], demos: Sequence[DemoInfo], where: str
 ) -> tuple[str, ...]:
-    """The names asked for; one that is nowhere is an error here, one of a wrong type is left to the checks."""
+    """Returns the requested names; raises for unknown names. Types are checked later."""
     assert not isinstance(asked, str), f"{kind}s are a list of names"
     everything = {key for demo in demos for key in demo.obs}
     for name in asked:
@@ -318,7 +317,7 @@ def _named(
 
 
 def _problems(info: FileInfo, demos: Sequence[DemoInfo], wanted: Wanted, found_by_type: bool) -> Iterator[str]:
-    """Everything wrong with the demos chosen from a file, the cheap checks first."""
+    """Yields all problems of the chosen demos of a file, cheap checks first."""
     yield from info.problems
     if found_by_type:
         yield from unused_images(demos)
@@ -342,7 +341,7 @@ def _check_agreement(infos: Sequence[FileInfo], chosen: Sequence[Sequence[DemoIn
 def _combine_masks(
     infos: Sequence[FileInfo], demos: Sequence[Demo]
 ) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[str, ...]]]:
-    """(members here by filter key, names of the others): what one file holds out, the other files do not bring back."""
+    """Returns (filter key → indices, filter key → absent names). A demo held out in one file stays held out."""
     index = {(demo.file, demo.name): number for number, demo in enumerate(demos)}
     masks: dict[str, tuple[int, ...]] = {}
     absent: dict[str, tuple[str, ...]] = {}

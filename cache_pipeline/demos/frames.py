@@ -1,7 +1,7 @@
 """Bulk reading of frames from HDF5 datasets.
 
-gzip chunks are fetched raw and inflated in a few threads by ISA-L, in half of zlib's time: it releases the interpreter
-lock, while h5py inflates one chunk at a time under its own. Any other layout or filter goes through h5py.
+gzip chunks are read raw and decompressed by ISA-L in several threads, in half of zlib's time. ISA-L releases the GIL;
+h5py decompresses one chunk at a time under its own lock. Other layouts and filters are read by h5py.
 """
 
 from __future__ import annotations
@@ -17,23 +17,23 @@ from isal import isal_zlib
 from cache_pipeline.demos.links import missing_filter
 
 INFLATE_THREADS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
-# Shuffling bytes does nothing to elements of one byte.
+# The shuffle filter has no effect on one-byte elements.
 _INFLATABLE = ([h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE])
 
 
 def start_reading(images: h5py.Dataset, start: int, out: np.ndarray, pool: Executor) -> list[Future[None]]:
     """Fills ``out`` (n, H, W, 3) with rows [start, start + n) of uint8 (T, H, W, 3).
 
-    ``out`` is full when all the futures are done.
+    ``out`` is complete when all futures are done.
 
-    Raises, here or in a future:
+    Raises (directly or in a future):
         OSError, ValueError, RuntimeError, IsalError: stored bytes are damaged or missing.
     """
     if out.size == 0:
         return []
     filters = _filters(images)
     if images.chunks is None or images.dtype != np.uint8 or filters not in _INFLATABLE:
-        missing_filter(images)  # imports the package of filters, in a process that did not scan the file
+        missing_filter(images)  # imports hdf5plugin in a process that has not scanned the file
         images.read_direct(out, np.s_[start : start + len(out)])
         return []
     chunks = images.chunks
@@ -59,7 +59,7 @@ def _inflate(
     start: int,
     out: np.ndarray,
 ) -> None:
-    """Puts one chunk where it belongs; a chunk's ``skipped`` bits say which filters it was stored without."""
+    """Decompresses one chunk into its place; bits of ``skipped`` mark filters that were not applied to the chunk."""
     skipped, stored = images.read_direct_chunk(corner)
     plain = stored if skipped & deflate else isal_zlib.decompress(stored, bufsize=int(np.prod(chunks)))
     here, there = _overlap(corner, chunks, start, out.shape)
@@ -69,7 +69,7 @@ def _inflate(
 def _overlap(
     corner: tuple[int, ...], chunks: tuple[int, ...], start: int, shape: tuple[int, ...]
 ) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Which part of a chunk is wanted, and where it goes in an output of ``shape`` whose first row is ``start``."""
+    """Returns the needed part of a chunk, and its place in an output of ``shape`` whose first row is ``start``."""
     origin = (corner[0] - start, *corner[1:])
     low = [max(at, 0) for at in origin]
     high = [min(at + n, end) for at, n, end in zip(origin, chunks, shape, strict=True)]

@@ -1,6 +1,6 @@
-"""The files from which an HDF5 dataset's bytes come: behind external links, virtual datasets and raw external storage.
+"""Finds the files that hold an HDF5 dataset's bytes: external links, virtual datasets and external storage.
 
-HDF5 reads a virtual dataset whose source is missing as zeros, without a word. Here it is told.
+HDF5 silently reads zeros from a virtual dataset whose source is missing; this module reports it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-# Numbers that the HDF Group gave out, for filters whose name a file does not hold.
+# Filter numbers registered with the HDF Group, for files that do not store the name of a filter.
 FILTER_NAMES = {
     307: "bzip2",
     32000: "lzf",
@@ -29,7 +29,7 @@ PLUGINS = "hdf5plugin"
 
 
 def other_filters(item: h5py.Dataset) -> dict[int, str]:
-    """Number → name of a dataset's filters but for those that HDF5 always has."""
+    """Returns number → name of a dataset's filters, without the filters built into HDF5."""
     plist, names = item.id.get_create_plist(), {}
     for code, _, _, name in map(plist.get_filter, range(plist.get_nfilters())):
         if code >= h5py.h5z.FILTER_RESERVED:
@@ -38,9 +38,9 @@ def other_filters(item: h5py.Dataset) -> dict[int, str]:
 
 
 def missing_filter(item: h5py.Dataset) -> str | None:
-    """The name of the first filter of a dataset that HDF5 does not have here, nor the package hdf5plugin.
+    """Returns the name of the first filter of a dataset that neither HDF5 nor the package hdf5plugin provides.
 
-    The package is imported where a filter is missing, and brings its own to HDF5 in this process.
+    Imports hdf5plugin if a filter is missing; the import registers its filters in this process.
     """
     for code, name in other_filters(item).items():
         if not h5py.h5z.filter_avail(code):
@@ -52,7 +52,7 @@ def missing_filter(item: h5py.Dataset) -> str | None:
 
 
 def is_written(item: h5py.Dataset) -> bool:
-    """Whether all of a dataset's own bytes are in its file; those of a virtual one lie elsewhere."""
+    """Whether the file holds all bytes of a dataset; always true for a virtual dataset, whose bytes are elsewhere."""
     shape, chunks = tuple(item.shape or ()), item.chunks
     if item.is_virtual or item.external:
         return True
@@ -63,7 +63,7 @@ def is_written(item: h5py.Dataset) -> bool:
 
 
 def broken_link(group: h5py.Group, name: str) -> str | None:
-    """What is wrong with the link of an item that could not be opened; ``None`` if it is no link."""
+    """Describes the broken link of an item that could not be opened; ``None`` if it is not a link."""
     if not has_link(group, name):
         return None
     kind, value = group.id.links.get_info(name.encode()).type, group.id.links.get_val(name.encode())
@@ -71,7 +71,7 @@ def broken_link(group: h5py.Group, name: str) -> str | None:
         folder, _, key = value.decode().rpartition("/")
         parent = group.get(folder or "/") if "/" in value.decode() else group
         further = broken_link(parent, key) if isinstance(parent, h5py.Group) else None
-        return further or f"is a link to {value.decode()}, which is not there"
+        return further or f"is a link to {value.decode()}, which does not exist"
     if kind != h5py.h5l.TYPE_EXTERNAL:
         return None
     file, path = _beside(_file_of(group), value[0].decode()), value[1].decode()
@@ -81,15 +81,15 @@ def broken_link(group: h5py.Group, name: str) -> str | None:
 
 
 def has_link(group: h5py.Group, name: str) -> bool:
-    """Whether a group names an item, whether or not it can be opened."""
+    """Whether a group has an item of this name, even if the item cannot be opened."""
     return bool(group.id.links.exists(name.encode()))
 
 
 class SourceFiles:
-    """Collects the files that a file's items are read from.
+    """Collects the files that hold the data of a file's items.
 
     Attributes:
-        found: every file, the file itself among them.
+        found: all files, including the file itself.
     """
 
     def __init__(self) -> None:
@@ -97,7 +97,7 @@ class SourceFiles:
         self._looked: dict[tuple[Path, str], str | None] = {}
 
     def add(self, item: h5py.Group | h5py.Dataset) -> str:
-        """Adds the files of an item; says what keeps it from being read, or nothing."""
+        """Adds the files of an item; returns why the item cannot be read, or an empty string."""
         holder = _file_of(item)
         self.found[holder] = None
         if not isinstance(item, h5py.Dataset):
@@ -128,7 +128,7 @@ class SourceFiles:
         return ""
 
     def _look(self, file: Path, name: str) -> str | None:
-        """What is wrong with one source of a virtual dataset."""
+        """Returns the problem of one source of a virtual dataset, or ``None``."""
         if not file.is_file():
             return f"{file} is missing: put the file back, or copy the data into one file"
         try:
@@ -138,7 +138,7 @@ class SourceFiles:
                     return f"{file} has no dataset {name}"
                 trouble = self.add(item)
                 if not trouble and not is_written(item):
-                    trouble = "was never written whole"
+                    trouble = "is incomplete"
                 return f"{file}: {name} {trouble}" if trouble else None
         except OSError as error:
             return f"{file} cannot be opened ({' '.join(str(error).split())})"
@@ -150,13 +150,13 @@ def _file_of(item: h5py.Group | h5py.Dataset) -> Path:
 
 
 def _beside(holder: Path, name: str) -> Path:
-    """A file that another one names: relative to its folder, as HDF5 looks for it, else to the working folder."""
+    """Resolves a file name stored in ``holder``: first in its folder, as HDF5 does, then in the working folder."""
     beside = holder.parent / name
     return beside if beside.is_file() or not Path(name).is_file() else Path(name).absolute()
 
 
 def _named_files(holder: Path, name: str) -> list[Path]:
-    """The files that a source of a virtual dataset names; ``%b`` in a name stands for a number."""
+    """Returns the files of a source of a virtual dataset; ``%b`` in a name stands for a number."""
     if name == ".":
         return [holder]
     if "%b" in name:

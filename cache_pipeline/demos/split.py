@@ -1,4 +1,4 @@
-"""Which demos train and which are held out."""
+"""Splits demos into a training set and a held-out set."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ HELD_OUT = 0.1
 
 
 class Split(NamedTuple):
-    """Indices into the demos given, ascending; ``rule`` is a sentence for the log. A single demo has no ``valid``.
+    """Ascending indices into the given demos. A dataset of one demo has no ``valid``.
 
-    ``warnings`` say which demos were left out although a filter key names them.
+    ``rule`` is a sentence for the log. ``warnings`` name demos that a filter key lists but that are left out.
     """
 
     train: tuple[int, ...]
@@ -33,24 +33,21 @@ def split_demos(
     filter_key: str | None = None,
     valid_key: str | None = None,
 ) -> Split:
-    """The file's ``train`` and ``valid`` keys as far as their demos are here, else a seeded split by demo.
+    """Splits demos by the file's ``train`` and ``valid`` keys; without these, by a seeded random split.
 
-    Demos of ``valid`` never train, unless it is the ``filter_key`` or another ``valid_key`` is named in its place.
-
-    Works on anything that tells demos apart: ``split_demos(range(len(dataset.demos)), dataset.masks)``, or names with
-    masks of names.
+    Demos of ``valid`` are never trained on, unless ``filter_key`` is ``valid`` or ``valid_key`` names another key.
 
     Args:
-        demos: the demos that are here.
-        masks: filter key → its demos, named as in ``demos``; those that are not here are warned of.
-        seed: of the seeded split, which holds out a tenth of the demos, at least one.
-        filter_key: train on this key's demos; without ``valid_key`` the file's ``valid`` is held out, or a tenth of
-            this key's demos if there is none.
-        valid_key: hold out this key's demos; without ``filter_key`` all others train.
+        demos: all demos, as indices or names: ``range(len(dataset.demos))`` with ``dataset.masks``.
+        masks: filter key → its demos, as in ``demos``. A demo that is not in ``demos`` causes a warning.
+        seed: seed of the random split, which holds out 10 % of the demos, at least one.
+        filter_key: train on the demos of this key. Without ``valid_key`` the file's ``valid`` is held out; if there is
+            no ``valid``, 10 % of the demos of this key.
+        valid_key: hold out the demos of this key. Without ``filter_key`` all other demos are trained on.
 
     Raises:
-        DatasetError: a key asked for is not there, has no demo here, or shares demos with the other; or none is left to
-            train on.
+        DatasetError: a named key does not exist, has no demo in ``demos``, or shares demos with the other key; or no
+            demo is left to train on.
     """
     assert len(demos) > 0
     place = {demo: i for i, demo in enumerate(demos)}
@@ -70,14 +67,14 @@ def split_demos(
     warnings = [*_absent(used, masks, place)]
     if train_key is not None and len(train) < len(chosen):
         shared = [demos[i] for i in chosen if i in set(held)]
-        told = f"filter keys {train_key!r} and {held_key!r} share {len(shared)} demos ({shared[0]}, …)"
+        overlap = f"filter keys {train_key!r} and {held_key!r} share {len(shared)} demos ({shared[0]}, …)"
         if filter_key is not None and valid_key is not None:
-            raise DatasetError(f"{told}; the held-out error would mean nothing: name two keys that share none")
-        warnings.append(f"{told}: they are held out")
+            raise DatasetError(f"{overlap}; the held-out error would be meaningless: name keys without common demos")
+        warnings.append(f"{overlap}: these demos are held out")
     if not train:
         raise DatasetError(
-            f"filter key {held_key!r} holds out all demos, which leaves none to train on; name what to train on with "
-            f"--filter-key, and what to hold out with --valid-key"
+            f"filter key {held_key!r} holds out all demos, so none is left to train on; choose the training demos "
+            f"with --filter-key and the held-out demos with --valid-key"
         )
     return _by_keys(train, held, _why(used, filter_key, valid_key))._replace(warnings=tuple(warnings))
 
@@ -89,9 +86,9 @@ def _without_held_out(
     seed: int,
     filter_key: str | None,
 ) -> Split:
-    """The seeded split, of the demos of the key asked for or of all."""
+    """Makes the seeded split of the demos of ``filter_key``, or of all demos."""
     if filter_key is None:
-        none_here = f"no demo of filter key {VALID_KEY!r} is here"
+        none_here = f"no demo of filter key {VALID_KEY!r} is in the data"
         why = none_here if masks.get(VALID_KEY) else f"there is no filter key {VALID_KEY!r}"
         return _seeded(range(len(demos)), seed, f"because {why}")
     split = _seeded(here[filter_key], seed, f"of the demos of filter key {filter_key!r}")
@@ -115,21 +112,21 @@ def _absent(
 
 
 def absent_demos(key: str, absent: Sequence[str], named: int) -> str:
-    """The warning for a filter key some of whose demos are not here."""
+    """Returns the warning for a filter key that names demos that are not in the data."""
     some = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
     return (
-        f"filter key {key!r} names {len(absent)} demos that are not here ({some}); "
-        f"the other {named - len(absent)} of {named} are taken"
+        f"filter key {key!r} names {len(absent)} demos that are not in the data ({some}); "
+        f"the other {named - len(absent)} of {named} are used"
     )
 
 
 def _by_keys(train: tuple[int, ...], valid: tuple[int, ...], why: str) -> Split:
-    return Split(train, valid, f"{len(train)} demos train and {len(valid)} are held out: {why}")
+    return Split(train, valid, f"{len(train)} demos to train on, {len(valid)} held out: {why}")
 
 
 def _seeded(demos: Sequence[int], seed: int, why: str) -> Split:
     if len(demos) == 1:
-        return Split(tuple(demos), (), "1 demo trains and none is held out: a single demo has no held-out split")
+        return Split(tuple(demos), (), "1 demo to train on, 0 held out: one demo cannot be split")
     count = max(1, round(HELD_OUT * len(demos)))
     order = np.random.Generator(np.random.Philox(seed)).permutation(len(demos))
     valid = tuple(sorted(demos[i] for i in order[:count]))
@@ -142,5 +139,5 @@ def _why_not(key: str, masks: Mapping[str, Collection[Hashable]], here: Mapping[
     if key not in masks:
         return f"there is no filter key {key!r}; {available(usable, key)}"
     named = [str(demo) for demo in masks[key]]
-    reason = f"names {len(named)} demos, none of which is here ({named[0]}, …)" if named else "names no demos"
+    reason = f"names {len(named)} demos, and none of them is in the data ({named[0]}, …)" if named else "names no demos"
     return f"filter key {key!r} {reason}; {available(usable, key)}"

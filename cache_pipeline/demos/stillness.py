@@ -1,4 +1,4 @@
-"""Cameras that show nothing, or the same frame, through a whole demo: faults of rendering or recording."""
+"""Finds cameras that are black, or show one frame, during a whole demo: faults of rendering or recording."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import numpy as np
 from cache_pipeline.demos.layouts.robomimic import READ_ERRORS, DemoInfo
 
 MOST_DEMOS = 1000
-"""Demos that are looked at, spread over the file."""
+"""Number of demos that are checked, spread over the file."""
 FRAMES_AT_ONCE = 64
 NAMED = 5
 
 
 def still_cameras(file: h5py.File, demos: Sequence[DemoInfo], cameras: Sequence[str]) -> Iterator[str]:
-    """One sentence for each camera that is black or frozen through whole demos, with the demos' names.
+    """Yields one sentence per camera that is black or frozen during whole demos, with the names of the demos.
 
-    Two frames of a demo are compared; only where they are equal are all frames read.
+    Compares two frames of a demo first, and reads all frames only if these are equal.
     """
     places = np.unique(np.linspace(0, len(demos) - 1, min(len(demos), MOST_DEMOS)).round().astype(int))
     for camera in cameras:
@@ -34,7 +34,7 @@ def still_cameras(file: h5py.File, demos: Sequence[DemoInfo], cameras: Sequence[
 
 
 def still_sentence(camera: str, state: str, names: Sequence[str]) -> str:
-    """What is told of a camera that is black or frozen in these demos."""
+    """Returns the sentence that reports a black or frozen camera."""
     shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
     return f"camera {camera} is {state} through {len(names)} whole demo{'s' * (len(names) > 1)} ({shown})"
 
@@ -51,5 +51,5 @@ def _state(file: h5py.File, path: str) -> str:
             if not (images[start : start + FRAMES_AT_ONCE] == first).all():
                 return ""
     except READ_ERRORS:
-        return ""  # bytes that cannot be read are told by whoever needs them
+        return ""  # damaged data are reported by the code that needs them
     return "black" if black else "frozen on one frame"

@@ -1,4 +1,4 @@
-"""What robomimic files hold, and all that is wrong with them, where ``Dataset.open`` stops at the first finding."""
+"""Summaries of robomimic files with all their problems; ``Dataset.open`` stops at the first one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SHOWN = 12
 
 @dataclasses.dataclass(frozen=True)
 class CameraSummary:
-    """Image size in pixels, HDF5 compression, bytes as stored and as uint8."""
+    """Image size (pixels), HDF5 compression, size in bytes as stored and as uint8."""
 
     height: int
     width: int
@@ -31,7 +31,7 @@ class CameraSummary:
 
 @dataclasses.dataclass(frozen=True)
 class ActionSummary:
-    """Per dimension over all steps; non-finite numbers are left out."""
+    """Statistics per dimension over all steps, without non-finite values."""
 
     dim: int
     min: tuple[float, ...]
@@ -42,7 +42,7 @@ class ActionSummary:
 
 @dataclasses.dataclass(frozen=True)
 class FileSummary:
-    """One file. ``problems`` make ``Dataset.open`` refuse it, ``notes`` are odd and allowed."""
+    """Summary of one file. ``Dataset.open`` raises for ``problems``; ``notes`` are unusual but allowed."""
 
     path: str
     bytes: int
@@ -52,19 +52,19 @@ class FileSummary:
     """Shortest, median, longest, in steps."""
     cameras: dict[str, CameraSummary]
     low_dim: dict[str, int]
-    """Key → numbers per step."""
+    """Key → values per step."""
     actions: ActionSummary | None
     filter_keys: dict[str, int]
-    """Key → demos, for the keys whose demos are all there."""
+    """Filter key → number of demos, for keys whose demos are all in the file."""
     absent_filter_keys: dict[str, tuple[int, int]]
-    """Key → (demos there, demos named), for the others."""
+    """Filter key → (demos in the file, demos that it names), for the other keys."""
     env_args: dict[str, Any] | None
     render_flags: dict[str, Any] | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
 
     def lines(self) -> list[str]:
-        """A table for people, a line each."""
+        """Returns the lines of a readable table."""
         low, middle, high = self.episode_length
         env = self.env_args or {}
         rows = [
@@ -87,7 +87,7 @@ class FileSummary:
 
 @dataclasses.dataclass(frozen=True)
 class DatasetSummary:
-    """Several files as one dataset; ``problems`` and ``notes`` are about how the files fit together."""
+    """Summary of several files as one dataset; ``problems`` and ``notes`` concern differences between the files."""
 
     files: tuple[FileSummary, ...]
     problems: tuple[str, ...]
@@ -95,30 +95,30 @@ class DatasetSummary:
 
     @property
     def demos(self) -> int:
-        """Demos of all files."""
+        """Number of demos of all files."""
         return sum(file.demos for file in self.files)
 
     @property
     def steps(self) -> int:
-        """Steps of all files."""
+        """Number of steps of all files."""
         return sum(file.steps for file in self.files)
 
     @property
     def sound(self) -> bool:
-        """Whether ``Dataset.open`` takes the files."""
+        """Whether ``Dataset.open`` accepts the files."""
         return not self.problems and not any(file.problems for file in self.files)
 
     @property
     def all_problems(self) -> tuple[str, ...]:
-        """Those of the files, each with its path, and those between files."""
+        """Returns the problems of each file, with its path, and those between files."""
         return (*(f"{file.path}: {problem}" for file in self.files for problem in file.problems), *self.problems)
 
     def to_json(self) -> dict[str, Any]:
-        """JSON values, no NaN."""
+        """Returns a JSON object without NaN."""
         return {"sound": self.sound, "demos": self.demos, "steps": self.steps, **dataclasses.asdict(self)}
 
     def lines(self) -> list[str]:
-        """A table for people, a line each."""
+        """Returns the lines of a readable table."""
         lines = [line for file in self.files for line in file.lines()]
         lines += [f"PROBLEM  {problem}" for problem in self.problems] + [f"note  {note}" for note in self.notes]
         if len(self.files) > 1:
@@ -127,10 +127,10 @@ class DatasetSummary:
 
 
 def inspect_dataset(paths: Paths) -> DatasetSummary:
-    """Looks at everything but the pixels of one or several robomimic files, and at two frames of each demo.
+    """Checks one or several robomimic files: all metadata and values, but only two frames of most demos.
 
     Raises:
-        DatasetError: a file cannot be opened as HDF5 or has no demos; all else that is wrong is told in the result.
+        DatasetError: a file cannot be opened as HDF5 or has no demos. All other problems are in the result.
     """
     infos = [scan_file(path) for path in distinct_paths(paths)]
     heads = [info.demos[0]._replace(name=f"{info.path}: {info.demos[0].name}") for info in infos]
@@ -138,7 +138,7 @@ def inspect_dataset(paths: Paths) -> DatasetSummary:
     problems = tuple(checks.agreement_problems(heads, wanted)) if len(infos) > 1 else ()
     notes = []
     if any(info.env_args != infos[0].env_args for info in infos):
-        notes.append("the files' env_args differ, so none is used")
+        notes.append("env_args of the files differ, so none are used")
     return DatasetSummary(tuple(_summarise(info, wanted) for info in infos), problems, tuple(notes))
 
 
@@ -242,7 +242,7 @@ def _action_summary(info: FileInfo) -> ActionSummary | None:
 
 def _action_lines(actions: ActionSummary | None) -> list[tuple[str, str]]:
     if actions is None:
-        return [("actions", "none that can be read")]
+        return [("actions", "none are readable")]
     ranges = ", ".join(f"{low:.2f}…{high:.2f}" for low, high in zip(actions.min, actions.max, strict=True))
     return [("actions", f"dim {actions.dim}: {ranges}")]
 
@@ -259,7 +259,7 @@ def _action_notes(actions: ActionSummary | None) -> Iterator[str]:
 
 def _metadata_notes(info: FileInfo) -> Iterator[str]:
     if info.env_args is None:
-        yield "no env_args: everything but rollouts works, a rollout needs the environment named"
+        yield "no env_args: a rollout needs an environment that you name; everything else works"
     steps = sum(demo.length for demo in info.demos)
     if info.total is not None and info.total != steps:
         yield f"data.attrs total is {info.total}, but there are {steps} steps"
@@ -268,7 +268,7 @@ def _metadata_notes(info: FileInfo) -> Iterator[str]:
         some = _listed([f"{key} {len(info.present(key))} of {len(info.masks[key])}" for key in incomplete], limit=3)
         yield (
             f"{len(incomplete)} of {len(info.masks)} filter keys name demos that are not in the file; "
-            f"those that are there are taken ({some})"
+            f"those in the file are used ({some})"
         )
     empty = [key for key, names in info.masks.items() if not names]
     if empty:
@@ -286,7 +286,7 @@ def _metadata_notes(info: FileInfo) -> Iterator[str]:
     if unread:
         yield f"obs that are neither an rgb image nor low-dim: {_listed(unread)}"
     if not checks.find_cameras(info.demos):
-        yield "no cameras: there is nothing to extract features from"
+        yield "no cameras: no features can be extracted"
 
 
 def _numbering_notes(info: FileInfo) -> Iterator[str]:
@@ -314,7 +314,7 @@ def _listed(items: Iterable[object], limit: int = SHOWN) -> str:
 
 
 def holds_dataset(path: str | Path) -> bool:
-    """Whether a path is a file that HDF5 may open, told by its first bytes."""
+    """Whether a file starts with the HDF5 signature."""
     path = Path(path)
     if not path.is_file():
         return False

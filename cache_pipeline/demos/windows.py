@@ -1,6 +1,6 @@
-"""Windows over demos and their order. Pure NumPy; semantics of robomimic's ``SequenceDataset``.
+"""Windows over demos and their order, with the semantics of robomimic's ``SequenceDataset``.
 
-Source: robomimic 0.3.0, ``utils/dataset.py``: obs horizon is ``frame_stack``, action horizon is ``seq_length``.
+Reference: robomimic 0.3.0, ``utils/dataset.py``. Obs horizon is ``frame_stack``, action horizon is ``seq_length``.
 """
 
 from __future__ import annotations
@@ -16,45 +16,45 @@ from cache_pipeline.errors import ConfigError
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """Which rows belong to one sample."""
+    """The rows of one sample."""
 
     obs_horizon: int = 2
     """To: obs of the steps t-To+1 … t (robomimic ``frame_stack``)."""
     action_horizon: int = 8
     """Ta: actions of the steps t … t+Ta-1 (robomimic ``seq_length``)."""
     pad_start: bool = True
-    """Repeat the first obs where a window reaches before the demo (``pad_frame_stack``); else leave it out."""
+    """Repeat the first obs in windows that start before the demo (``pad_frame_stack``); if false, omit them."""
     pad_end: bool = True
-    """Repeat the last action where a window reaches past the demo (``pad_seq_length``); else leave it out."""
+    """Repeat the last action in windows that end after the demo (``pad_seq_length``); if false, omit them."""
 
     def __post_init__(self) -> None:
         for name in ("obs_horizon", "action_horizon"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+                raise ConfigError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 class Windows(NamedTuple):
-    """W windows in the order of demos and steps."""
+    """W windows, ordered by demo and step."""
 
     obs_rows: np.ndarray
-    """(W, To) int64, the last column is the step t."""
+    """(W, To) int64; the last column is the row of step t."""
     action_rows: np.ndarray
-    """(W, Ta) int64, the first column is the step t."""
+    """(W, Ta) int64; the first column is the row of step t."""
     action_mask: np.ndarray
-    """(W, Ta) bool, false where the last action is repeated."""
+    """(W, Ta) bool; false where the last action is repeated."""
     demo: np.ndarray
-    """(W,) int64, index into ``starts``."""
+    """(W,) int64; index into ``starts``."""
 
 
 def make_windows(starts: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray, spec: WindowSpec) -> Windows:
-    """One window per step t, fewer where padding is off.
+    """Makes one window per step t; fewer without padding.
 
     Args:
         starts: (E,) first row of each demo, in any row space.
-        lengths: (E,) its steps.
+        lengths: (E,) number of steps of each demo.
 
     Raises:
-        ConfigError: a demo is too short for one whole window.
+        ConfigError: without padding, a demo is shorter than one window.
     """
     starts, lengths = np.asarray(starts, np.int64), np.asarray(lengths, np.int64)
     assert starts.shape == lengths.shape
@@ -78,12 +78,12 @@ def make_windows(starts: Sequence[int] | np.ndarray, lengths: Sequence[int] | np
 
 
 def epoch_order(n: int, seed: int, epoch: int) -> np.ndarray:
-    """(n,) int64: a permutation of 0 … n-1, a pure function of its arguments."""
+    """Returns a permutation of 0 … n-1, (n,) int64, which depends only on (n, seed, epoch)."""
     return _generator(seed, epoch).permutation(n)
 
 
 def _generator(seed: int, epoch: int) -> np.random.Generator:
-    """Philox keyed by (seed, epoch): streams of different epochs are independent."""
+    """Returns a Philox generator keyed by (seed, epoch); epochs have independent streams."""
     if seed < 0 or epoch < 0:
         raise ConfigError(f"seed {seed} and epoch {epoch} must be 0 or more")
     return np.random.Generator(np.random.Philox(np.random.SeedSequence([seed, epoch])))

@@ -1,4 +1,4 @@
-"""Image encoders: ResNets cut into trunk and head, encoders of the user's own, preprocessing, views, the fast path."""
+"""Image encoders: ResNets and custom networks, preprocessing, views, and the fast path of frozen encoders."""
 
 from __future__ import annotations
 

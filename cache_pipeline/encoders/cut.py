@@ -1,4 +1,4 @@
-"""Where a ResNet is cut: the trunk below gives the cached feature, the head above can be trained on it."""
+"""The cut of a ResNet: the trunk below it computes the cached feature; the head above it can be trained."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def check_cut(cut: str) -> None:
 
 
 def trunk_stages(cut: str) -> tuple[str, ...]:
-    """Names of the stages up to and with the cut; pooling apart."""
+    """Returns the names of the stages up to and including the cut, without pooling."""
     return STAGES if cut == "avgpool" else STAGES[: STAGES.index(cut) + 1]
 
 
 def head_stages(cut: str) -> tuple[str, ...]:
-    """Names of the stages above the cut, pooling apart."""
+    """Returns the names of the stages above the cut, without pooling."""
     return STAGES[len(trunk_stages(cut)) :]
 
 
@@ -42,8 +42,8 @@ def run_stages(net: ResNet, x: Tensor, stages: Iterable[str], gradient_checkpoin
     Args:
         net: the ResNet.
         x: images (B,3,H,W) or the output of the stage below the first named one.
-        stages: names out of ``STAGES``, in order.
-        gradient_checkpointing: keep only the blocks' inputs for the backward pass, and compute the rest again there.
+        stages: names from ``STAGES``, in order.
+        gradient_checkpointing: keep only the inputs of blocks for the backward pass, which recomputes the rest.
     """
     learning = torch.is_grad_enabled()
     for name in stages:
@@ -62,7 +62,7 @@ def run_stages(net: ResNet, x: Tensor, stages: Iterable[str], gradient_checkpoin
 
 
 def run_block(block: nn.Module, x: Tensor) -> Tensor:
-    """A residual block for training: what ``block(x)`` gives, by ``conv_norm``."""
+    """Computes ``block(x)`` of a residual block with ``conv_norm``, for training."""
     count = 3 if isinstance(block, Bottleneck) else 2
     residual = x
     if block.downsample is not None:
@@ -76,8 +76,10 @@ def run_block(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def conv_norm(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
-    """``norm(conv(x))``. While BatchNorm's statistics are frozen it is folded into the convolution's weights, which
-    learn through it as they would without: two passes over every map, forward and backward, are saved.
+    """Computes ``norm(conv(x))``.
+
+    BatchNorm with frozen statistics is folded into the convolution. Gradients are the same, and two passes over every
+    map (forward and backward) are saved.
     """
     if not isinstance(norm, nn.BatchNorm2d) or norm.training:
         return cast(Tensor, norm(conv(x)))

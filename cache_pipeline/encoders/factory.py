@@ -1,7 +1,7 @@
-"""Encoders of the user's own: ``module_or_file.py:factory``, called without arguments, returns an ``nn.Module``.
+"""Custom encoders: ``module_or_file.py:factory`` is called without arguments and returns an ``nn.Module``.
 
-A factory is code. It runs only if the user names it in this command or call: a factory whose name comes from a file
-(a cache's or a run's metadata) is never imported; see ``choose_factory``.
+A factory is code. It runs only if the user names it in this command or call. A factory named only by the metadata of a
+cache or run is never imported; see ``choose_factory``.
 """
 
 from __future__ import annotations
@@ -24,48 +24,48 @@ FILE_MODULE = "_encoder_"
 FORM = "give it as module:factory or path/to/file.py:factory"
 
 Factories = str | Sequence[str] | None
-"""The factories that the user names: one, several (for caches whose cameras have several), or none."""
+"""Factories that the user names: one, several (if cameras have different ones), or none."""
 
 
 class Made(NamedTuple):
-    """What a factory returned, and a name for the text of its file that changes with every edit."""
+    """The module that a factory returned, and a name of its file that changes with every edit."""
 
     net: nn.Module
     source: str
 
 
 def named_factories(encoder: Factories) -> tuple[str, ...]:
-    """The factories named, as a tuple."""
+    """Returns the named factories as a tuple."""
     return () if encoder is None else (encoder,) if isinstance(encoder, str) else tuple(encoder)
 
 
 def choose_factory(stored: str | None, encoder: Factories, where: object) -> str:
-    """The factory to run for an encoder that was saved from ``stored``: always one that the user names.
+    """Chooses the factory for a saved encoder from those that the user names.
 
-    It may lie elsewhere than the stored one: whether it is the same is for its source and structure to say.
+    Its path may differ from the stored one; the caller compares source and structure.
 
     Args:
-        stored: the factory's name as it was saved; ``None`` for a ready module.
+        stored: name of the factory in the saved file; ``None`` for a module without factory.
         encoder: the factories that the user names.
         where: the file that names ``stored``, for the message.
 
     Raises:
-        EncoderError: the user names none, or several of which none has the stored one's name.
+        EncoderError: the user names no factory, or several without the name of the stored one.
     """
     named = named_factories(encoder)
     if len(named) == 1:
         return named[0]
-    what = "a ready module" if stored is None else f"the encoder factory {stored}"
+    what = "a module without factory" if stored is None else f"the encoder factory {stored}"
     if not named:
         raise EncoderError(
-            f"{where} was made by {what}; code that only a file names is not run; if you trust it, name it: "
+            f"{where} was made by {what}; a factory runs only if you name it; if you trust it, add "
             f"--encoder {stored or 'FILE.py:FACTORY'} (in Python: encoder={stored or 'FILE.py:FACTORY'!r})"
         )
     own = [name for name in named if name == stored] or [
         name for name in named if stored is not None and name.rpartition(":")[2] == stored.rpartition(":")[2]
     ]
     if not own:
-        raise EncoderError(f"{where} was made by {what}, which is none of those named: {', '.join(named)}")
+        raise EncoderError(f"{where} was made by {what}, which is not among the named factories: {', '.join(named)}")
     return own[0]
 
 
@@ -76,7 +76,7 @@ def call_factory(reference: str) -> Made:
         reference: ``package.module:factory`` or ``path/to/file.py:factory``.
 
     Raises:
-        EncoderError: it cannot be imported, is not there, or returns no ``nn.Module``.
+        EncoderError: it cannot be imported, does not exist, or does not return an ``nn.Module``.
     """
     place, _, name = reference.rpartition(":")
     if not place or not name:
@@ -93,7 +93,7 @@ def call_factory(reference: str) -> Made:
 
 
 def _module_source(module: ModuleType) -> str:
-    """The name of a factory's file, in which its digest stands; of an installed module a digest of its text."""
+    """Returns the module name of a factory's file, which contains its digest; for installed modules a text digest."""
     if module.__name__.startswith(FILE_MODULE):
         return module.__name__
     try:
@@ -112,7 +112,7 @@ def _import_module(name: str) -> ModuleType:
 def _import_file(path: Path) -> ModuleType:
     if not path.is_file():
         raise EncoderError(f"there is no file {path} for --encoder; {FORM}")
-    # The name says what the content is: neither two files of one name nor one file and its edit stand for each other.
+    # The module name contains a digest, so files of one name, or a file and its edit, are different modules.
     name = FILE_MODULE + digest(path.read_bytes())
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
@@ -126,14 +126,14 @@ def _import_file(path: Path) -> ModuleType:
 
 
 def structure_digest(net: nn.Module, source: str | None = None) -> str:
-    """Digest of what a module computes apart from its weights.
+    """Returns a digest of the code and attributes of a module, without its weights.
 
-    It covers the classes of all submodules, their plain attributes (numbers, strings, tuples of these), the source text
-    of every class that is not torch's own, and all of the factory's file. It changes when that text changes, even where
-    the values would not. It does not see functions that the factory's file imports from other files.
+    Covers the classes of all submodules, their plain attributes (numbers, strings, tuples of these), the source text of
+    every class outside torch, and the whole file of the factory. Any edit of that text changes the digest. Functions
+    that the factory's file imports from other files are not covered.
 
     Args:
-        source: the factory's file, as in ``Made``; ``None`` for a ready module.
+        source: the factory's file, as in ``Made``; ``None`` for a module without factory.
     """
     parts = [[name, type(module).__qualname__, _plain_attributes(module)] for name, module in net.named_modules()]
     classes = {base for module in net.modules() for base in type(module).__mro__}

@@ -1,4 +1,4 @@
-"""A ResNet trunk for inference: BatchNorm folded into convolutions, ReLU and shortcut fused with them by oneDNN."""
+"""A ResNet trunk for inference: BatchNorm folded into convolutions; oneDNN fuses ReLU and shortcut."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torchvision.models.resnet import Bottleneck
 from cache_pipeline.encoders.cut import trunk_stages
 from cache_pipeline.encoders.resnet import ResNet
 
-# Rounding errors of the stem and of the first bottleneck block grow through all that follows: in bfloat16, features of
-# an ImageNet-trained ResNet-50 err by 3.5e-2, and by 8e-3 with these few percent of the work kept in float32.
+# Rounding errors of the stem and the first bottleneck block grow in later layers. In bfloat16, features of an
+# ImageNet-trained ResNet-50 err by 3.5e-2; with these few percent of the work in float32, by 8e-3.
 EXACT_BLOCKS = 1
 
 INTEGERS = {torch.float32: torch.int32, torch.bfloat16: torch.int16}
 
 
 class FoldedConv:
-    """One convolution with what follows it: ``relu(conv(x) + residual)``, both optional.
+    """One convolution with optional residual and ReLU: ``relu(conv(x) + residual)``.
 
     Args:
         weight: (C',C,kh,kw). bias: (C').
@@ -40,7 +40,7 @@ class FoldedConv:
             self.weight = _pack(self.weight, self.geometry)
 
     def __call__(self, x: Tensor, relu: bool, residual: Tensor | None = None) -> Tensor:
-        """(B,C,h,w) in ``dtype``, channels-last; ``residual`` has the shape of the output."""
+        """Maps (B,C,h,w) in ``dtype``, channels-last; ``residual`` has the shape of the output."""
         if self.fused:
             return _fused(x, self.weight, self.bias, self.geometry, relu, residual)
         padding, stride, dilation, groups = self.geometry
@@ -51,7 +51,7 @@ class FoldedConv:
 
 
 def folded_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d, device: torch.device, dtype: torch.dtype) -> FoldedConv:
-    """A convolution with its BatchNorm folded in."""
+    """Folds a BatchNorm into its convolution."""
     geometry = (conv.padding, conv.stride, conv.dilation, conv.groups)
     return FoldedConv(*_fold(conv, norm), geometry, device, dtype)
 
@@ -71,7 +71,7 @@ class FoldedBlock:
             self.shortcut = folded_conv(conv, norm, device, dtype)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """(B,C,h,w) to (B,C',h',w') in the block's dtype."""
+        """Maps (B,C,h,w) to (B,C',h',w') in the block's dtype."""
         x = x.to(self.dtype)
         residual = x if self.shortcut is None else self.shortcut(x, False)
         for conv in self.body:
@@ -80,13 +80,13 @@ class FoldedBlock:
 
 
 class FoldedTrunk:
-    """A ResNet with BatchNorm up to its cut: images (B,3,H,W) float32, normalised, to float32 features at the cut.
+    """A ResNet with BatchNorm up to its cut: maps normalised float32 images (B,3,H,W) to float32 features.
 
     Args:
-        net: the ResNet; it is left as it is.
+        net: the ResNet; not modified.
         cut: one of ``cut.CUTS``.
-        device: where to run.
-        dtype: what to compute in; with bfloat16, stem and first block of a bottleneck ResNet stay in float32.
+        device: device to run on.
+        dtype: dtype of computing; with bfloat16, stem and first block of a bottleneck ResNet stay in float32.
     """
 
     def __init__(self, net: ResNet, cut: str, device: torch.device, dtype: torch.dtype) -> None:
@@ -101,7 +101,7 @@ class FoldedTrunk:
         ]
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(B,3,H,W) to (B,D) or (B,D,h,w)."""
+        """Maps (B,3,H,W) to (B,D) or (B,D,h,w)."""
         x = max_pool(self.stem(images.to(self.stem.dtype, memory_format=torch.channels_last), True))
         for block in self.blocks:
             x = block(x)
@@ -110,13 +110,13 @@ class FoldedTrunk:
 
 
 def max_pool(x: Tensor) -> Tensor:
-    """A ResNet's max-pooling (3×3, stride 2, padding 1) of what comes out of a ReLU.
+    """Applies a ResNet's max-pooling (3×3, stride 2, padding 1) to the output of a ReLU.
 
-    On a CPU it is done along rows, then along columns, on the values' bits as integers, whose order is the same for
-    values that are not negative: several times as fast as torch's own for channels-last bfloat16.
+    On a CPU it pools rows, then columns, on the bits of the values as integers. Non-negative floats have the order of
+    their bits. This is several times as fast as torch's max-pooling for channels-last bfloat16.
 
     Args:
-        x: (B,C,h,w), channels-last, nowhere negative.
+        x: (B,C,h,w), channels-last, without negative values.
 
     Returns:
         (B,C,ceil(h/2),ceil(w/2)), the same bits as torch's.
@@ -130,7 +130,7 @@ def max_pool(x: Tensor) -> Tensor:
 
 
 def _max_of_three(x: Tensor, dim: int) -> Tensor:
-    """Greatest of the places 2i-1, 2i and 2i+1 along ``dim``, for each i; places outside do not count."""
+    """Returns the maximum of positions 2i-1, 2i and 2i+1 along ``dim`` for each i, ignoring positions outside."""
     even, odd = x[_every_second(dim, 0)], x[_every_second(dim, 1)]
     pairs = even.shape[dim] == odd.shape[dim]
     found = torch.maximum(even, odd) if pairs else even.clone()
@@ -158,9 +158,9 @@ def can_fold(net: nn.Module) -> bool:
 
 @functools.cache
 def onednn_fuses(dtype: torch.dtype) -> bool:
-    """Whether torch's own fused oneDNN convolution is there and right for ``dtype``.
+    """Whether torch's fused oneDNN convolution exists and is correct for ``dtype``.
 
-    It is what ``torch.compile`` emits on CPUs, not a public function: it is tried once, and done without if it fails.
+    ``torch.compile`` emits this operator on CPUs, but it is not public: it is tested once, and not used if it fails.
     """
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False

@@ -1,4 +1,4 @@
-"""The fast path: an encoder that never learns, run as its device likes it best."""
+"""The fast path of a frozen encoder."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ CUDA_BATCH = 1024
 
 
 class FrozenEncoder:
-    """Frames to features at the cut, with neither gradients nor training mode.
+    """Maps frames to features at the cut, without gradients.
 
-    It keeps its own copy of the weights: training ``encoder`` afterwards changes nothing here. ResNets run with
-    BatchNorm folded in; other modules run as they are, in the chosen precision.
+    Holds its own copy of the weights: later training of ``encoder`` has no effect. ResNets run with folded BatchNorm;
+    other modules run unchanged in the chosen precision.
 
     Args:
-        encoder: the encoder, cut.
-        preprocess: what comes before it; a normalisation that the encoder declares is put in.
-        device: where to run.
+        encoder: the encoder; its cut is used.
+        preprocess: preprocessing of frames; a size and normalisation declared by the encoder are filled in.
+        device: device to run on.
         precision: ``auto``, ``fp32``, ``tf32``, ``bf16`` or ``fp16``.
 
     Attributes:
-        precision: what is computed in, never ``auto``.
-        preprocess: as applied.
+        precision: the resolved precision, never ``auto``.
+        preprocess: the preprocessing with declared values.
 
     Raises:
-        EncoderError: a precision that the device does not have.
+        EncoderError: the device does not support the precision.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class FrozenEncoder:
         self._trunk = _fast_trunk(self.encoder, self.device, DTYPES[self.precision])
 
     def in_precision(self, precision: str) -> FrozenEncoder:
-        """The same encoder computing in another precision; raises as the constructor does."""
+        """Returns the same encoder in another precision; raises as the constructor."""
         other = copy.copy(self)
         other.precision = resolve_precision(precision, self.device)
         other._trunk = _fast_trunk(self.encoder, self.device, DTYPES[other.precision])
@@ -68,8 +68,8 @@ class FrozenEncoder:
         """Encodes a batch.
 
         Args:
-            frames: (B,H,W,3) uint8, or float on 0–1; moved to the device.
-            view: the clean view; or one augmentation for all frames, or one for each.
+            frames: (B,H,W,3) uint8 or float on 0–1, on any device.
+            view: one augmentation for all frames, or one per frame; None: the clean view.
 
         Returns:
             (B,D) or (B,D,h,w) float32 on the device.
@@ -80,15 +80,15 @@ class FrozenEncoder:
 
     @property
     def can_run_in_lanes(self) -> bool:
-        """Whether several threads may call at once to good use: a ResNet on a CPU."""
+        """Whether parallel calls from several threads are faster: for a ResNet on a CPU."""
         return self.device.type == "cpu" and can_fold(self.encoder.net)
 
     def feature_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of a feature at the cut for frames of ``image_shape``, (H, W, 3)."""
+        """Returns the shape of a feature at the cut for frames of ``image_shape``, (H, W, 3)."""
         return self.encoder.feature_shape(*self.preprocess.output_shape(image_shape[0], image_shape[1]))
 
     def identity(self, image_shape: tuple[int, ...]) -> dict[str, Any]:
-        """Everything that decides the feature values, as JSON; see ``encoder_identity``."""
+        """Returns the identity of the features as JSON; see ``encoder_identity``."""
         return encoder_identity(self.encoder, self.preprocess, self.precision, image_shape, self._digest)
 
     @functools.cached_property
@@ -111,7 +111,7 @@ def frozen_encoders(
     device: torch.device,
     precision: str,
 ) -> dict[str, FrozenEncoder]:
-    """The fast path of each camera's encoder; cameras with one encoder and preprocessing share it."""
+    """Builds the fast path of each camera; cameras with the same encoder and preprocessing share it."""
     made: dict[tuple[int, Preprocess], FrozenEncoder] = {}
     by_camera: dict[str, FrozenEncoder] = {}
     for camera, encoder in encoders.items():
@@ -123,5 +123,5 @@ def frozen_encoders(
 
 
 def preferred_batch_size(device: torch.device | str) -> int:
-    """Frames in a batch at which 84×84 frames are encoded fast without much memory."""
+    """Returns a batch size at which 84×84 frames encode fast with little memory."""
     return CUDA_BATCH if torch.device(device).type == "cuda" else CPU_BATCH

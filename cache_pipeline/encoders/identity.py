@@ -1,4 +1,4 @@
-"""What decides an encoder's feature values, as JSON, and what its features look like."""
+"""Identity of an encoder's features, and statistics of features."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ def encoder_identity(
     image_shape: tuple[int, ...],
     digest: str | None = None,
 ) -> dict[str, Any]:
-    """Everything that decides the features at the cut. Two encoders that give different features never share one.
+    """Returns a JSON object that differs between encoders whose features at the cut differ.
 
-    Compare all of it but ``weights.source``, which names a file for people: ``weights.digest`` decides. It covers what
-    lies below the cut, and no more: features do not go stale when the layers above are trained.
+    Compare all items except ``weights.source``, which names a file for the reader. ``weights.digest`` covers only the
+    layers below the cut, so training the layers above does not make features stale.
 
     Args:
-        encoder: the encoder, cut.
-        preprocess: what comes before it.
-        compute: the precision that it computes in: ``fp32``, ``tf32``, ``bf16`` or ``fp16``.
+        encoder: the encoder; its cut is used.
+        preprocess: preprocessing of frames.
+        compute: precision of computing: ``fp32``, ``tf32``, ``bf16`` or ``fp16``.
         image_shape: (H, W, 3) of the frames.
-        digest: ``encoder.trunk_digest()``, where it is known.
+        digest: ``encoder.trunk_digest()``, if known.
     """
     shape = preprocess.output_shape(image_shape[0], image_shape[1])
     structure = encoder.structure()
@@ -46,13 +46,13 @@ def encoder_identity(
 
 
 class FeatureStatistics(NamedTuple):
-    """How features of N different frames are spread.
+    """Statistics of features of N different frames.
 
     Attributes:
         rms: root mean square of all values.
-        spread: root mean square of the deviation from the mean feature, relative to ``rms``: 0 where every frame
-            gives the same feature, about 0.1–0.5 for useful encoders.
-        constant: share of the values that are the same for all frames.
+        spread: root mean square of the deviation from the mean feature, divided by ``rms``: 0 if all frames have the
+            same feature, about 0.1–0.5 for useful encoders.
+        constant: fraction of the values that are equal for all frames.
         finite: whether no value is NaN or infinite.
     """
 
@@ -63,12 +63,12 @@ class FeatureStatistics(NamedTuple):
 
     @property
     def collapsed(self) -> bool:
-        """Whether the features cannot tell frames apart: a spread below ``COLLAPSED_SPREAD``, or not finite."""
+        """Whether features do not distinguish frames: a spread below ``COLLAPSED_SPREAD``, or values not finite."""
         return not self.finite or self.spread < COLLAPSED_SPREAD
 
 
 def feature_statistics(features: Tensor) -> FeatureStatistics:
-    """Statistics of features (N, …) of N different frames. The spread of a single frame counts as 1."""
+    """Computes statistics of features (N, …) of N different frames. The spread of one frame counts as 1."""
     flat = features.detach().flatten(1).double()
     if not bool(torch.isfinite(flat).all()):
         return FeatureStatistics(float("nan"), float("nan"), float("nan"), False)
@@ -81,12 +81,12 @@ def feature_statistics(features: Tensor) -> FeatureStatistics:
 
 
 def collapse_warning(statistics: FeatureStatistics, camera: str) -> str | None:
-    """One line of warning for a collapsed encoder, or ``None``."""
+    """Returns a one-line warning for a collapsed encoder, or ``None``."""
     if not statistics.collapsed:
         return None
     if not statistics.finite:
-        return f"{camera}: features are not finite; compute in fp32 (--precision fp32) or mend the weights"
+        return f"{camera}: features are not finite; use --precision fp32 or other weights"
     return (
         f"{camera}: features of different frames differ by {statistics.spread:.1e} of their size: the encoder has "
-        f"collapsed, and a policy cannot see through it; check its weights and normalisation"
+        f"collapsed and a policy cannot learn from it; check its weights and normalisation"
     )

@@ -1,4 +1,4 @@
-"""One image encoder: a ResNet cut into trunk and head, or any network of the user's own."""
+"""An image encoder: a ResNet cut into trunk and head, or a custom network."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ PROBE_SIDE = 224
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """Which encoder, with which weights, cut where."""
+    """Network, weights and cut of an encoder."""
 
     rgb_model_name: str = "resnet18"
     weights: str = "imagenet"
     """``imagenet`` (torchvision's IMAGENET1K_V1), ``random``, or a ``.pth`` or ``.safetensors`` file."""
     seed: int = 0
-    """Of random weights; without effect on others."""
+    """Seed of random weights; no effect on other weights."""
     cut: str = "avgpool"
-    """``avgpool``, ``layer4``, ``layer3``, ``layer2``, ``layer1``; for a factory always its ``output``."""
+    """``avgpool``, ``layer4``, ``layer3``, ``layer2`` or ``layer1``; always ``output`` for a factory."""
     factory: str | None = None
-    """``module:factory`` or ``file.py:factory`` in place of a ResNet; it brings its own weights, or those of a file of
-    ``save_encoder`` in ``weights``. Building the spec runs it."""
+    """``module:factory`` or ``file.py:factory`` instead of a ResNet. The factory loads its weights, unless ``weights``
+    names a file of ``save_encoder``. Building the spec runs the factory."""
     use_group_norm: bool = False
-    """GroupNorm in place of BatchNorm; for random weights."""
+    """GroupNorm instead of BatchNorm; only for random weights."""
 
     def __post_init__(self) -> None:
         if self.factory is not None:
@@ -51,8 +51,8 @@ class EncoderSpec:
             raise EncoderError(f"there is no encoder {self.rgb_model_name!r}; {names}; any other network: --encoder")
         if self.use_group_norm and self.weights == "imagenet":
             raise EncoderError(
-                "GroupNorm in place of the BatchNorm of ImageNet weights would make features meaningless; "
-                "leave use_group_norm off, or start from random weights (--no-pretrained-encoder)"
+                "use_group_norm would replace the BatchNorm of ImageNet weights, and features would be meaningless; "
+                "turn it off, or start from random weights (--no-pretrained-encoder)"
             )
 
     def _check_factory(self) -> None:
@@ -73,7 +73,7 @@ class EncoderSpec:
 
     @property
     def source(self) -> str:
-        """Where the weights come from, for people; it decides nothing."""
+        """Origin of the weights, for the reader; not part of the identity."""
         if self.weights == "random":
             return f"random, seed {self.seed}"
         if self.factory is not None:
@@ -81,24 +81,24 @@ class EncoderSpec:
         return "torchvision IMAGENET1K_V1" if self.weights == "imagenet" else Path(self.weights).name
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object, for a run or beside saved weights. Not an identity: it names files."""
+        """Returns a JSON object for a run or saved weights. It is not an identity, because it names files."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> EncoderSpec:
-        """The inverse of ``to_json``."""
+        """Inverts ``to_json``."""
         return cls(**value)
 
 
 class ImageEncoder(nn.Module):
-    """Images (B,3,h,w), preprocessed, to features (B,D).
+    """Maps preprocessed images (B,3,h,w) to features (B,D).
 
     Args:
         net: a ``ResNet``, or any module from (B,3,h,w) to (B,D) or (B,D,h',w').
-        cut: where trunk and head part; for other modules than a ``ResNet`` the output.
-        source: where the weights come from, for people.
-        spec: how ``net`` can be made again; ``None`` for a ready module, for which a factory must be named to load it.
-        factory_source: the factory's file, as ``call_factory`` names it.
+        cut: layer between trunk and head; always the output for modules other than ``ResNet``.
+        source: origin of the weights, for the reader.
+        spec: the spec that builds ``net``; ``None`` for a given module, which needs a named factory to be loaded later.
+        factory_source: name of the factory's file from ``call_factory``.
     """
 
     def __init__(
@@ -119,17 +119,17 @@ class ImageEncoder(nn.Module):
         self._feature_shapes: dict[tuple[str, int, int], tuple[int, ...]] = {}
 
     def cut_at(self, cut: str) -> None:
-        """Moves the cut; raises ``EncoderError`` where there is no such one."""
+        """Moves the cut; raises ``EncoderError`` for an unknown cut."""
         self.cut = _cut_of(self.net, cut)
 
     @property
     def is_resnet(self) -> bool:
-        """Whether the stages of a ResNet can be told apart."""
+        """Whether the network is a ``ResNet``, which has stages."""
         return isinstance(self.net, ResNet)
 
     @property
     def out_dim(self) -> int:
-        """D of the pooled feature."""
+        """Width D of the pooled feature."""
         if isinstance(self.net, ResNet):
             return self.net.out_dim
         shape = _declared_shape(self.net) or (PROBE_SIDE, PROBE_SIDE)
@@ -137,14 +137,16 @@ class ImageEncoder(nn.Module):
 
     @property
     def architecture(self) -> str:
-        """``resnet18``, …, or the class of the user's own module."""
+        """``resnet18``, …, or the class name of a custom module."""
         if isinstance(self.net, ResNet):
             return self.net.name + ("+groupnorm" if self.net.use_group_norm else "")
         return type(self.net).__qualname__
 
     def train(self, mode: bool = True) -> ImageEncoder:
-        """As in ``torch.nn.Module``, but what is frozen stays in eval; and so does all BatchNorm, unless
-        ``train_batch_norm`` is set: statistics of small batches of near-equal frames would spoil the pretrained ones.
+        """Sets the mode as ``torch.nn.Module``, but frozen layers stay in eval mode.
+
+        All BatchNorm stays in eval mode too, unless ``train_batch_norm`` is set: statistics of small batches of similar
+        frames would harm the pretrained ones.
         """
         super().train(mode)
         if mode:
@@ -152,7 +154,7 @@ class ImageEncoder(nn.Module):
         return self
 
     def trunk(self, x: Tensor) -> Tensor:
-        """Images (B,3,h,w) to the feature at the cut: (B,D) or a map (B,D,h',w')."""
+        """Maps images (B,3,h,w) to the feature at the cut: (B,D) or a map (B,D,h',w')."""
         if self.training:
             keep_frozen_in_eval(self.net, self.train_batch_norm)
         if not isinstance(self.net, ResNet):
@@ -161,28 +163,30 @@ class ImageEncoder(nn.Module):
         return self.pool(x) if self.cut == "avgpool" else x
 
     def head_map(self, features: Tensor) -> Tensor:
-        """The feature at the cut to the encoder's last output before pooling."""
+        """Maps the feature at the cut to the encoder's last output before pooling."""
         if not isinstance(self.net, ResNet):
             return features
         return run_stages(self.net, features, head_stages(self.cut), self.gradient_checkpointing)
 
     def head(self, features: Tensor) -> Tensor:
-        """The feature at the cut to the pooled feature (B,D)."""
+        """Maps the feature at the cut to the pooled feature (B,D)."""
         return self.pool(self.head_map(features))
 
     def pool(self, features: Tensor) -> Tensor:
-        """The mean over a map's places; pooled features as they are."""
+        """Averages a map over its positions; returns pooled features unchanged."""
         return features.mean((2, 3)) if features.dim() == 4 else features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Images (B,3,h,w) to features (B,D)."""
+        """Maps images (B,3,h,w) to features (B,D)."""
         return self.head(self.trunk(x))
 
     def feature_shape(self, height: int, width: int) -> tuple[int, ...]:
-        """Shape at the cut, (D,) or (D,h',w'), for preprocessed images of this size; found once by a forward pass.
+        """Returns the feature shape at the cut, (D,) or (D,h',w'), for preprocessed images of this size.
+
+        The first call runs a forward pass.
 
         Raises:
-            EncoderError: the network does not take images of this size.
+            EncoderError: the network does not accept images of this size.
         """
         key = (self.cut, height, width)
         if key not in self._feature_shapes:
@@ -190,26 +194,24 @@ class ImageEncoder(nn.Module):
         return self._feature_shapes[key]
 
     def head_shape(self, height: int, width: int, *, pooled: bool) -> tuple[int, ...]:
-        """Shape above the head: (D,) if ``pooled``, else that of the map that pooling takes."""
+        """Returns the shape after the head: (D,) if ``pooled``, else that of the map before pooling."""
         return self._probe(lambda x: (self.head if pooled else self.head_map)(self.trunk(x)), height, width)
 
     def enable_gradient_checkpointing(self) -> None:
-        """Keeps only the blocks' inputs for the backward pass; the rest is computed again there.
+        """Keeps only the inputs of blocks for the backward pass, which recomputes the rest.
 
         Raises:
-            EncoderError: BatchNorm statistics are trained, which would count each batch twice; or the user's own module
-                has no ``set_grad_checkpointing``.
+            EncoderError: BatchNorm statistics are trained, and would count each batch twice; or a custom module has no
+                ``set_grad_checkpointing``.
         """
         if self.train_batch_norm:
-            raise EncoderError("gradient checkpointing runs BatchNorm twice a step; leave train_batch_norm off with it")
+            raise EncoderError("gradient checkpointing runs BatchNorm twice per step; turn off train_batch_norm")
         if self.is_resnet:
             self.gradient_checkpointing = True
         elif hasattr(self.net, "set_grad_checkpointing"):
             cast(Any, self.net).set_grad_checkpointing()
         else:
-            raise EncoderError(
-                f"{self.architecture} has no set_grad_checkpointing(), so gradient checkpointing is not to be had"
-            )
+            raise EncoderError(f"{self.architecture} has no set_grad_checkpointing(); turn off gradient checkpointing")
 
     def _probe(self, function: Callable[[Tensor], Tensor], height: int, width: int) -> tuple[int, ...]:
         reference = next(self.parameters(), torch.empty(0))
@@ -222,43 +224,44 @@ class ImageEncoder(nn.Module):
         except (RuntimeError, AssertionError) as error:
             raise EncoderError(
                 f"{self.architecture} does not take images of {height}×{width} pixels "
-                f"({str(error).splitlines()[0]}); give a size that it takes with --resize-shape H,W"
+                f"({str(error).splitlines()[0]}); set an accepted size with --resize-shape H,W"
             ) from error
         finally:
             for module in training:
                 module.training = True
 
     def trunk_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Named parameters below the cut: those that decide what is cached."""
+        """Returns named parameters below the cut, which determine the cached features."""
         above = tuple(f"net.{stage}." for stage in head_stages(self.cut)) if self.is_resnet else ()
         return ((name, p) for name, p in self.named_parameters() if not name.startswith(above))
 
     def head_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Named parameters above the cut: those that can be trained on cached features."""
+        """Returns named parameters above the cut, which can be trained on cached features."""
         below = {name for name, _ in self.trunk_parameters()}
         return ((name, p) for name, p in self.named_parameters() if name not in below)
 
     def weights_digest(self) -> str:
-        """Digest of all weights and BatchNorm statistics, whatever file they came from."""
+        """Returns a digest of all weights and BatchNorm statistics, independent of their file."""
         return state_digest(self.state_dict())
 
     def trunk_digest(self, cut: str | None = None) -> str:
-        """Digest of the weights and BatchNorm statistics below ``cut``, or below the encoder's own: what decides the
-        features there. Equal to ``weights_digest`` where nothing lies above.
+        """Returns a digest of the weights and BatchNorm statistics below ``cut``; default: the encoder's own cut.
+
+        Equal to ``weights_digest`` if no layer is above the cut.
         """
         above = tuple(f"net.{stage}." for stage in head_stages(cut or self.cut)) if self.is_resnet else ()
         return state_digest({name: value for name, value in self.state_dict().items() if not name.startswith(above)})
 
     def structure(self) -> str | None:
-        """Digest of what a module of the user's own computes apart from its weights, its factory's file included;
-        ``None`` for a ResNet of torchvision.
-        """
+        """Returns ``structure_digest`` of a custom module and its factory's file; ``None`` for a ResNet."""
         return None if self.is_resnet else structure_digest(self.net, self._factory_source)
 
 
 def keep_frozen_in_eval(module: nn.Module, train_batch_norm: bool) -> None:
-    """Puts every submodule without trainable parameters of its own or below it into eval; layers without any go with
-    the module they are in. BatchNorm goes into eval unless ``train_batch_norm``.
+    """Sets eval mode for every submodule whose parameters are all frozen, and for BatchNorm.
+
+    Layers without parameters follow the module that contains them. With ``train_batch_norm``, BatchNorm of trained
+    layers keeps its mode.
     """
     parameters = list(module.parameters())
     frozen = bool(parameters) and not any(p.requires_grad for p in parameters)
@@ -282,7 +285,7 @@ def _checked(features: Any, count: int, net: nn.Module) -> Tensor:
     if not isinstance(features, Tensor) or features.dim() not in (2, 4) or len(features) != count:
         what = tuple(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise EncoderError(
-            f"the encoder {type(net).__name__} gave {what} for {count} images; it must give (B,D) or (B,D,h,w)"
+            f"the encoder {type(net).__name__} returned {what} for {count} images; it must return (B,D) or (B,D,h,w)"
         )
     return features
 
@@ -292,10 +295,10 @@ def _declared_shape(net: nn.Module) -> tuple[int, int] | None:
 
 
 def build_encoder(spec: EncoderSpec) -> ImageEncoder:
-    """Builds the encoder of a spec, in eval mode, without touching torch's global generator.
+    """Builds the encoder of a spec in eval mode. torch's global generator keeps its state.
 
     Raises:
-        EncoderError: the weights or the factory cannot be had, or do not fit.
+        EncoderError: weights or factory cannot be loaded, or do not fit.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
@@ -313,7 +316,7 @@ def build_encoder(spec: EncoderSpec) -> ImageEncoder:
 
 
 def load_saved(encoder: ImageEncoder, path: str | Path) -> None:
-    """Puts the weights of a file of ``save_encoder`` into an encoder; raises EncoderError if they do not fit."""
+    """Loads the weights of a file of ``save_encoder`` into an encoder; raises EncoderError if they do not fit."""
     try:
         encoder.load_state_dict(load_file(path))
     except (OSError, ValueError, SafetensorError) as error:
@@ -330,16 +333,15 @@ def make_preprocess(
     crop_shape: tuple[int, int] | None = None,
     imagenet_norm: bool | None = None,
 ) -> Preprocess:
-    """The preprocessing that an encoder wants.
+    """Returns the preprocessing of an encoder.
 
-    A module of the user's own declares it by the attributes ``preprocess_mean`` and ``preprocess_std`` (RGB, pixels on
-    0–1) and ``preprocess_resize_shape`` (H, W). Normalisation, ImageNet's or the declared one, is on unless weights are
-    random.
+    A custom module declares it by the attributes ``preprocess_mean`` and ``preprocess_std`` (RGB, pixels on 0–1) and
+    ``preprocess_resize_shape`` (H, W). Normalisation (declared, else ImageNet's) is on unless weights are random.
 
     Args:
         encoder: the encoder.
-        resize_shape, crop_shape: (H, W) in pixels; a resize given here wins over a declared one.
-        imagenet_norm: normalisation on or off; ``None`` to go by the encoder.
+        resize_shape, crop_shape: (H, W) in pixels; ``resize_shape`` overrides a declared size.
+        imagenet_norm: normalisation on or off; ``None``: as the encoder declares.
     """
     if imagenet_norm is None:
         imagenet_norm = encoder.spec is None or encoder.spec.weights != "random"
@@ -347,10 +349,10 @@ def make_preprocess(
 
 
 def with_declared(encoder: ImageEncoder, p: Preprocess) -> Preprocess:
-    """Puts in what the encoder declares: its size where ``p`` has no resize, its mean and std in place of ImageNet's.
+    """Fills in declared values: the size if ``p`` has no resize, and mean and std instead of ImageNet's.
 
     Raises:
-        EncoderError: the module declares a mean without a std, or the other way round.
+        EncoderError: the module declares only one of mean and std.
     """
     size = p.resize_shape or _declared_shape(encoder.net)
     mean, std = (getattr(encoder.net, f"preprocess_{name}", None) for name in ("mean", "std"))

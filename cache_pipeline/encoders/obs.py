@@ -1,4 +1,4 @@
-"""Observations as users give them: which keys there are, and images in either layout."""
+"""Checks and converts observations of users: keys, shapes, dtypes and image layouts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from cache_pipeline.errors import ConfigError, EncoderError, available
 
 
 class ObsShapes(NamedTuple):
-    """What ``shape_meta`` says.
+    """Obs shapes from ``shape_meta``.
 
     Attributes:
         cameras: camera → (H, W), in the order of ``shape_meta``.
@@ -27,10 +27,10 @@ class ObsShapes(NamedTuple):
 
 
 def parse_shape_meta(shape_meta: Mapping[str, Any]) -> ObsShapes:
-    """Reads ``{'obs': {key: {'shape': (3,H,W) | (H,W,3) | (n,…), 'type': 'rgb' | 'low_dim'}}}``; no type is low-dim.
+    """Reads ``{'obs': {key: {'shape': (3,H,W) | (H,W,3) | (n,…), 'type': 'rgb' | 'low_dim'}}}``; default: low_dim.
 
     Raises:
-        EncoderError: it is not of that form, or has no obs.
+        EncoderError: wrong form, or no obs.
     """
     obs = shape_meta.get("obs")
     if not isinstance(obs, Mapping) or not obs:
@@ -57,7 +57,7 @@ def _image_size(key: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
 
 def take(obs: Mapping[str, Any], key: str) -> Tensor:
-    """``obs[key]``, a NumPy array or anything else that torch takes, as a tensor.
+    """Returns ``obs[key]`` (a NumPy array or anything that torch converts) as a tensor.
 
     Raises:
         EncoderError: the key is missing, or its values are not numbers.
@@ -68,7 +68,7 @@ def take(obs: Mapping[str, Any], key: str) -> Tensor:
     if isinstance(values, Tensor):
         return values
     try:
-        # torch takes no negative strides (images[..., ::-1]) and warns of memory that it may not write.
+        # torch does not accept negative strides (images[..., ::-1]) and warns about read-only memory.
         array = np.ascontiguousarray(values)
         return torch.as_tensor(array if array.flags.writeable else array.copy())
     except (TypeError, ValueError, RuntimeError) as error:
@@ -79,13 +79,12 @@ def take(obs: Mapping[str, Any], key: str) -> Tensor:
 
 
 def camera_frames(obs: Mapping[str, Any], camera: str, size: tuple[int, int]) -> tuple[Tensor, tuple[int, ...]]:
-    """Frames of one camera as (M,H,W,3), and the leading dimensions (B,) or (B,T) that make up M.
+    """Returns frames of one camera as (M,H,W,3), uint8 or float32, and the leading shape (B,) or (B,T), M = B·T.
 
-    Images are NumPy arrays or tensors, (…,3,H,W) or (…,H,W,3), uint8 or any float on 0–1; frames are uint8 or float32.
-    ``size`` tells the layouts apart.
+    Images are NumPy arrays or tensors, (…,3,H,W) or (…,H,W,3), uint8 or float on 0–1. ``size`` determines the layout.
 
     Raises:
-        EncoderError: the camera is missing, or its images have another shape, dtype or range.
+        EncoderError: the camera is missing, or its images have a wrong shape, dtype or range.
     """
     images = take(obs, camera)
     height, width = size
@@ -99,7 +98,7 @@ def camera_frames(obs: Mapping[str, Any], camera: str, size: tuple[int, int]) ->
         images = images if images.dtype == torch.float32 else _as_float(images, camera)
         _check_range(images, camera)
     leading, frames = tuple(images.shape[:-3]), images.reshape(-1, *tail)
-    # 3×3 pixels fit both: floats come channels first, as from torchvision, and uint8 as it lies in a file.
+    # 3×3 pixels fit both layouts: floats then count as channels first (torchvision), uint8 as channels last (files).
     channels_first = tail == (3, height, width) and (tail != (height, width, 3) or images.is_floating_point())
     return (frames.permute(0, 2, 3, 1) if channels_first else frames), leading
 
@@ -135,7 +134,7 @@ def _check_range(images: Tensor, camera: str) -> None:
     elif -1 - RANGE_SLACK <= low < 0 and high <= 1 + RANGE_SLACK:
         advice = "map -1…1 to 0…1 by (images + 1) / 2"
     else:
-        advice = "undo their normalisation, for the encoder does its own"
+        advice = "do not normalise them; the encoder does"
     raise EncoderError(
         f"{camera}: float images range from {low:.4g} to {high:.4g}, but float pixels lie on 0–1; {advice}"
     )
@@ -148,19 +147,19 @@ def acting_obs(
     low_dim: Mapping[str, tuple[int, ...]],
     steps: int,
 ) -> dict[str, Tensor]:
-    """Obs as a simulator or robot gives them, as a policy takes them; other keys are left out.
+    """Converts obs of a simulator or robot to the input of a policy; other keys are dropped.
 
     Args:
-        obs: by camera images as in :func:`camera_frames`, or features at the cut; by low-dim key numbers of any type.
+        obs: per camera images as in :func:`camera_frames`, or features at the cut; per low-dim key numbers of any type.
         cameras: camera → (H, W). features: camera → shape of a feature. low_dim: key → shape of one row.
         steps: To.
 
     Returns:
-        By camera (B,To,H,W,3) uint8 or float32 on 0–1, or (B,To,…) features; by low-dim key (B,To,…) float32.
+        Per camera (B,To,H,W,3) uint8 or float32 on 0–1, or (B,To,…) features; per low-dim key (B,To,…) float32.
 
     Raises:
-        ConfigError: another number of obs steps.
-        EncoderError: a key is missing, or has another shape, dtype or range.
+        ConfigError: wrong number of obs steps.
+        EncoderError: a key is missing, or has a wrong shape, dtype or range.
     """
     taken: dict[str, Tensor] = {}
     for camera, (height, width) in cameras.items():
@@ -171,7 +170,7 @@ def acting_obs(
         frames, leading = camera_frames({camera: values}, camera, (height, width))
         if len(leading) != 2:
             raise EncoderError(
-                f"{camera}: images have the shape {tuple(values.shape)}, with no batch or no time axis; this policy "
+                f"{camera}: images have the shape {tuple(values.shape)}, without a batch or time axis; this policy "
                 f"takes (B, {steps}, {height}, {width}, 3); images[None] adds the batch, images[:, None] the time axis"
             )
         taken[camera] = frames.reshape(*leading, height, width, 3)
@@ -184,13 +183,13 @@ def acting_obs(
         taken[key] = values.reshape(*values.shape[:2], *shape).float()
     for key, values in taken.items():
         if values.shape[1] != steps:
-            raise ConfigError(f"{key} has {values.shape[1]} obs steps; this policy sees {steps}")
+            raise ConfigError(f"{key} has {values.shape[1]} obs steps; this policy takes {steps}")
     one_lead({key: tuple(values.shape[:2]) for key, values in taken.items()})
     return taken
 
 
 def is_frames(values: Tensor, feature_shape: tuple[int, ...]) -> bool:
-    """Whether a camera's values are images, rather than features (…, *feature_shape) at the cut."""
+    """Whether values of a camera are images, not features (…, *feature_shape) at the cut."""
     tail = tuple(values.shape[values.dim() - len(feature_shape) :])
     return values.dtype == torch.uint8 or not (
         values.is_floating_point()
@@ -204,19 +203,19 @@ def _first_line(error: Exception) -> str:
 
 
 def low_dim_rows(obs: Mapping[str, Any], key: str, shape: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
-    """Values of one low-dim key as (M, n), and the leading dimensions (B,) or (B,T) that make up M.
+    """Returns values of one low-dim key as (M, n), and the leading shape (B,) or (B,T), M = B·T.
 
     Raises:
-        EncoderError: the key is missing, or its values have another shape.
+        EncoderError: the key is missing, or its values have a wrong shape.
     """
     return _rows(take(obs, key), shape, key, "low-dim obs")
 
 
 def feature_rows(features: Mapping[str, Any], camera: str, shape: tuple[int, ...]) -> tuple[Tensor, tuple[int, ...]]:
-    """Features of one camera as (M, D) or (M, D, h, w), and the leading dimensions (B,) or (B,T) that make up M.
+    """Returns features of one camera as (M, D) or (M, D, h, w), and the leading shape (B,) or (B,T), M = B·T.
 
     Raises:
-        EncoderError: the camera is missing, or its features are not those of this encoder at its cut.
+        EncoderError: the camera is missing, or its features do not have the shape of this encoder at its cut.
     """
     values = take(features, camera)
     leading = _leading(values, shape, camera, "features")
@@ -238,8 +237,8 @@ def _leading(values: Tensor, shape: tuple[int, ...], key: str, what: str) -> tup
 
 
 def one_lead(leads: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    """The leading dimensions that all obs share; raises ``EncoderError`` where two differ."""
-    # Compared, not hashed: torch.export's dynamic batch size cannot be hashed.
+    """Returns the leading shape of all obs; raises ``EncoderError`` if two differ."""
+    # Compared with ==, because torch.export's dynamic batch size is not hashable.
     first, *others = leads.values()
     if any(lead != first for lead in others):
         raise EncoderError(f"obs differ in batch or time: {', '.join(f'{key} {lead}' for key, lead in leads.items())}")

@@ -1,4 +1,4 @@
-"""The guide's observation encoder: an image encoder per camera, low-dim obs beside them, and a small projection."""
+"""Observation encoder: one image encoder per camera, low-dim obs, and a small trainable projection."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ PerCamera: TypeAlias = Value | Mapping[str, Value] | None
 
 
 class Projection(nn.Sequential):
-    """(B, features of all cameras + low-dim obs) to (B, emb_dim): Linear → LeakyReLU → Linear."""
+    """Maps (B, features of all cameras + low-dim obs) to (B, emb_dim): Linear → LeakyReLU → Linear."""
 
     def __init__(self, in_dim: int, emb_dim: int) -> None:
         super().__init__(nn.Linear(in_dim, emb_dim), nn.LeakyReLU(), nn.Linear(emb_dim, emb_dim))
 
 
 class CameraEncoders(nn.ModuleDict):
-    """Camera → encoder. An encoder that cameras share is held, saved and counted once."""
+    """Camera → encoder. A shared encoder is stored, saved and counted once."""
 
     def __init__(self, encoders: Mapping[str, ImageEncoder], shared: bool) -> None:
         self._slots = {camera: "shared" if shared else camera for camera in encoders}
@@ -63,57 +63,57 @@ class CameraEncoders(nn.ModuleDict):
         return key in self._slots
 
     def distinct(self) -> list[ImageEncoder]:
-        """Every encoder once."""
+        """Returns every encoder once."""
         return cast("list[ImageEncoder]", list(self._modules.values()))
 
     def keys(self) -> Any:
-        """Cameras."""
+        """Returns the cameras."""
         return self._slots.keys()
 
     def values(self) -> Any:
-        """An encoder for each camera."""
+        """Returns one encoder per camera."""
         return [self[camera] for camera in self._slots]
 
     def items(self) -> Any:
-        """Cameras with their encoders."""
+        """Returns (camera, encoder) pairs."""
         return [(camera, self[camera]) for camera in self._slots]
 
 
 class MultiImageObsEncoder(nn.Module):
-    """Observations to (B[,T], emb_dim): an image encoder per camera, low-dim obs beside, a projection on top.
+    """Maps observations to (B[,T], emb_dim): image features of each camera and low-dim obs, then a projection.
 
     Args:
-        shape_meta: ``{'obs': {key: {'shape': …, 'type': 'rgb' | 'low_dim'}}}``; cameras, then low-dim keys, are
-            concatenated in its order.
-        rgb_model_name: a ResNet's name, a ``file.py:factory``, an ``EncoderSpec``, a ready module, or one of these for
-            each camera. A ready module comes with its weights; cameras that do not share it get copies.
+        shape_meta: ``{'obs': {key: {'shape': …, 'type': 'rgb' | 'low_dim'}}}``; features of cameras, then low-dim
+            obs, are concatenated in this order.
+        rgb_model_name: the name of a ResNet, ``file.py:factory``, an ``EncoderSpec``, a module, or a dict from camera
+            to one of these. A module keeps its weights; unless shared, each camera gets a copy.
         emb_dim: width of the output.
-        pretrained: ImageNet weights, or those of ``weights``; otherwise random ones drawn from ``seed``.
-        freeze_rgb_encoder: train nothing of the encoders; see ``unfreeze_rgb_encoder``.
-        share_rgb_model: one encoder for all cameras.
-        imagenet_norm: ImageNet normalisation; ``None``: what the encoder declares, else on with pretrained weights.
-        weights: a ``.pth`` or ``.safetensors`` file in place of the ImageNet weights.
-        seed: of random weights.
-        resize_shape, crop_shape: (H, W) in pixels for all cameras, or for each.
-        random_crop: in training, crops at random, one place per window; in eval the centre.
-        use_group_norm: GroupNorm for BatchNorm; with random weights only.
-        cut: where ``features`` are taken; see ``docs/encoders.md``.
-        pooling: of the last map: the mean, or ``spatial_softmax`` (trainable, for cuts below avgpool).
-        gradient_checkpointing: trade time for memory in the backward pass through the encoders.
-        train_batch_norm: let BatchNorm statistics follow the batches where its layer is trained; ``None``: only for
-            random weights that are not frozen.
-        preprocess: one or for each camera, in place of what follows from the options above.
+        pretrained: load ImageNet weights or the file in ``weights``; if false, draw random weights from ``seed``.
+        freeze_rgb_encoder: do not train the encoders; see ``unfreeze_rgb_encoder``.
+        share_rgb_model: use one encoder for all cameras.
+        imagenet_norm: ImageNet normalisation; ``None``: as the encoder declares, else on with pretrained weights.
+        weights: a ``.pth`` or ``.safetensors`` file instead of the ImageNet weights.
+        seed: seed of random weights.
+        resize_shape, crop_shape: (H, W) in pixels, for all cameras or per camera.
+        random_crop: in training, one random crop position per window; in eval, the centre.
+        use_group_norm: GroupNorm instead of BatchNorm; only with random weights.
+        cut: layer of ``features``; see ``docs/encoders.md``.
+        pooling: of the last feature map: ``avg``, or ``spatial_softmax`` (trainable, for cuts below avgpool).
+        gradient_checkpointing: recompute activations in the backward pass of the encoders to save memory.
+        train_batch_norm: update BatchNorm statistics of trained layers; ``None``: only for random weights that are not
+            frozen.
+        preprocess: one ``Preprocess``, or one per camera, instead of the options above.
         verbose: log the encoders, their weights, and how many parameters are trainable.
 
     Attributes:
         key_model_map: camera → ``ImageEncoder``, with torchvision's parameter names under ``net.``.
         preprocessing: camera → ``Preprocess``.
         feature_shapes: camera → shape of a feature at the cut.
-        pooled_widths: camera → width of its pooled feature, its part of the projection's input.
+        pooled_widths: camera → width of its pooled feature in the input of the projection.
         projection: the trainable MLP.
 
     Raises:
-        EncoderError: options that do not fit together, or weights that cannot be had.
+        EncoderError: inconsistent options, or weights that cannot be loaded.
     """
 
     def __init__(
@@ -143,14 +143,14 @@ class MultiImageObsEncoder(nn.Module):
         self.shapes = parse_shape_meta(shape_meta)
         cameras = list(self.shapes.cameras)
         if weights is not None and not pretrained:
-            raise EncoderError(f"weights {weights} with pretrained=False: leave one of the two out")
+            raise EncoderError(f"weights {weights} contradicts pretrained=False: leave out one of the two")
         source = (weights or "imagenet") if pretrained else "random"
         options = {"weights": source, "seed": seed, "cut": cut, "use_group_norm": use_group_norm}
         self.key_model_map = CameraEncoders(_build(rgb_model_name, cameras, share_rgb_model, options), share_rgb_model)
         self.random_crop = random_crop
         if preprocess is not None and any(x is not None for x in (resize_shape, crop_shape, imagenet_norm)):
             raise EncoderError(
-                "preprocess says resize, crop and normalisation: leave resize_shape, crop_shape and imagenet_norm out"
+                "preprocess sets resize, crop and normalisation: leave out resize_shape, crop_shape and imagenet_norm"
             )
         given = _per_camera("preprocess", preprocess, cameras)
         sizes = _per_camera("resize_shape", resize_shape, cameras)
@@ -179,10 +179,10 @@ class MultiImageObsEncoder(nn.Module):
 
     @classmethod
     def from_config(cls, shape_meta: Mapping[str, Any], config: Mapping[str, Any]) -> MultiImageObsEncoder:
-        """Builds from a config with the guide's names: ``pretrained_encoder`` and ``freeze_encoder`` among them.
+        """Builds the encoder from a config; also accepts the names ``pretrained_encoder`` and ``freeze_encoder``.
 
         Raises:
-            EncoderError: a name that is no option.
+            EncoderError: unknown option.
         """
         names = {"pretrained_encoder": "pretrained", "freeze_encoder": "freeze_rgb_encoder"}
         options = {names.get(key, key): value for key, value in config.items() if (key, value) != ("encoder", "image")}
@@ -193,19 +193,19 @@ class MultiImageObsEncoder(nn.Module):
         return cls(shape_meta, **options)
 
     def forward(self, obs: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> Tensor:
-        """Observations (B[,T],…) to (B[,T], emb_dim).
+        """Maps observations (B[,T],…) to (B[,T], emb_dim).
 
         Args:
-            obs: for each camera images (B[,T],3,H,W) or (B[,T],H,W,3), uint8 or float on 0–1; low-dim obs (B[,T],…).
-            generator: of random crops in training.
+            obs: per camera images (B[,T],3,H,W) or (B[,T],H,W,3), uint8 or float on 0–1; low-dim obs (B[,T],…).
+            generator: generator of random crops in training.
 
         Raises:
-            EncoderError: a missing key, or another shape, dtype or range.
+            EncoderError: a missing key, or a wrong shape, dtype or range.
         """
         return self.project(self.features(obs, generator=generator), obs)
 
     def features(self, obs: Mapping[str, Tensor], *, generator: torch.Generator | None = None) -> dict[str, Tensor]:
-        """Camera → features at the cut, (B[,T],D) or (B[,T],D,h,w): what a cache holds."""
+        """Returns camera → features at the cut, (B[,T],D) or (B[,T],D,h,w), as a cache holds them."""
         features = {}
         for camera, size in self.shapes.cameras.items():
             frames, leading = camera_frames(obs, camera, size)
@@ -216,19 +216,19 @@ class MultiImageObsEncoder(nn.Module):
         return features
 
     def project(self, features: Mapping[str, Tensor], low_dim: Mapping[str, Tensor]) -> Tensor:
-        """Features at the cut, live or cached, and low-dim obs to (B[,T], emb_dim). Arguments as in ``join``."""
+        """Maps features at the cut (live or cached) and low-dim obs to (B[,T], emb_dim). Arguments as in ``join``."""
         rows, leading = self.join(features, low_dim)
         return _split(self.projection(rows), leading)
 
     def join(
         self, features: Mapping[str, Tensor], low_dim: Mapping[str, Tensor], dtype: torch.dtype | None = None
     ) -> tuple[Tensor, tuple[int, ...]]:
-        """What the projection takes: pooled features of all cameras, then low-dim obs, and (B,) or (B,T).
+        """Returns the input of the projection (pooled features, then low-dim obs) and its leading shape (B,) or (B,T).
 
         Args:
             features: camera → (B[,T],D) or (B[,T],D,h,w), any float dtype.
-            low_dim: key → (B[,T],…); other keys are not looked at.
-            dtype: of the result; by default that of the projection's weights.
+            low_dim: key → (B[,T],…); other keys are ignored.
+            dtype: dtype of the result; default: that of the projection's weights.
         """
         device, dtype = self.device, dtype or self._weight.dtype
         parts: list[Tensor] = []
@@ -243,10 +243,10 @@ class MultiImageObsEncoder(nn.Module):
         return torch.cat([part.to(dtype) for part in parts], dim=-1), leading
 
     def cut_at(self, cut: str) -> None:
-        """Moves the cut of all encoders: where features, cached or the frozen trunk's, enter.
+        """Moves the cut of all encoders.
 
         Raises:
-            EncoderError: no ResNet, or there is no such cut.
+            EncoderError: an encoder is not a ResNet, or the cut does not exist.
         """
         for encoder in self.key_model_map.distinct():
             encoder.cut_at(cut)
@@ -255,17 +255,17 @@ class MultiImageObsEncoder(nn.Module):
             self.feature_shapes[camera] = encoder.feature_shape(*size)
 
     def freeze_rgb_encoder(self) -> None:
-        """Trains nothing of the encoders from now on; projection and spatial softmax stay trainable."""
+        """Freezes all encoders; projection and spatial softmax stay trainable."""
         self.key_model_map.requires_grad_(False)
         self.train(self.training)
 
     def unfreeze_rgb_encoder(self, layers: Sequence[str] | None = None) -> None:
-        """Trains the encoders from now on: all of them, or the named layers besides what is trained already.
+        """Unfreezes all layers of the encoders, or only the named layers.
 
-        The optimiser has to be told. BatchNorm statistics stay as they are; see ``train_batch_norm``.
+        Add the parameters to your optimiser. BatchNorm statistics stay constant; see ``train_batch_norm``.
 
         Args:
-            layers: of a ResNet ``conv1``, ``bn1``, ``layer1`` … ``layer4``; of another module its children's names.
+            layers: for a ResNet ``conv1``, ``bn1``, ``layer1`` … ``layer4``; for other modules names of children.
 
         Raises:
             EncoderError: an encoder has no such layer.
@@ -282,14 +282,14 @@ class MultiImageObsEncoder(nn.Module):
         logger.info("unfroze %s of the RGB encoder; %s", ", ".join(layers or ["all"]), self.parameter_report())
 
     def parameter_report(self) -> str:
-        """``Encoder: 197,888 / 11,374,400 parameters trainable (1.7%)``; shared ones count once."""
+        """Returns ``Encoder: 197,888 / 11,374,400 parameters trainable (1.7%)``; shared parameters count once."""
         total = sum(p.numel() for p in self.parameters())
         trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
         return f"Encoder: {trainable:,} / {total:,} parameters trainable ({trainable / total:.1%})"
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
+        """The device of the parameters."""
         return self._weight.device
 
     @property
@@ -343,7 +343,7 @@ class MultiImageObsEncoder(nn.Module):
     def _log_start(self, frozen: bool) -> None:
         self.log_encoders()
         if frozen:
-            logger.info("froze the RGB encoder: what lies above it is trained")
+            logger.info("froze the RGB encoder: only layers above it are trained")
         logger.info("%s", self.parameter_report())
 
     def log_encoders(self) -> None:
@@ -361,7 +361,7 @@ def _build(
 ) -> dict[str, ImageEncoder]:
     if isinstance(models, Mapping):
         if shared:
-            raise EncoderError("share_rgb_model with an encoder for each camera: give one encoder, or do not share")
+            raise EncoderError("share_rgb_model with one encoder per camera: give one encoder, or do not share")
         return {
             camera: _one(model, options) for camera, model in _per_camera("rgb_model_name", models, cameras).items()
         }
@@ -374,7 +374,7 @@ def _build(
 
 def _one(model: Any, options: Mapping[str, Any]) -> ImageEncoder:
     if options["weights"] not in ("imagenet", "random") and (not isinstance(model, str) or ":" in model):
-        raise EncoderError(f"weights {options['weights']}: the encoder that was given has its own; leave weights out")
+        raise EncoderError(f"weights {options['weights']}: the given encoder has its own weights; leave out weights")
     if isinstance(model, ImageEncoder):
         return model
     if isinstance(model, EncoderSpec):
@@ -391,7 +391,7 @@ def _per_camera(name: str, value: Any, cameras: Sequence[str]) -> dict[str, Any]
         return dict.fromkeys(cameras, value)
     for camera in value:
         if camera not in cameras:
-            raise EncoderError(f"{name} is given for {camera!r}, which is no camera; {available(cameras, camera)}")
+            raise EncoderError(f"{name} is given for the unknown camera {camera!r}; {available(cameras, camera)}")
     missing = [camera for camera in cameras if camera not in value]
     if missing:
         raise EncoderError(f"{name} is missing for the camera {missing[0]!r}; given for: {', '.join(value)}")

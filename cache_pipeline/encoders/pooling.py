@@ -1,4 +1,4 @@
-"""Pooling of map features."""
+"""Pooling of feature maps."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 
 class SpatialSoftmax(nn.Module):
-    """Expected places of keypoints: (B,D,h,w) to (B, 2·keypoints), x and y on −1…1 by turns.
+    """Maps (B,D,h,w) to expected keypoint positions (B, 2·keypoints): x and y on −1…1, alternating.
 
     As in robomimic's VisualCore (Finn et al., "Deep spatial autoencoders for visuomotor learning", 2016): a 1×1
-    convolution to ``keypoints`` channels, a softmax over places in each, and the mean of the places under it.
+    convolution to ``keypoints`` channels, a softmax over positions per channel, and the mean position.
     """
 
     pos_x: Tensor
@@ -33,6 +33,6 @@ class SpatialSoftmax(nn.Module):
         return 2 * self.keypoints
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B,D,h,w) to (B, 2·keypoints)."""
+        """Maps (B,D,h,w) to (B, 2·keypoints)."""
         weight = cast(Tensor, (self.conv(features).flatten(2) / self.temperature).softmax(-1))
         return torch.stack([weight @ self.pos_x, weight @ self.pos_y], dim=-1).flatten(1)

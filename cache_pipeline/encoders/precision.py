@@ -1,4 +1,4 @@
-"""What a device computes in, and how far that is from float32."""
+"""Precisions of computing, the devices that support them, and their error."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ AMPERE = (8, 0)
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX), and torch's oneDNN makes use of it."""
+    """Whether this CPU multiplies bfloat16 in hardware (AVX512-BF16 or AMX) and torch has oneDNN."""
     if not torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
         return False
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
@@ -24,13 +24,13 @@ def cpu_has_bf16() -> bool:
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """What to compute in: ``fp32``, ``tf32``, ``bf16`` or ``fp16``.
+    """Resolves a precision to ``fp32``, ``tf32``, ``bf16`` or ``fp16``.
 
-    ``auto`` takes bf16 where the hardware multiplies it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX), fp16 on
-    older CUDA devices, fp32 elsewhere.
+    ``auto`` is bf16 on hardware that multiplies it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX), fp16 on older
+    CUDA devices, otherwise fp32.
 
     Raises:
-        EncoderError: unknown, or not for this device.
+        EncoderError: unknown precision, or not supported by this device.
     """
     if precision not in PRECISIONS:
         raise EncoderError(f"there is no precision {precision!r}; {available(PRECISIONS, precision)}")
@@ -48,7 +48,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 
 def nearest_precision(precision: str, device: torch.device) -> str:
-    """``precision`` where the device has it, else ``fp32``, which every device has and which is the most exact."""
+    """Returns ``precision`` if the device supports it, else ``fp32``."""
     try:
         return resolve_precision(precision, device)
     except EncoderError:
@@ -56,17 +56,17 @@ def nearest_precision(precision: str, device: torch.device) -> str:
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """To what ``torch.autocast`` is to cast for a resolved precision; None where float32 stays float32."""
+    """Returns the dtype of ``torch.autocast`` for a resolved precision; None for fp32 and tf32."""
     dtype = DTYPES[precision]
     return None if dtype == torch.float32 else dtype
 
 
 @contextmanager
 def computing_in(precision: str, device: torch.device) -> Iterator[None]:
-    """Within, float32 means float32 in matrix products and convolutions, forward and backward; with ``tf32``, TF32.
+    """Sets torch's TF32 flags inside the block: on for ``tf32``, off for all other precisions, and restores them.
 
-    torch's defaults differ: cuDNN convolutions take TF32. The flags belong to the process and are restored at the end.
-    Nested uses of the same precision change nothing, so that threads may do so at the same time.
+    torch's defaults differ: cuDNN convolutions use TF32. The flags belong to the process. Nested use with the same
+    precision changes nothing, so several threads may use it at the same time.
     """
     tf32 = precision == "tf32" and device.type == "cuda"
     before = (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32)
@@ -87,15 +87,14 @@ def _set_float32(products: str, convolutions_in_tf32: bool) -> None:
 
 
 def error_over_variation(features: Tensor, exact: Tensor, spread: float | None = None) -> float:
-    """‖features − exact‖ / ‖exact − its mean over frames‖: the error as a share of what a policy sees.
+    """Returns ‖features − exact‖ / ‖exact − mean of exact over frames‖.
 
-    Policies see features normalised over frames, so an error matters as far as it is large against the variation.
-    A single frame does not vary; the norm of ``exact`` takes the variation's place. A variation that float32 does not
-    resolve counts as the smallest one that it does.
+    Policies see features normalised over frames, so an error matters relative to their variation. For one frame the
+    norm of ``exact`` replaces the variation. The variation is at least the rounding error of float32.
 
     Args:
-        features, exact: (N, …) of the same N frames.
-        spread: ‖variation‖ / ‖exact‖ where it is known from many frames; by default it is taken from these.
+        features, exact: (N, …) features of the same N frames.
+        spread: ‖variation‖ / ‖exact‖ measured on more frames; default: measured on these frames.
     """
     features, exact = features.detach().double(), exact.detach().double()
     if spread is not None:

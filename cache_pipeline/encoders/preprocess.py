@@ -1,4 +1,4 @@
-"""From frames to what the encoder takes: one function for extraction, training, fine-tuning and rollout."""
+"""Preprocessing of frames, the same function for extraction, training, fine-tuning and rollout."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """What happens to a frame before the encoder: resize, then crop, then normalise."""
+    """Preprocessing of a frame: resize, then crop, then normalise."""
 
     resize_shape: Shape | None = None
     """(H, W) in pixels; bilinear with antialiasing."""
     crop_shape: Shape | None = None
-    """(H, W) in pixels, after resizing: the centre in the clean view."""
+    """(H, W) in pixels, cropped after resizing; the clean view crops the centre."""
     imagenet_norm: bool = True
-    """Subtract ImageNet's mean and divide by its standard deviation; otherwise pixels stay 0–1."""
+    """Subtract ImageNet's mean and divide by its standard deviation; if false, pixels stay on 0–1."""
     mean: Triple | None = None
-    """Own RGB mean of pixels on 0–1, in place of ImageNet's; ``imagenet_norm`` is then not looked at."""
+    """RGB mean of pixels on 0–1 instead of ImageNet's; ``imagenet_norm`` is then ignored."""
     std: Triple | None = None
-    """Own RGB standard deviation; given with ``mean``."""
+    """RGB standard deviation; required with ``mean``."""
 
     def __post_init__(self) -> None:
         for name in ("resize_shape", "crop_shape"):
             object.__setattr__(self, name, _shape(name, getattr(self, name)))
         if (self.mean is None) != (self.std is None):
-            raise EncoderError("preprocessing: mean and std are given together or not at all")
+            raise EncoderError("preprocessing: mean and std must be given together")
         for name in ("mean", "std"):
             value = getattr(self, name)
             if value is not None and len(value) != 3:
@@ -51,17 +51,17 @@ class Preprocess:
 
     @property
     def normalization(self) -> tuple[Triple, Triple] | None:
-        """Mean and standard deviation that are applied, or ``None``."""
+        """The applied mean and standard deviation, or ``None``."""
         if self.mean is not None and self.std is not None:
             return self.mean, self.std
         return (IMAGENET_MEAN, IMAGENET_STD) if self.imagenet_norm else None
 
     def output_shape(self, height: int, width: int) -> Shape:
-        """Height and width that the encoder sees for frames of this size."""
+        """Returns the height and width of the encoder's input for frames of this size."""
         return self.crop_shape or self.resize_shape or (height, width)
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object: part of an encoder's identity; equal for settings of equal effect."""
+        """Returns a JSON object for the encoder's identity; settings with the same effect give the same object."""
         mean, std = self.normalization or ((0.0,) * 3, (1.0,) * 3)
         shapes = {"resize_shape": self.resize_shape, "crop_shape": self.crop_shape}
         return {
@@ -72,23 +72,23 @@ class Preprocess:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocess:
-        """The inverse of ``to_json``, in effect."""
+        """Inverts ``to_json``, up to settings with the same effect."""
         return cls(**value)
 
 
 def preprocess(frames: Tensor, p: Preprocess, view: View | None = None) -> Tensor:
-    """Frames to the encoder's input.
+    """Converts frames to the encoder's input.
 
     Args:
         frames: (B,H,W,3) uint8, or float on 0–1, on any device.
-        p: what to do.
-        view: the clean view; or one augmentation for all frames, or one for each.
+        p: the preprocessing.
+        view: one augmentation for all frames, or one per frame; None: the clean view.
 
     Returns:
         (B,3,h,w) float32, normalised, in channels-last memory format.
 
     Raises:
-        EncoderError: wrong shape or dtype, float pixels beyond 0–1, or a crop larger than the frame.
+        EncoderError: wrong shape or dtype, float pixels outside 0–1, or a crop larger than the frame.
     """
     images = augment(frames, p, view)
     if p.normalization is None:
@@ -97,7 +97,7 @@ def preprocess(frames: Tensor, p: Preprocess, view: View | None = None) -> Tenso
 
 
 def _normalize(images: Tensor, mean: Triple, std: Triple) -> Tensor:
-    """On whole rows of pixels, (B,h,3w): three values at a time could not be vectorised."""
+    """Normalises whole rows of pixels (B,h,3w), which vectorises; three values at a time do not."""
     pixels = images.permute(0, 2, 3, 1)
     rows = pixels.reshape(*pixels.shape[:2], -1)
     means, stds = (images.new_tensor(value).repeat(pixels.shape[2]) for value in (mean, std))
@@ -105,7 +105,7 @@ def _normalize(images: Tensor, mean: Triple, std: Triple) -> Tensor:
 
 
 def augment(frames: Tensor, p: Preprocess, view: View | None = None) -> Tensor:
-    """``preprocess`` without the normalisation: what the encoder sees, as pixels on 0–1, (B,3,h,w) float32."""
+    """Applies ``preprocess`` without normalisation: (B,3,h,w) float32 pixels on 0–1."""
     check_frames(frames)
     batch = None if view is None else view_batch(view, len(frames), frames.device)
     if p.resize_shape is not None and p.resize_shape != tuple(frames.shape[1:3]):

@@ -1,4 +1,4 @@
-"""torchvision ResNets without their classifier, as backbones of image encoders."""
+"""torchvision ResNets without classifier, as backbones of image encoders."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ CHANNELS_PER_GROUP = 16
 
 
 class ResNet(TorchvisionResNet):
-    """torchvision's ResNet with ``fc = Identity()``: images (B,3,H,W) to features (B, 512 or 2048).
+    """torchvision's ResNet with ``fc = Identity()``: maps images (B,3,H,W) to features (B, 512 or 2048).
 
-    ``load_state_dict`` takes the state of a whole torchvision ResNet: its classifier ``fc.*`` is left out.
+    ``load_state_dict`` also accepts the state dict of a whole torchvision ResNet and ignores its classifier ``fc.*``.
     """
 
     def __init__(self, name: str, use_group_norm: bool = False) -> None:
@@ -36,13 +36,13 @@ class ResNet(TorchvisionResNet):
         self.fc = nn.Identity()
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """Loads a state dict, with or without a classifier; otherwise as in ``torch.nn.Module``."""
+        """Loads a state dict with or without classifier; otherwise as ``torch.nn.Module``."""
         backbone = {name: value for name, value in state_dict.items() if not name.startswith("fc.")}
         return super().load_state_dict(backbone, strict=strict, assign=assign)
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """GroupNorm with 16 channels in a group, as diffusion_policy and robomimic put in place of BatchNorm."""
+    """Makes a GroupNorm with 16 channels per group, the replacement of BatchNorm in diffusion_policy and robomimic."""
     return nn.GroupNorm(channels // CHANNELS_PER_GROUP, channels)
 
 
@@ -53,10 +53,10 @@ def get_resnet(name: str, weights: str | Path | None = None, *, use_group_norm: 
         name: ``resnet18``, ``resnet34`` or ``resnet50``.
         weights: ``None`` (random, from torch's global generator), ``"IMAGENET1K_V1"`` (also ``"imagenet"``),
             or a ``.pth`` or ``.safetensors`` file.
-        use_group_norm: GroupNorm in place of BatchNorm; refused with weights that were trained with BatchNorm.
+        use_group_norm: GroupNorm instead of BatchNorm; an error for weights that were trained with BatchNorm.
 
     Raises:
-        EncoderError: unknown name, or the weights cannot be had or do not fit.
+        EncoderError: unknown name, or the weights cannot be loaded or do not fit.
     """
     if name not in RESNETS:
         raise EncoderError(
@@ -76,21 +76,21 @@ def load_backbone(resnet: ResNet, name: str, state: Mapping[str, Tensor], source
     """Loads weights into ``resnet`` as float32.
 
     Args:
-        resnet: the network, which may have GroupNorm.
+        resnet: the network.
         name: its architecture, for messages.
-        state: a ResNet's state dict; prefixes and a classifier are left out.
-        source: where it comes from, for messages.
+        state: state dict of a ResNet; prefixes and classifier are removed.
+        source: origin of ``state``, for messages.
 
     Raises:
-        EncoderError: names or shapes do not fit (the message names the architecture that would), values are not
-            finite, or BatchNorm weights are to go into a network with GroupNorm.
+        EncoderError: names or shapes do not fit (the message names a fitting architecture), values are not finite, or
+            ``state`` has BatchNorm and ``resnet`` has GroupNorm.
     """
     state = {key: value for key, value in strip_prefix(state, source).items() if not key.startswith("fc.")}
     wanted = resnet.state_dict()
     if "bn1.running_mean" in state and "bn1.running_mean" not in wanted:
         raise EncoderError(
-            f"{source} was trained with BatchNorm: its weights give other features under GroupNorm; "
-            f"leave use_group_norm off, or start from random weights (--no-pretrained-encoder)"
+            f"{source} was trained with BatchNorm, so its features are meaningless with GroupNorm; "
+            f"turn off use_group_norm, or start from random weights (--no-pretrained-encoder)"
         )
     shapes = {key: tuple(value.shape) for key, value in state.items() if not key.endswith(COUNTER)}
     if shapes != {key: tuple(value.shape) for key, value in wanted.items() if not key.endswith(COUNTER)}:
@@ -118,13 +118,13 @@ def _misfit(name: str, shapes: dict[str, tuple[int, ...]], wanted: dict[str, tup
 
 
 def backbone_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the parameters of a ResNet without its classifier."""
+    """Returns names and shapes of the parameters of a ResNet without classifier."""
     with torch.device("meta"):
         return {key: tuple(value.shape) for key, value in ResNet(name).named_parameters()}
 
 
 def as_backbone(module: nn.Module) -> nn.Module:
-    """A ready module as a backbone: torchvision's own ResNets become ``ResNet`` and can be cut, others stay."""
+    """Converts a torchvision ResNet to ``ResNet``, which can be cut; returns other modules unchanged."""
     if type(module) is not TorchvisionResNet:
         return module
     shapes = {key: tuple(value.shape) for key, value in module.named_parameters() if not key.startswith("fc.")}
@@ -134,5 +134,5 @@ def as_backbone(module: nn.Module) -> nn.Module:
             resnet.load_state_dict(module.state_dict())
             return resnet
     raise EncoderError(
-        f"only {', '.join(RESNETS)} of torchvision's ResNets are known; set fc = Identity() and wrap the module"
+        f"only {', '.join(RESNETS)} of torchvision's ResNets are supported; set fc = Identity() and wrap the module"
     )

@@ -1,8 +1,8 @@
-"""An encoder's weights on disk, from which it can be made again without the file or download they came from.
+"""Saves encoders to disk and loads them without the original weights file or download.
 
-Weights and, as metadata, the spec are data: nothing in the file is run. An encoder of the user's own is made again by a
-factory that the user names, and only if that factory's source and structure are those that were saved. Its weights are
-the saved ones, whatever the factory loads.
+The file holds data only: weights, and the spec as metadata. Nothing in it is executed. A custom encoder is built by a
+factory that the user names, if the factory's source and structure equal the saved ones. The saved weights replace those
+that the factory loads.
 """
 
 from __future__ import annotations
@@ -25,21 +25,22 @@ from cache_pipeline.files import atomic_path
 
 
 def save_encoder(encoder: ImageEncoder, path: str | Path) -> None:
-    """Writes all weights of an encoder as safetensors, atomically, with its spec in the file's metadata, and for a
-    module of the user's own the digest of its structure.
+    """Writes all weights of an encoder as safetensors, atomically.
+
+    The metadata hold its spec, and for a custom module the digest of its structure.
     """
     state = {name: value.detach().contiguous() for name, value in encoder.state_dict().items()}
     saved = {"spec": None if encoder.spec is None else encoder.spec.to_json(), "source": encoder.source}
     structure = encoder.structure()
     if structure is not None:
         saved["structure"] = structure
-    # One key: safetensors writes several in random order, and files of the same encoder are to be the same bytes.
+    # One metadata key, because safetensors writes several in random order and equal encoders must give equal bytes.
     with atomic_path(path) as partial:
         save_tensors(state, partial, {"encoder": json.dumps(saved)})
 
 
 def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Writes tensors as safetensors; raises OSError where they cannot be written, as on a full disk."""
+    """Writes tensors as safetensors; raises OSError if writing fails, as on a full disk."""
     try:
         save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
@@ -47,7 +48,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
 
 
 def saved_spec(path: str | Path) -> EncoderSpec | None:
-    """The spec in a file of ``save_encoder``, ``None`` for a ready module. Runs nothing.
+    """Returns the spec in a file of ``save_encoder``, or ``None`` for a module without factory. Executes nothing.
 
     Raises:
         EncoderError: the file is missing or damaged.
@@ -61,18 +62,18 @@ def load_encoder(
     encoder: Factories = None,
     structure: str | None = None,
 ) -> ImageEncoder:
-    """Makes an encoder again from the file of ``save_encoder``, wherever its weights first came from.
+    """Loads an encoder from a file of ``save_encoder``.
 
     Args:
-        spec: the caller's own spec or its JSON, whose factory is run; ``None`` takes the one in the file, whose factory
-            is not.
-        path: the weights.
-        encoder: the factories that the user names: a saved encoder of the user's own is made by one of them.
-        structure: digest that the encoder's structure must have, for files that do not hold it.
+        spec: the caller's own spec or its JSON; its factory runs. ``None``: the spec in the file; its factory does not
+            run.
+        path: the file.
+        encoder: the factories that the user names; one of them builds a saved custom encoder.
+        structure: expected digest of the structure, for files without one.
 
     Raises:
-        EncoderError: the file is missing, damaged or does not fit; a factory is needed and not named; or the one named
-            is not the one that was saved.
+        EncoderError: the file is missing, damaged or does not fit; a factory is needed and not named; or the named
+            factory differs from the saved one.
     """
     saved = _read_metadata(path)
     if spec is None:
@@ -92,15 +93,15 @@ def load_encoder(
 def load_encoders(
     files: Mapping[str, Path], encoder: Factories = None, structures: Mapping[str, str] | None = None
 ) -> dict[str, ImageEncoder]:
-    """Camera → encoder; cameras with the same file share one module.
+    """Loads camera → encoder; cameras with the same file share one module.
 
     Args:
         files: camera → file of ``save_encoder``.
         encoder: as in ``load_encoder``.
-        structures: camera → digest of the structure, for files that do not hold it.
+        structures: camera → expected digest of the structure, for files without one.
 
     Raises:
-        EncoderError: as ``load_encoder``; or factories are named and no encoder is of the user's own.
+        EncoderError: as ``load_encoder``; or factories are named but no encoder is a custom one.
     """
     loaded: dict[Path, ImageEncoder] = {}
     for camera, file in files.items():
@@ -120,7 +121,7 @@ def _read_metadata(path: str | Path) -> dict[str, Any]:
     except (OSError, ValueError, SafetensorError, RecursionError) as error:
         raise EncoderError(f"cannot read the encoder's weights from {path} ({error})") from error
     if not isinstance(value, dict):
-        raise EncoderError(f"cannot read the encoder's weights from {path} (its metadata are no JSON object)")
+        raise EncoderError(f"cannot read the encoder's weights from {path} (its metadata are not a JSON object)")
     return value
 
 
@@ -129,9 +130,9 @@ def _spec_of(saved: Mapping[str, Any], path: str | Path) -> EncoderSpec | None:
     try:
         spec = None if value is None else EncoderSpec.from_json(value)
     except (TypeError, AttributeError) as error:
-        raise EncoderError(f"{path} names an encoder that this version does not know ({error})") from error
+        raise EncoderError(f"{path} names an encoder that this version does not support ({error})") from error
     if spec is not None and spec.factory is not None and not isinstance(spec.factory, str):
-        raise EncoderError(f"{path} names an encoder that this version does not know ({spec.factory!r})")
+        raise EncoderError(f"{path} names an encoder that this version does not support ({spec.factory!r})")
     return spec
 
 
@@ -140,8 +141,8 @@ def _check_structure(made: ImageEncoder, recorded: str | None, path: str | Path)
     if recorded is not None and now is not None and recorded != now:
         raise EncoderError(
             f"{made.source} is not the encoder that {path} was saved from: its source or structure has changed (digest "
-            f"{recorded[:12]} then, {now[:12]} now); put the factory's file back as it was, or extract and train "
-            f"anew with this one"
+            f"{recorded[:12]} then, {now[:12]} now); restore the factory's file, or extract and train "
+            f"again with this one"
         )
 
 

@@ -1,4 +1,4 @@
-"""How augmented views of a frame are drawn."""
+"""Distribution of augmented views."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -10,16 +10,16 @@ from cache_pipeline.options import ENCODER, Option, check
 
 @dataclass(frozen=True, kw_only=True)
 class ViewSpec:
-    """How the views 1, 2, … of a frame are drawn. Colour ranges as in torchvision's ``ColorJitter``.
+    """Distribution of views 1, 2, …; colour ranges as in torchvision's ``ColorJitter``.
 
-    Brightness, contrast and saturation are multiplied by factors from [1 - x, 1 + x]; the hue turns by [-x, x] turns.
+    Brightness, contrast and saturation are multiplied by factors from [1 - x, 1 + x]; the hue rotates by [-x, x] turns.
     """
 
     seed: int = 0
     random_crop: Annotated[
         bool, Option("Crop at random in augmented views.", ENCODER, "--random-crop/--no-random-crop")
     ] = True
-    """Places the crop at random; the preprocessing's ``crop_shape`` says how large it is."""
+    """Whether the crop position is random; ``crop_shape`` of the preprocessing sets its size."""
     brightness: Annotated[float, Option("Jitter of the brightness.", ENCODER, least=0, most=1)] = 0.3
     contrast: Annotated[float, Option("Jitter of the contrast.", ENCODER, least=0, most=1)] = 0.3
     saturation: Annotated[float, Option("Jitter of the saturation.", ENCODER, least=0, most=1)] = 0.3
@@ -28,13 +28,13 @@ class ViewSpec:
     def __post_init__(self) -> None:
         check(self)
         if not self.random_crop and not any((self.brightness, self.contrast, self.saturation, self.hue)):
-            raise ConfigError("views: no random crop and no colour jitter, so all views would be the clean one")
+            raise ConfigError("views: without random crop and colour jitter all views are equal to the clean view")
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object: part of a cache's identity."""
+        """Returns a JSON object, which is part of a cache's identity."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """The inverse of ``to_json``."""
+        """Inverts ``to_json``."""
         return cls(**value)

@@ -1,4 +1,4 @@
-"""Views: fixed augmentations of every frame, a pure function of (seed, demo, camera, view). View 0 is the clean one."""
+"""Views: fixed augmentations of frames that depend only on (seed, demo, camera, view). View 0 is clean."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ RGB_TO_YIQ = ((0.299, 0.587, 0.114), (0.5959, -0.2746, -0.3213), (0.2115, -0.522
 
 
 class ViewParameters(NamedTuple):
-    """One augmentation. Without arguments: the clean view.
+    """One augmentation; the defaults are the clean view.
 
     Attributes:
-        crop: where the crop lies, from the top left (0, 0) to the bottom right (1, 1); (0.5, 0.5) is the centre.
-        brightness, contrast, saturation: factors, 1 changes nothing.
-        hue: turn of the hue, in turns.
+        crop: position of the crop, from (0, 0) top left to (1, 1) bottom right; (0.5, 0.5) is the centre.
+        brightness, contrast, saturation: factors; 1 means no change.
+        hue: rotation of the hue, in turns.
     """
 
     crop: tuple[float, float] = (0.5, 0.5)
@@ -36,7 +36,7 @@ class ViewParameters(NamedTuple):
 
 
 class ViewBatch(NamedTuple):
-    """One augmentation for each frame of a batch: crop (B,2), color (B,4) or ``None`` for unchanged colours."""
+    """One augmentation per frame of a batch: crop (B,2); color (B,4), or ``None`` for unchanged colours."""
 
     crop: Tensor
     color: Tensor | None = None
@@ -46,11 +46,11 @@ View = ViewParameters | Sequence[ViewParameters] | ViewBatch
 
 
 def view_parameters(spec: ViewSpec, demo: str, camera: str, view: int) -> ViewParameters:
-    """The augmentation of all frames of one camera of one demo in one view.
+    """Returns the augmentation of all frames of one camera, demo and view.
 
     Args:
-        spec: how views are drawn.
-        demo: what identifies the demo whatever file it lies in: its digest or its name.
+        spec: distribution of views.
+        demo: identifier of the demo that does not depend on its file: its digest or name.
         camera: the camera's name.
         view: 0 is the clean view; 1, 2, … are drawn.
     """
@@ -71,7 +71,7 @@ def view_parameters(spec: ViewSpec, demo: str, camera: str, view: int) -> ViewPa
 
 
 def view_batch(view: View, count: int, device: torch.device) -> ViewBatch:
-    """One augmentation for each of ``count`` frames, as tensors: from one for all, or one for each."""
+    """Converts one augmentation for all frames, or one per frame, to tensors for ``count`` frames."""
     if isinstance(view, ViewBatch):
         rows = view.crop.shape[0]
     else:
@@ -82,12 +82,12 @@ def view_batch(view: View, count: int, device: torch.device) -> ViewBatch:
         color = None if plain else torch.tensor(colors, dtype=torch.float32, device=device)
         view = ViewBatch(torch.tensor([v.crop for v in views], dtype=torch.float64, device=device), color)
     if rows != count:
-        raise EncoderError(f"{rows} views were given for {count} frames; give one for all or one for each")
+        raise EncoderError(f"{rows} views were given for {count} frames; give one for all frames or one per frame")
     return view
 
 
 def crop_frames(frames: Tensor, shape: tuple[int, int], view: ViewBatch | None) -> Tensor:
-    """Cuts ``shape`` out of each frame: the centre, or where ``view`` says. (B,H,W,3) to (B,h,w,3), any dtype.
+    """Crops frames (B,H,W,3) of any dtype to (B,h,w,3), at the centre or at the positions of ``view``.
 
     Raises:
         EncoderError: the crop is larger than the frame.
@@ -99,7 +99,7 @@ def crop_frames(frames: Tensor, shape: tuple[int, int], view: ViewBatch | None) 
         top, left = (height - h + 1) // 2, (width - w + 1) // 2
         return frames[:, top : top + h, left : left + w]
     room = torch.tensor([height - h, width - w], device=frames.device)
-    # Equal shares of [0, 1) for every place; 0.5 is the centre that the clean view takes.
+    # [0, 1) is divided equally among all positions; 0.5 is the centre, as in the clean view.
     place = (view.crop.to(frames.device, torch.float64) * (room + 1)).long().clamp_(max=room)
     rows = torch.arange(len(frames), device=frames.device)
     windows = frames.unfold(1, h, 1).unfold(2, w, 1)
@@ -107,13 +107,13 @@ def crop_frames(frames: Tensor, shape: tuple[int, int], view: ViewBatch | None) 
 
 
 def jitter_colors(images: Tensor, color: Tensor) -> Tensor:
-    """Changes brightness, then contrast about the frame's mean luma, then saturation and hue; clamps to 0–1 at the end.
+    """Changes brightness, contrast about the frame's mean luma, saturation and hue; clamps to 0–1 at the end.
 
-    All of it is one affine map of RGB per frame: saturation scales and hue turns the chroma plane of YIQ.
+    This is one affine map of RGB per frame: saturation scales and hue rotates the chroma plane of YIQ.
 
     Args:
         images: (B,3,H,W), 0–1.
-        color: (B,4): brightness, contrast and saturation factors, and the hue's turn in turns.
+        color: (B,4): factors of brightness, contrast and saturation, and the hue rotation in turns.
     """
     brightness, contrast, saturation, hue = color.to(images).unbind(1)
     to_yiq = images.new_tensor(RGB_TO_YIQ)

@@ -1,4 +1,4 @@
-"""Weights of encoders: where they come from, what fits, and their digest. No file is ever unpickled beyond tensors."""
+"""Downloads and reads encoder weights, and computes their digest. Only tensors are ever unpickled."""
 
 from __future__ import annotations
 
@@ -22,14 +22,13 @@ COUNTER = "num_batches_tracked"
 
 
 def imagenet_state(name: str) -> dict[str, Tensor]:
-    """torchvision's IMAGENET1K_V1 weights of a ResNet, downloaded once into torch's hub folder.
+    """Returns torchvision's IMAGENET1K_V1 weights of a ResNet, downloaded once into torch's hub folder.
 
-    torchvision writes the first digits of a file's SHA-256 into its name. A file that lies in the folder already is
-    held against them before it is read; torch itself checks downloads alone.
+    The name of torchvision's file contains the first digits of its SHA-256. A file in the folder is checked against
+    them before it is read; torch itself checks only downloads.
 
     Raises:
-        EncoderError: they cannot be downloaded, or the file in the folder is another one; the message names the ways
-            out.
+        EncoderError: the download failed, or the file in the folder has another SHA-256.
     """
     url = _imagenet_url(name)
     folder = Path(torch.hub.get_dir()) / "checkpoints"
@@ -39,13 +38,13 @@ def imagenet_state(name: str) -> dict[str, Tensor]:
     except (OSError, RuntimeError, pickle.UnpicklingError) as error:
         file = os.path.basename(url)
         raise EncoderError(
-            f"cannot get torchvision's {name} weights from {url} ({_first_line(error)}); give them by --weights FILE, "
-            f"or place {file} in {folder}, or start from random weights with --no-pretrained-encoder --seed N"
+            f"cannot get torchvision's {name} weights from {url} ({_first_line(error)}); give --weights FILE, "
+            f"or place {file} in {folder}, or use random weights with --no-pretrained-encoder --seed N"
         ) from error
 
 
 def imagenet_sha256(name: str) -> str:
-    """The first digits of the SHA-256 of torchvision's IMAGENET1K_V1 file of a ResNet, from its name."""
+    """Returns the first digits of the SHA-256 of torchvision's IMAGENET1K_V1 file, from the file's name."""
     return Path(_imagenet_url(name)).stem.rpartition("-")[2]
 
 
@@ -64,17 +63,17 @@ def _check_sha256(path: Path, start: str, name: str) -> None:
     if not found.startswith(start):
         raise EncoderError(
             f"{path} is not torchvision's {name}: its SHA-256 begins with {found[: len(start)]}, not {start}; "
-            f"remove it, to have it downloaded, or use it under its own name with --weights FILE"
+            f"remove it to download the original, or move it and use it with --weights FILE"
         )
 
 
 def read_weights(path: str | Path) -> dict[str, Tensor]:
-    """Reads the tensors of a ``.safetensors`` or torch (``.pth``, ``.pt``, …) file; torch files as ``weights_only``.
+    """Reads the tensors of a ``.safetensors`` or torch (``.pth``, ``.pt``, …) file, the latter with ``weights_only``.
 
-    A state dict nested in a checkpoint under one of ``STATE_KEYS`` is found.
+    Finds a state dict that is nested under one of ``STATE_KEYS``.
 
     Raises:
-        EncoderError: no such file, not such a file, or no tensors in it.
+        EncoderError: the file is missing, has another format, or has no tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -86,7 +85,7 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
         raise EncoderError(
             f"cannot read weights from {path} ({_first_line(error)}); "
-            f"a plain state dict saved with torch.save or as .safetensors is needed"
+            f"give a plain state dict saved with torch.save or as .safetensors"
         ) from error
     return _find_state(loaded, path)
 
@@ -106,10 +105,10 @@ def _find_state(value: Any, path: Path) -> dict[str, Tensor]:
 
 
 def strip_prefix(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
-    """Takes the ResNet out of a state dict in which its names have a prefix, such as ``module.`` or ``backbone.``.
+    """Extracts the ResNet of a state dict and removes its prefix, such as ``module.`` or ``backbone.``.
 
     Raises:
-        EncoderError: no ResNet, or several, are in the state dict.
+        EncoderError: the state dict contains no ResNet or several.
     """
     marks = ("conv1.weight", "bn1.weight", "layer1.0.conv1.weight")
     ends = (name.removesuffix(marks[0]) for name in state if name.endswith(marks[0]))
@@ -117,15 +116,15 @@ def strip_prefix(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     if len(prefixes) != 1:
         found = ", ".join(prefixes) if prefixes else ", ".join(list(state)[:6])
         what = "several ResNets, under the prefixes" if prefixes else "no ResNet; its tensors are named"
-        raise EncoderError(f"{source} holds {what} {found}; save the state dict of the one wanted and give that file")
+        raise EncoderError(f"{source} holds {what} {found}; save the state dict of one ResNet and give that file")
     (prefix,) = prefixes
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def state_digest(state: Mapping[str, Tensor]) -> str:
-    """Digest of names, kinds, shapes and values, the same for a state kept in float16 and its float32 copy.
+    """Returns a digest of names, dtypes, shapes and values; a float16 state and its float32 copy have the same digest.
 
-    BatchNorm statistics count, its batch counter does not. Independent of device, order and file.
+    Includes BatchNorm statistics but not its batch counter. Independent of device, order and file.
     """
     hasher = hashlib.blake2b(digest_size=DIGEST_BYTES)
     for name in sorted(state):

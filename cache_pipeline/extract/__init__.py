@@ -1,1 +1,1 @@
-"""See docs/design.md."""
+"""Extracts features of datasets into caches, and verifies them."""

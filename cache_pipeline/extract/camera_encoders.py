@@ -1,4 +1,4 @@
-"""The frozen encoder of each camera; cameras with the same encoder and preprocessing share one."""
+"""Builds the frozen encoder of each camera; cameras with the same encoder and preprocessing share it."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ from cache_pipeline.files import digest
 
 logger = logging.getLogger("cache_pipeline")
 
-# Frames on which a precision is judged. On Lift the error over their variation then scatters by 2 to 4 % of itself from
-# sample to sample; with 16 frames it is 4 to 8 %.
+# Number of frames on which the error of a precision is measured. On Lift, the standard deviation of the measured error
+# between samples is 2 to 4 % of it; with 16 frames, 4 to 8 %.
 SAMPLE = 64
 FLAGS = {
     "factory": "--encoder",
@@ -44,11 +44,11 @@ FLAGS = {
 
 
 class CameraEncoder(NamedTuple):
-    """A camera's encoder as built, as it runs, and what it leaves in the manifest.
+    """The encoder of a camera, its fast path, and its entry in the manifest.
 
     Attributes:
-        frozen: computes in the precision of ``entry``; where the device lacks that precision, in the nearest one.
-        file: where its weights lie inside a cache, those above the cut too.
+        frozen: fast path in the precision of ``entry``, or in fp32 if the device lacks that precision.
+        file: path of all its weights inside a cache, including those above the cut.
     """
 
     encoder: ImageEncoder
@@ -58,13 +58,13 @@ class CameraEncoder(NamedTuple):
 
     @property
     def missing_precision(self) -> str | None:
-        """The precision of the cached features, if the device lacks it: more of them cannot be made."""
+        """The precision of the cached features if the device lacks it, else None. Such features cannot be extended."""
         recorded: str = self.entry.identity["precision"]["compute"]
         return recorded if recorded != self.frozen.precision else None
 
 
 def build_encoders(config: ExtractConfig) -> dict[EncoderSpec, ImageEncoder]:
-    """Every encoder that is asked for, once."""
+    """Builds every encoder of the config once."""
     specs = config.encoders.values() if isinstance(config.encoders, Mapping) else (config.encoders,)
     return {spec: build_encoder(spec) for spec in dict.fromkeys(specs)}
 
@@ -72,17 +72,17 @@ def build_encoders(config: ExtractConfig) -> dict[EncoderSpec, ImageEncoder]:
 def for_cameras(
     built: Mapping[EncoderSpec, ImageEncoder], config: ExtractConfig, dataset: Dataset, cached: Manifest | None
 ) -> dict[str, CameraEncoder]:
-    """What encodes each camera.
+    """Returns camera → encoder in its precision.
 
-    ``precision="auto"`` takes that of the cache where it has the camera, so that a cache begun on one machine can be
-    extended on another; else the device's fastest whose features, as stored, are within ``config.precision_bound`` of
-    float32 on the dataset's own frames.
+    ``precision="auto"`` keeps the precision of cameras in the cache, so a cache can be extended on another machine. For
+    new cameras it is the fastest precision whose stored features are within ``config.precision_bound`` of float32 on
+    frames of the dataset.
 
     Args:
-        built: by ``build_encoders``.
-        config: what is asked for.
-        dataset: whose cameras are encoded.
-        cached: the manifest so far.
+        built: result of ``build_encoders``.
+        config: the options.
+        dataset: the dataset.
+        cached: the current manifest, if any.
     """
     device = resolve_device(config.device)
     files: dict[EncoderSpec, str] = {}
@@ -119,19 +119,19 @@ def for_cameras(
 
 
 def check_precisions(encoders: Mapping[str, CameraEncoder], cameras: Iterable[str]) -> None:
-    """Raises EncoderError if features of one of ``cameras`` were made in a precision that the device lacks."""
+    """Raises EncoderError if features of one of ``cameras`` have a precision that the device lacks."""
     for camera in cameras:
         missing = encoders[camera].missing_precision
         if missing is not None:
             raise EncoderError(
                 f"{camera}: the cached features were computed in {missing}, which {encoders[camera].frozen.device} "
-                f"lacks, so no more of them can be made here; extend the cache on a device that has {missing}, or make "
-                f"it anew with --overwrite --precision auto"
+                f"lacks, so the cache cannot be extended here; extend it on a device with {missing}, or replace it "
+                f"with --overwrite --precision auto"
             )
 
 
 def check_names(config: ExtractConfig, dataset: Dataset) -> None:
-    """Raises ConfigError if something is given for a camera that the dataset does not have."""
+    """Raises ConfigError if the config has an encoder or preprocessing for a camera that the dataset lacks."""
     for chosen in (config.encoders, config.preprocess):
         for camera in chosen if isinstance(chosen, Mapping) else ():
             if camera != OTHERS and camera not in dataset.cameras:
@@ -142,13 +142,13 @@ def check_names(config: ExtractConfig, dataset: Dataset) -> None:
         for name, flag in FLAGS.items():
             if getattr(others, name) != getattr(plain, name):
                 raise OptionError(
-                    f"{flag} ({getattr(others, name)}) has no effect: every camera has an encoder of its own "
+                    f"{flag} ({getattr(others, name)}) has no effect: every camera has its own encoder "
                     f"({', '.join(dataset.cameras)}); leave it out"
                 )
 
 
 def _sample(dataset: Dataset, camera: str) -> NDArray[np.uint8]:
-    """Up to ``SAMPLE`` frames, drawn from all demos alike; of one dataset always the same ones."""
+    """Reads up to ``SAMPLE`` frames, drawn uniformly from all demos; a dataset always gives the same frames."""
     lengths = np.array([demo.length for demo in dataset.demos])
     total, starts = int(lengths.sum()), np.cumsum(lengths) - lengths
     rows = np.sort(np.random.default_rng(0).choice(total, min(SAMPLE, total), replace=False))
@@ -167,11 +167,11 @@ def _measure(
     *,
     free: bool,
 ) -> tuple[FrozenEncoder, dict[str, float]]:
-    """The encoder to use, and on real frames the error of its features, as stored, and their spread.
+    """Returns the encoder to use, and the error (as stored) and spread of its features on frames of the dataset.
 
     Args:
         exact: the same encoder in float32.
-        free: whether to take ``exact`` where ``frozen`` errs by more than the bound.
+        free: whether to use ``exact`` if the error of ``frozen`` exceeds the bound.
     """
     encode, stored = BatchEncoder(SAMPLE // 2, "float32"), DTYPES[config.store_dtype]
     wanted = torch.from_numpy(encode(exact, frames))
@@ -182,12 +182,12 @@ def _measure(
     found = wanted if frozen is exact else torch.from_numpy(encode(frozen, frames))
     error, statistics = error_of(found), feature_statistics(wanted)
     if not error <= config.precision_bound and free and frozen is not exact:
-        logger.info("%s: %s errs by %s, so fp32 is taken", camera, frozen.precision, _of_bound(error, config))
+        logger.info("%s: the error of %s is %s, so fp32 is used", camera, frozen.precision, _of_bound(error, config))
         frozen, error = exact, error_of(wanted)
     warning = collapse_warning(statistics, camera)
     if warning is None and not error <= config.precision_bound:
         mend = "--store-dtype float32" if frozen is exact else "--precision fp32"
-        done = f"features in {frozen.precision}, stored as {config.store_dtype}, err by {_of_bound(error, config)}"
+        done = f"the error of {frozen.precision}, stored as {config.store_dtype}, is {_of_bound(error, config)}"
         warning = f"{camera}: {done}; {mend} is more exact"
     if warning is not None:
         logger.warning("%s", warning)
@@ -195,7 +195,7 @@ def _measure(
 
 
 def _of_bound(error: float, config: ExtractConfig) -> str:
-    return f"{error:.2g} of the features' variation over frames ({config.precision_bound:g} is the bound)"
+    return f"{error:.2g} of the features' variation over frames (bound: {config.precision_bound:g})"
 
 
 def _figure(value: float) -> float:
@@ -215,7 +215,7 @@ def _as_json(value: dict) -> dict:
 
 
 def save_weights(path: Path, cameras: Mapping[str, CameraEncoder], known: Mapping[str, str]) -> None:
-    """Writes the weights of every encoder, once each, unless they are there as ``known``: file → digest."""
+    """Writes the weights of every encoder once, unless the file exists with the digest in ``known``: file → digest."""
     for camera in {camera.file: camera for camera in cameras.values()}.values():
         file = path / camera.file
         if not file.is_file() or digest(file.read_bytes()) != known.get(camera.file):
@@ -226,15 +226,15 @@ def save_weights(path: Path, cameras: Mapping[str, CameraEncoder], known: Mappin
 def restore_encoders(
     cache: FeatureCache, encoder: Factories = None, cameras: Sequence[str] | None = None
 ) -> dict[str, ImageEncoder]:
-    """The encoder of each camera, as it made the features, from the weights that the cache carries.
+    """Loads the encoder of each camera from the weights in the cache.
 
     Args:
         cache: the cache.
-        encoder: the factories that the user names; one that the cache names alone is not run.
-        cameras: some of its cameras; all by default.
+        encoder: the factories that the user names; a factory named only by the cache does not run.
+        cameras: some of its cameras; default: all.
 
     Raises:
-        EncoderError: the cache was made by a factory that is not named, or that has changed.
+        EncoderError: the cache was made by a factory that is not named or has changed.
     """
     identities = {name: cache.cameras[name].identity for name in (cache.cameras if cameras is None else cameras)}
     structures = {camera: value["structure"] for camera, value in identities.items() if "structure" in value}

@@ -1,4 +1,4 @@
-"""What to extract, from where and how."""
+"""Options of ``extract-features``."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -44,7 +44,7 @@ class ExtractConfig:
     cameras: Annotated[
         tuple[str, ...] | None, Option("Cameras, comma-separated; all by default.", DATA, typed=str, parse=names)
     ] = None
-    """rgb obs keys. Those that the cache has already are kept too."""
+    """rgb obs keys. Cameras that the cache already has are kept."""
     low_dim_keys: Annotated[
         tuple[str, ...] | None,
         Option("Low-dim obs keys, comma-separated; proprioception by default.", DATA, typed=str, parse=names),
@@ -52,24 +52,24 @@ class ExtractConfig:
     filter_key: Annotated[str | None, Option("Only the demos of this filter key; all by default.", DATA)] = None
     deep: Annotated[bool, Option("Read every frame again instead of trusting size and time.", DATA)] = False
     encoders: "EncoderSpec | Mapping[str, EncoderSpec]" = field(default_factory=_encoder_spec)
-    """One encoder for all cameras, or camera → encoder; of a mapping, the key ``""`` is that of all other cameras."""
+    """One encoder for all cameras, or camera → encoder, where the key ``""`` stands for all other cameras."""
     preprocess: "Preprocess | Mapping[str, Preprocess]" = field(default_factory=_preprocess)
     views: Annotated[int, Option("Fixed views of every frame; the first is clean.", ENCODER, least=1)] = 1
-    """A cache that has more views keeps them."""
+    """A cache with more views keeps them."""
     view_spec: ViewSpec = field(default_factory=ViewSpec)
     device: Annotated[str, Option("auto, cpu or cuda:0.", RUNNING)] = "auto"
     precision: Annotated[str, Option("auto, fp32, tf32, bf16 or fp16.", RUNNING, choices=PRECISIONS)] = "auto"
-    """The precision in which the encoder computes; ``auto`` is the device's fastest within ``precision_bound``."""
+    """Precision of the encoder; ``auto``: the fastest of the device whose error is within ``precision_bound``."""
     precision_bound: Annotated[
         float,
         Option("Largest error of features, over their variation, that auto accepts.", RUNNING, above=0),
     ] = PRECISION_BOUND
-    """Largest error of stored features against float32, as a fraction of their variation over frames."""
+    """Largest error of stored features relative to float32, as a fraction of their variation over frames."""
     batch_size: Annotated[int | None, Option("Images per batch.", RUNNING, least=1)] = None
-    """By default that of the cache, else chosen for the device."""
+    """Default: as in the cache, else chosen for the device."""
     store_dtype: Annotated[str, Option("float16 or float32.", OUTPUT, choices=STORE_DTYPES)] = "float16"
     shard_rows: Annotated[int | None, Option("Rows per unit of work.", OUTPUT, least=1)] = None
-    """By default that of the cache, else chosen by size."""
+    """Default: as in the cache, else chosen by size."""
     overwrite: Annotated[bool, Option("Replace the cache once the new one is complete.", OUTPUT)] = False
 
     def __post_init__(self) -> None:
@@ -78,15 +78,15 @@ class ExtractConfig:
         if not self.datasets:
             raise ConfigError("no dataset is given; type: extract-features DATASET.hdf5 --out NAME.zarr")
         if self.cameras == ():
-            raise ConfigError("no cameras are left; name at least one with --cameras, or leave it out for all")
+            raise ConfigError("no cameras are given; name at least one with --cameras, or leave it out for all")
         check(self)
 
     def encoder_for(self, camera: str) -> "EncoderSpec":
-        """The encoder of one camera."""
+        """Returns the encoder of one camera."""
         return _of_camera(self.encoders, camera, "encoder")
 
     def preprocess_for(self, camera: str) -> "Preprocess":
-        """The preprocessing of one camera."""
+        """Returns the preprocessing of one camera."""
         return _of_camera(self.preprocess, camera, "preprocessing")
 
 

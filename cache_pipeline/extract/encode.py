@@ -1,4 +1,4 @@
-"""Encoding the frames of one unit: in batches of one size, so that restarts leave no trace."""
+"""Encodes the frames of one unit in batches of constant size, so a restart does not change any feature."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ DTYPES = {"float16": torch.float16, "float32": torch.float32}
 
 
 class BatchEncoder:
-    """Encodes units in batches of ``batch_size`` frames; halves it, for good, when memory does not suffice.
+    """Encodes units in batches of ``batch_size`` frames; halves the size permanently when memory runs out.
 
-    The last batch of a unit is filled up with its last frame: every batch has the same size, whatever the unit holds,
-    so that a demo's features are the same bits whether it was encoded alone or among others.
+    The last batch of a unit is padded with its last frame, so all batches have the same size. The features of a demo
+    then have the same bits, alone or with other demos.
     """
 
     def __init__(self, batch_size: int, dtype: str) -> None:
@@ -35,12 +35,12 @@ class BatchEncoder:
     def __call__(
         self, encoder: FrozenEncoder, frames: NDArray[np.uint8], views: Sequence[ViewParameters] | None = None
     ) -> NDArray:
-        """Features (n, D) or (n, D, h, w) in the stored dtype.
+        """Returns features (n, D) or (n, D, h, w) in the stored dtype.
 
         Args:
-            encoder: frozen.
+            encoder: the frozen encoder.
             frames: (n, H, W, 3).
-            views: one augmentation per frame; None for the clean view.
+            views: one augmentation per frame; None: the clean view.
         """
         return self.start(encoder, frames, views).result()
 
@@ -51,15 +51,15 @@ class BatchEncoder:
         views: Sequence[ViewParameters] | None = None,
         advance: Callable[[int], None] = lambda count: None,
     ) -> Encoding:
-        """Begins to encode, in lanes on a CPU; arguments as above.
+        """Starts encoding, in lanes on a CPU; arguments as above.
 
         Args:
-            advance: told the frames done, batch by batch, while the result is waited for.
+            advance: called with the number of encoded frames after each batch, while ``result`` waits.
         """
         return Encoding(self, encoder, frames, views, advance)
 
     def halve(self, too_large: int) -> None:
-        """Takes batches of half a size that was too large, unless a smaller one is taken already."""
+        """Sets half of a size that was too large, unless the current size is already smaller."""
         if self.batch_size >= too_large:
             self.batch_size = too_large // 2
             logger.warning("out of memory: batches of %d frames from now on", self.batch_size)
@@ -68,7 +68,7 @@ class BatchEncoder:
 
 
 class Encoding:
-    """A unit's features on their way; made by ``BatchEncoder.start``."""
+    """Features of a unit that is being encoded; made by ``BatchEncoder.start``."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Encoding:
         self._waits = self._begin()
 
     def result(self) -> NDArray:
-        """Features (n, D) or (n, D, h, w) in the stored dtype; waits for them."""
+        """Waits for the features, (n, D) or (n, D, h, w) in the stored dtype."""
         while True:
             size, done = self._size, []
             try:
@@ -104,11 +104,11 @@ class Encoding:
 
     @property
     def batches(self) -> int:
-        """How many batches can run beside those of other units; without lanes as many as there could be."""
+        """Number of batches that can run in parallel with those of other units; ``MAX_LANES`` without lanes."""
         return len(self._futures) if self._encoder.can_run_in_lanes else MAX_LANES
 
     def cancel(self) -> None:
-        """Drops batches that were not begun, and waits for the others."""
+        """Drops batches that have not started, and waits for the others."""
         for future in self._futures:
             if not future.cancel():
                 future.exception()
@@ -138,7 +138,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def not_finite_row(features: NDArray) -> int | None:
-    """The first row with a NaN or an infinite value, or None."""
+    """Returns the first row with a NaN or infinite value, or None."""
     if np.isfinite(features.sum(dtype=np.float64)):
         return None
     finite = np.isfinite(features.reshape(len(features), -1)).all(axis=1)

@@ -1,4 +1,4 @@
-"""The end of an extraction: proof that every row was written, and the manifest."""
+"""The end of an extraction: checks that every row was written, and makes the manifest."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger("cache_pipeline")
 
 
 def is_up_to_date(prepared: Prepared) -> bool:
-    """Whether the cache is complete as it stands, down to the bytes of its metadata and weights."""
+    """Whether the cache is already complete, including the bytes of its metadata and weights."""
     old, new = prepared.old, prepared.manifest
     if old is None or prepared.work.jobs or new != replace(old, units={}, metadata={}):
         return False
@@ -30,16 +30,16 @@ def is_up_to_date(prepared: Prepared) -> bool:
 
 
 def finish(prepared: Prepared, metadata: dict[str, str]) -> Manifest:
-    """The manifest of the finished cache, with the digests of its metadata and weights.
+    """Returns the manifest of the finished cache, with the digests of its metadata and weights.
 
     Raises:
-        DatasetError: a source file changed while it was being read.
+        DatasetError: a source file changed during the extraction.
     """
     _check_sources(prepared)
     units = _recorded_units(prepared)
     demos = _with_digests(prepared)
     for sentence in still_cameras(prepared.path, prepared.manifest):
-        logger.warning("%s; a policy learns from frames that show nothing: render them again", sentence)
+        logger.warning("%s; a policy cannot learn from these frames: render them again", sentence)
     return replace(prepared.manifest, demos=demos, units=units, metadata=metadata)
 
 
@@ -49,7 +49,7 @@ def _check_sources(prepared: Prepared) -> None:
 
 
 def _recorded_units(prepared: Prepared) -> dict[str, str]:
-    """Unit → output digest; asserts that the records cover each live row of each array exactly."""
+    """Returns unit → output digest; asserts that the records cover each live row of each array exactly once."""
     manifest = prepared.manifest
     check = UnitCheck(prepared.path, manifest, prepared.dataset, [True] * len(manifest.demos))
     blocks = manifest.block_segments()

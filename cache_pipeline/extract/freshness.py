@@ -1,4 +1,4 @@
-"""Whether a cache still holds what its source files hold, for those who train on it."""
+"""Compares a cache with its source files before training."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from cache_pipeline.extract.matching import Matching, array_digest, camera_frame
 
 logger = logging.getLogger("cache_pipeline")
 
-EXTEND = "run the extract-features command of this cache again, which encodes just what differs"
+EXTEND = "run the extract-features command of this cache again; it encodes only the difference"
 
 
 def check_sources(cache: FeatureCache, datasets: Sequence[str | Path] = (), *, deep: bool = False) -> None:
     """Compares a cache with its source files.
 
-    Recorded files are compared by size and time; one that differs is read again. Files that are not there are noted.
+    Compares recorded files by size and time, and reads those that differ. Missing files are logged.
 
     Args:
         cache: the cache.
-        datasets: files that must hold just the cache's demos, wherever they lie and in whatever order; by default the
-            recorded files, as far as they are there.
+        datasets: files that must hold exactly the demos of the cache, at any path and in any order; default: the
+            recorded files that exist.
         deep: read every frame again instead of trusting size and time of files.
 
     Raises:
         StaleCacheError: names the file, demo, camera and frame, or filter key that differs.
-        DatasetError: a file that is named is not there, or cannot be read.
+        DatasetError: a named file is missing or cannot be read.
     """
     if datasets:
         _compare(cache, distinct_paths([Path(path) for path in datasets]), deep=deep, whole=True)
@@ -44,7 +44,7 @@ def check_sources(cache: FeatureCache, datasets: Sequence[str | Path] = (), *, d
     gone = [path for path, state in states.items() if state == "gone"]
     if gone:
         which = gone[0] if len(gone) == 1 else f"{gone[0]} and {len(gone) - 1} more of its {len(states)} files"
-        logger.info("%s: its source %s is not there, so the two are not compared", cache.path, which)
+        logger.info("%s: its source %s is missing, so they are not compared", cache.path, which)
     if deep or "changed" in states.values():
         there = [Path(path) for path, state in states.items() if state != "gone"]
         if there:
@@ -52,7 +52,7 @@ def check_sources(cache: FeatureCache, datasets: Sequence[str | Path] = (), *, d
 
 
 def source_state(source: SourceRecord) -> Literal["as recorded", "changed", "gone"]:
-    """How a source file and those that it reads are to what was recorded of them, by size and time."""
+    """Compares a source file and its linked files with the record, by size and time."""
     try:
         stamps = [FileStamp.of(Path(path)) for path in (source.path, *(item[0] for item in source.linked))]
     except OSError:
@@ -62,10 +62,10 @@ def source_state(source: SourceRecord) -> Literal["as recorded", "changed", "gon
 
 
 def _compare(cache: FeatureCache, paths: Sequence[Path], *, deep: bool, whole: bool) -> None:
-    """Holds the demos of files against those of a cache, each way.
+    """Compares the demos of files with those of a cache, in both directions.
 
     Args:
-        whole: the files are all that the cache was made from.
+        whole: whether ``paths`` are all sources of the cache.
     """
     started = time.monotonic()
     known = cache.manifest.filter_key != UNKNOWN
@@ -82,66 +82,66 @@ def _compare(cache: FeatureCache, paths: Sequence[Path], *, deep: bool, whole: b
         if whole and known:
             _check_masks(cache, dataset, matching)
     seconds = time.monotonic() - started
-    logger.info("%s holds what its %d files hold (compared in %.1f s)", cache.path, len(paths), seconds)
+    logger.info("%s has the same content as its %d source files (compared in %.1f s)", cache.path, len(paths), seconds)
 
 
 def _check_each_file(cache: FeatureCache, dataset: Dataset, matching: Matching) -> None:
-    """Refuses a file of which no demo is in the cache: it is another dataset."""
+    """Raises StaleCacheError for a file without a demo of the cache: it is another dataset."""
     for number, file in enumerate(dataset.files):
         new = [i for i, demo in enumerate(dataset.demos) if demo.file == number]
         if all(matching.kept[i] is None for i in new) and not _named_alike(cache, dataset, new):
             was = ", ".join(Path(source.path).name for source in cache.manifest.files)
             meaning = f"none of its {len(new)} demos is in {cache.path}"
-            mend = "leave --dataset out to train on the cache as it is, or extract this dataset into a cache of its own"
+            mend = "leave out --dataset to train on the cache, or extract this dataset into another cache"
             raise StaleCacheError("dataset", was, str(file.path), meaning, mend)
 
 
 def _named_alike(cache: FeatureCache, dataset: Dataset, numbers: Sequence[int]) -> bool:
-    """Whether a file lies where one of the cache's files lay, so that it is a changed one and no other one."""
+    """Whether a file has a recorded path: then it is a changed file, not another dataset."""
     recorded = {source.path for source in cache.manifest.files}
     return str(dataset.files[dataset.demos[numbers[0]].file].path.resolve()) in recorded
 
 
 def _check_removed(cache: FeatureCache, dataset: Dataset, matching: Matching, *, whole: bool) -> None:
-    """Refuses demos of the cache that the files hold no longer: they would be trained on all the same."""
-    looked_at = {str(file.path.resolve()) for file in dataset.files}
+    """Raises StaleCacheError for demos of the cache that were removed from the files."""
+    read = {str(file.path.resolve()) for file in dataset.files}
     unmatched = {demo.name: new for new, demo in enumerate(dataset.demos) if matching.kept[new] is None}
     for old in sorted(set(range(len(cache.demos))) - set(matching.kept)):
         demo = cache.demos[old]
         source = cache.manifest.files[demo.file].path
-        if not whole and source not in looked_at:
+        if not whole and source not in read:
             continue
         if demo.name in unmatched:
             _raise_changed(cache, dataset, unmatched[demo.name])
-        meaning, mend = f"{source} holds it no longer", EXTEND
-        if source not in looked_at:
+        meaning, mend = f"{source} does not hold it any more", EXTEND
+        if source not in read:
             meaning, mend = f"it came from {source}", "name all files of the cache with --dataset, or none"
-        raise StaleCacheError(f"demo {demo.name}", "there", "absent", meaning, mend)
+        raise StaleCacheError(f"demo {demo.name}", "present", "absent", meaning, mend)
 
 
 def _check_masks(cache: FeatureCache, dataset: Dataset, matching: Matching) -> None:
-    """Refuses filter keys that name other demos than the cache has under them: they decide what is held out."""
+    """Raises StaleCacheError for filter keys whose demos differ from those in the cache: they determine the split."""
     for key in sorted({*cache.masks, *dataset.masks}):
         was = {cache.demos[old].name for old in cache.masks.get(key, ())}
         found = [matching.kept[new] for new in dataset.masks.get(key, ())]
         now = {cache.demos[old].name for old in found if old is not None}
         if sorted(cache.masks.get(key, ())) != sorted(old for old in found if old is not None):
             differ = ", ".join(sorted(was ^ now)[:5])
-            meaning = f"it names other demos now ({differ})"
-            mend = "run the extract-features command of this cache again, which notes it and encodes nothing"
+            meaning = f"its demos have changed ({differ})"
+            mend = "run the extract-features command of this cache again; it records the change and encodes nothing"
             raise StaleCacheError(f"filter key {key}", f"{len(was)} demos", f"{len(now)} demos", meaning, mend)
 
 
 def require_same_demos(cache: FeatureCache, dataset: Dataset, *, deep: bool = False) -> dict[int, int]:
-    """Demo of the cache → demo of the dataset, which may hold others besides.
+    """Returns demo of the cache → demo of the dataset, which may have more demos.
 
     Args:
         cache: the cache.
-        dataset: its source.
+        dataset: the opened source files.
         deep: read every frame again.
 
     Raises:
-        StaleCacheError: names the demo that differs, and the camera and frame where one pixel does.
+        StaleCacheError: names the first difference: demo, and camera and frame for pixels.
     """
     matching = match_demos(cache.manifest, dataset, deep=deep)
     _check_removed(cache, dataset, matching, whole=True)
@@ -149,11 +149,11 @@ def require_same_demos(cache: FeatureCache, dataset: Dataset, *, deep: bool = Fa
 
 
 def open_sources(cache: FeatureCache) -> Dataset:
-    """Opens the recorded files of a cache, each of its demos where it was when the cache was made.
+    """Opens the recorded files of a cache, with all demos under their recorded file and name.
 
     Raises:
-        DatasetError: a file is not there or cannot be read.
-        StaleCacheError: a demo has changed, or lies elsewhere now.
+        DatasetError: a file is missing or cannot be read.
+        StaleCacheError: a demo has changed or moved.
     """
     dataset = Dataset.open([Path(source.path) for source in cache.manifest.files], cameras=tuple(cache.cameras))
     for old, new in require_same_demos(cache, dataset).items():
@@ -164,15 +164,15 @@ def open_sources(cache: FeatureCache) -> Dataset:
 
 
 def _raise_changed(cache: FeatureCache, dataset: Dataset, new: int) -> NoReturn:
-    """Names what differs in a demo of the dataset that the cache does not hold."""
+    """Raises StaleCacheError with the first difference of a demo that the cache does not hold."""
     demo = dataset.demos[new]
     file = dataset.files[demo.file].path
     old = next((row for row in cache.demos if row.name == demo.name), None)
     if old is None:
         names = {row.name for row in cache.demos}
         more = [other.name for other in dataset.demos if other.file == demo.file and other.name not in names]
-        told = f"{file} has {len(more)} demos more than the cache ({', '.join(more[:5])})"
-        raise StaleCacheError(f"demo {demo.name}", "absent", "there", told, EXTEND)
+        meaning = f"{file} has {len(more)} demos more than the cache ({', '.join(more[:5])})"
+        raise StaleCacheError(f"demo {demo.name}", "absent", "present", meaning, EXTEND)
     if old.length != demo.length:
         raise StaleCacheError(f"demo {demo.name} length", old.length, demo.length, f"it has changed in {file}", EXTEND)
     rows = slice(old.row, old.row + old.length)

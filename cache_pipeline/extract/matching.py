@@ -1,5 +1,8 @@
-"""Which demos of a dataset a cache holds already: by size and time of their file where these are as recorded, else by
-the digests of what is in them, so that moved and renamed files and demos are known again."""
+"""Matches demos of a dataset to demos of a cache.
+
+A file of recorded path, size and time is trusted. Other demos are matched by digests of their content, so moved and
+renamed files and demos are recognised.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +21,10 @@ FRAMES_AT_ONCE = 256
 
 
 class Matching(NamedTuple):
-    """How a dataset's demos stand to a cache's demo table.
+    """Result of matching a dataset with the demo table of a cache.
 
     Attributes:
-        kept: for each demo of the dataset, its index in the demo table, or None when it is to be encoded.
+        kept: for each demo of the dataset, its index in the demo table, or None if it must be encoded.
         added, changed, removed: names of demos.
     """
 
@@ -32,7 +35,7 @@ class Matching(NamedTuple):
 
 
 def source_records(dataset: Dataset) -> tuple[SourceRecord, ...]:
-    """The dataset's files as a manifest records them, by absolute path."""
+    """Returns the dataset's files as recorded in a manifest, with absolute paths."""
     return tuple(
         SourceRecord(str(Path(f.path).resolve()), f.size, f.mtime_ns, tuple((str(p), s, t) for p, s, t in f.linked))
         for f in dataset.files
@@ -40,18 +43,18 @@ def source_records(dataset: Dataset) -> tuple[SourceRecord, ...]:
 
 
 def frame_digests(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(n, 16) blake2b of each frame's bytes."""
+    """Returns (n, 16) blake2b digests of the bytes of each frame."""
     hexes = (digest(np.ascontiguousarray(frame).data.cast("B")) for frame in frames)
     return np.frombuffer(b"".join(map(bytes.fromhex, hexes)), np.uint8).reshape(-1, DIGEST_BYTES)
 
 
 def array_digest(values: NDArray) -> str:
-    """Digest of an array's bytes."""
+    """Returns the digest of an array's bytes."""
     return digest(np.ascontiguousarray(values).tobytes())
 
 
 def camera_frame_digests(dataset: Dataset, demo: int, camera: str) -> NDArray[np.uint8]:
-    """(T, 16) digests of all frames of one demo, read in pieces."""
+    """Returns (T, 16) digests of all frames of one demo, reading a part at a time."""
     length = dataset.demos[demo].length
     pieces = [
         frame_digests(dataset.frames(demo, camera, start, min(start + FRAMES_AT_ONCE, length)))
@@ -61,7 +64,7 @@ def camera_frame_digests(dataset: Dataset, demo: int, camera: str) -> NDArray[np
 
 
 class _Contents:
-    """Digests of a dataset's demos, each taken once."""
+    """Digests of a dataset's demos, each computed once."""
 
     def __init__(self, dataset: Dataset, manifest: Manifest) -> None:
         self._dataset = dataset
@@ -86,9 +89,9 @@ def match_demos(manifest: Manifest | None, dataset: Dataset, *, deep: bool = Fal
     """Finds each demo of the dataset in the demo table.
 
     Args:
-        manifest: of the cache so far; None when there is none.
-        dataset: what the cache is to hold.
-        deep: read every frame again even where size and time of its file are as recorded.
+        manifest: the current manifest of the cache, or None.
+        dataset: the dataset.
+        deep: read every frame again, also of files with recorded size and time.
     """
     if manifest is None:
         names = tuple(demo.name for demo in dataset.demos)
@@ -107,7 +110,7 @@ def match_demos(manifest: Manifest | None, dataset: Dataset, *, deep: bool = Fal
 
 
 def _same_place(manifest: Manifest, dataset: Dataset) -> Iterator[tuple[int, int, bool]]:
-    """Demos at a recorded path under a recorded name: (demo, index in the table, file is as recorded)."""
+    """Yields demos with recorded path and name: (demo, index in the table, whether the file is unchanged)."""
     recorded = {source.path: (number, source) for number, source in enumerate(manifest.files)}
     table = {(demo.file, demo.name): index for index, demo in enumerate(manifest.demos)}
     sources = source_records(dataset)
@@ -138,7 +141,7 @@ def _describe(manifest: Manifest, dataset: Dataset, kept: list[int | None], chan
     new = [number for number, old in enumerate(kept) if old is None]
     gone: list[DemoRows] = [d for index, d in enumerate(manifest.demos) if index not in set(kept)]
     replaced = [number for number in new if number in changed]
-    # A demo of the same name at another path is a changed one too: its file was moved and edited.
+    # A demo of the same name at another path counts as changed: its file was moved and edited.
     moved = {demo.name for demo in gone}
     replaced += [n for n in new if n not in changed and dataset.demos[n].name in moved]
     return Matching(

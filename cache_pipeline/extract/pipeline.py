@@ -1,4 +1,4 @@
-"""Read ▸ encode ▸ write: makes, resumes or extends a cache. Units are written whole, the manifest last."""
+"""Creates, resumes or extends a cache: read ▸ encode ▸ write. Units are written whole; the manifest is written last."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ logger = logging.getLogger("cache_pipeline")
 
 
 class ExtractResult(NamedTuple):
-    """What an extraction did.
+    """Figures of an extraction.
 
     Attributes:
         images: frames encoded, each view counted.
-        seconds: of wall time in all; read_s, encode_s, write_s: of each stage, which run at the same time.
+        seconds: total wall time; read_s, encode_s, write_s: time of each stage. Stages run in parallel.
         bytes: size of the cache.
-        units_encoded, units_reused: units written by this run, and found finished.
+        units_encoded, units_reused: units written by this run, and units that were already finished.
     """
 
     cache: str
@@ -81,13 +81,13 @@ class ExtractResult(NamedTuple):
         return [
             f"{self.cache}: complete, {self.bytes / 1e6:.1f} MB, fingerprint {self.fingerprint}",
             f"{self.images} images of {', '.join(self.cameras)} in {self.seconds:.1f} s, {self.images_per_s:.1f}/s",
-            f"stages, which run at the same time: {stages}",
+            f"stages (in parallel): {stages}",
             f"{self.units_encoded} units written, {self.units_reused} reused",
         ]
 
 
 class _Read(NamedTuple):
-    """A job with what was read for it: frames of all segments, one after another, or low-dim rows."""
+    """A job and its data: concatenated frames of all segments, or low-dim rows."""
 
     job: Job
     frames: NDArray[np.uint8]
@@ -107,10 +107,10 @@ class _Write(NamedTuple):
 
 
 def extract_features(config: ExtractConfig, *, progress: bool = True) -> ExtractResult:
-    """Runs the frozen encoder over every frame that the cache does not hold yet.
+    """Encodes every frame that the cache does not hold yet.
 
-    Killed at any moment and run again, it goes on with the first unfinished unit and gives the same digests as a run
-    that was not killed.
+    After a kill, the next call continues with the first unfinished unit. The result has the same digests as without the
+    kill.
 
     Args:
         config: what to extract.
@@ -142,7 +142,7 @@ def extract_features(config: ExtractConfig, *, progress: bool = True) -> Extract
 
 
 def _extract(config: ExtractConfig, progress: bool) -> tuple[Prepared, Manifest, _Run]:
-    """Takes the writer's lock, does what there is to do, and gives the manifest of the complete cache."""
+    """Extracts under the writer's lock and returns the manifest of the complete cache."""
     out = resolved(config.out)
     with ExitStack() as stack:
         try:
@@ -157,7 +157,7 @@ def _extract(config: ExtractConfig, progress: bool) -> tuple[Prepared, Manifest,
             if is_up_to_date(prepared):
                 assert prepared.old is not None
                 finished = prepared.old
-                (prepared.path / PENDING).unlink(missing_ok=True)  # of an extension that was given up, or finished
+                (prepared.path / PENDING).unlink(missing_ok=True)  # left by an earlier extension
             else:
                 with ThreadPoolExecutor(1) as background:
                     begun = _begin(prepared, background)
@@ -172,14 +172,14 @@ def _extract(config: ExtractConfig, progress: bool) -> tuple[Prepared, Manifest,
 
 
 def _nothing_to_do(config: ExtractConfig, out: Path, error: OSError) -> tuple[Prepared, Manifest, _Run]:
-    """What a cache that cannot be written gives if it is up to date; else raises CacheError."""
+    """Returns the result of an up-to-date cache that is not writable; raises CacheError if it is not up to date."""
     if error.errno not in NOT_ALLOWED or not is_complete(out):
         raise error
     prepared = prepare(config, out, change=False)
     if prepared.old is None or not is_up_to_date(prepared):
         raise CacheError(
             f"{config.out} is not up to date and cannot be written ({error.strerror}: {error.filename}); "
-            "ask for the right to write there, or give another --out"
+            "get write permission, or give another --out"
         ) from error
     return prepared, prepared.old, _Run(prepared, progress=False)
 
@@ -195,10 +195,10 @@ def _tell_changes(prepared: Prepared) -> None:
 
 
 def _begin(prepared: Prepared, background: Executor) -> Future[dict[str, str]]:
-    """Makes the folder ready; the weights go into it in the background.
+    """Prepares the folder; the weights are written in the background.
 
     Returns:
-        Digests of its metadata and weights.
+        Future of the digests of its metadata and weights.
     """
     if prepared.path == prepared.out:
         prepared.path.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ def _save_weights(prepared: Prepared) -> dict[str, str]:
 def _stored_block(
     stored: arrays.StoredArray, unit: Unit, rows: NDArray[np.int64], values: NDArray[Any]
 ) -> NDArray[Any] | None:
-    """The stored shard if ``values`` are its ``rows`` already, else None; a complete cache may need its other rows."""
+    """Returns the stored shard if its ``rows`` equal ``values``, else None. Other rows of it may be in use."""
     if not stored.has_block(unit.block, unit.view):
         return None
     try:
@@ -235,7 +235,7 @@ def _stored_block(
 
 
 def _may_wait(started: Sequence[tuple[_Read, Unit, Encoding | None]]) -> bool:
-    """Whether the first unit can be waited for: enough batches of later ones are under way to keep all lanes busy."""
+    """Whether enough batches of later units are running to keep all lanes busy while the first unit is awaited."""
     if started[0][2] is None:
         return True
     later = [encoding.batches for _, _, encoding in list(started)[1:] if encoding is not None]
@@ -243,7 +243,7 @@ def _may_wait(started: Sequence[tuple[_Read, Unit, Encoding | None]]) -> bool:
 
 
 class _Run:
-    """The three stages over the jobs of one extraction."""
+    """Runs the three stages over the jobs of one extraction."""
 
     def __init__(self, prepared: Prepared, progress: bool) -> None:
         self.prepared = prepared
@@ -304,7 +304,7 @@ class _Run:
                 )
 
     def _encode(self, results: Iterator[_Read], writer: WriteBehind[_Write], advance: Callable[[int], None]) -> None:
-        """Encodes units one after another; the next ones are begun before the last one is waited for."""
+        """Encodes units in order; later units start before the first one is awaited."""
         started: deque[tuple[_Read, Unit, Encoding | None]] = deque()
         try:
             for read in results:

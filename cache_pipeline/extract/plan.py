@@ -1,4 +1,4 @@
-"""What an extraction would do, said before it is done."""
+"""Plans an extraction without executing it (``--dry-run``)."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ TIMED_BATCHES = 3
 
 
 class ExtractionPlan(NamedTuple):
-    """What is to be done.
+    """The work of an extraction.
 
     Attributes:
-        images: frames to encode, each view counted; images_reused: those that are in the cache already.
-        units: to write; units_reused: finished ones.
-        bytes: to be written, before compression.
-        seconds: estimated from a few batches of real frames on this machine; None when nothing is to be encoded.
+        images: frames to encode, each view counted; images_reused: frames already in the cache.
+        units: units to write; units_reused: finished units.
+        bytes: upper bound of the bytes to write.
+        seconds: estimate from a few batches of real frames on this machine; None if nothing must be encoded.
         added, changed, removed: names of demos.
     """
 
@@ -50,9 +50,9 @@ class ExtractionPlan(NamedTuple):
         """For people."""
         lines = [
             f"{self.cache}: {self.demos} demos, {', '.join(self.cameras)}, {self.views} views",
-            f"{self.images} images to encode, {self.images_reused} are there already",
-            f"{self.units} units to write, {self.units_reused} are there already",
-            f"{self.bytes / 1e6:.1f} MB at most to be written",
+            f"{self.images} images to encode, {self.images_reused} already in the cache",
+            f"{self.units} units to write, {self.units_reused} already in the cache",
+            f"{self.bytes / 1e6:.1f} MB to write at most",
         ]
         if self.seconds is not None:
             lines.append(f"about {self.seconds:.0f} s on this machine")
@@ -65,10 +65,10 @@ class ExtractionPlan(NamedTuple):
 
 
 def plan_extraction(config: ExtractConfig) -> ExtractionPlan:
-    """Says what :func:`extract_features` would do; writes nothing.
+    """Returns the work of :func:`extract_features`; writes nothing.
 
     Raises:
-        StaleCacheError, NotACacheError, DatasetError, EncoderError, ConfigError: what it would raise.
+        StaleCacheError, NotACacheError, DatasetError, EncoderError, ConfigError: as :func:`extract_features`.
     """
     prepared = prepare(config, resolved(config.out), change=False)
     work, matching = prepared.work, prepared.matching
@@ -90,7 +90,7 @@ def plan_extraction(config: ExtractConfig) -> ExtractionPlan:
 
 
 def _estimate(prepared: Prepared) -> float:
-    """Seconds to encode all images, from a few batches of each camera's own frames."""
+    """Estimates the seconds to encode all images from a few batches of each camera's frames."""
     batches = BatchEncoder(prepared.manifest.batch_size, prepared.manifest.dtype)
     seconds, timed = 0.0, {}
     for job in prepared.work.jobs:

@@ -1,4 +1,4 @@
-"""From a config to what there is to do: checks everything that can be refused before any work."""
+"""Prepares an extraction: checks all inputs before any work, and finds the units to write."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ MAX_NAME_BYTES = 255
 
 
 class Prepared(NamedTuple):
-    """An extraction that nothing speaks against.
+    """An extraction whose inputs have passed all checks.
 
     Attributes:
-        out: the cache; path: where it is written, which is beside ``out`` while it is made anew.
-        manifest: what the cache is to become, digests of new demos left out.
-        old: the manifest so far.
-        matching: which demos are new, changed, removed.
-        work: units to make.
+        out: the cache; path: folder of writing, which is beside ``out`` with ``--overwrite``.
+        manifest: the future manifest, without digests of new demos.
+        old: the current manifest, if any.
+        matching: new, changed and removed demos.
+        work: units to write.
     """
 
     out: Path
@@ -60,12 +60,12 @@ class Prepared(NamedTuple):
 
 
 def prepare(config: ExtractConfig, out: Path, *, change: bool = True) -> Prepared:
-    """Opens the dataset, builds the encoders, holds the cache against both and lays out what is new.
+    """Opens the dataset, builds the encoders, compares the cache with both, and assigns rows to new demos.
 
     Args:
-        config: what is asked for.
+        config: the options.
         out: the real path of the cache.
-        change: whether leftovers of earlier runs may be cleared away; False touches nothing.
+        change: whether to remove leftovers of earlier runs; False: write nothing.
 
     Raises:
         DatasetError, EncoderError, ConfigError, NotACacheError, StaleCacheError: before any work.
@@ -86,7 +86,7 @@ def prepare(config: ExtractConfig, out: Path, *, change: bool = True) -> Prepare
     check_array_names(dataset)
     encoders = for_cameras(building.result(), config, dataset, old or pending)
     if old is not None and config.views < (views := max(entry.views for entry in old.cameras.values())):
-        logger.info("%s: its %d views of every frame are kept", out, views)
+        logger.info("%s: keeps its %d views of every frame", out, views)
     if old is not None:
         check_rows(old, dataset.low_dim, dataset.action_dim)
     pending = _check_stale(config, path, old, pending, encoders, change=change)
@@ -103,7 +103,7 @@ def _manifest_so_far(path: Path, mend_with_ledger: bool) -> Manifest | None:
     try:
         return read_manifest(path)
     except CorruptCacheError as error:
-        logger.warning("%s; its ledger is used to make the manifest anew", str(error).split(";")[0])
+        logger.warning("%s; the manifest is rebuilt from the ledger", str(error).split(";")[0])
         return None
 
 
@@ -130,7 +130,7 @@ def _check_stale(
     *,
     change: bool,
 ) -> Manifest | None:
-    """Refuses what does not fit; with ``overwrite``, an unfinished cache that does not fit is begun anew."""
+    """Raises StaleCacheError for other settings than in the cache; ``overwrite`` removes such an unfinished cache."""
     cached = old or pending
     if cached is None:
         if change and config.overwrite and is_cache(path):
@@ -200,7 +200,7 @@ def _shard_rows(config: ExtractConfig, encoders: Mapping[str, CameraEncoder]) ->
 
 
 def planned_bytes(prepared: Prepared) -> int:
-    """Upper bound of what is to be written: units before compression, and the encoders' weights."""
+    """Returns an upper bound of the bytes to write: units and encoder weights."""
     manifest, specs = prepared.manifest, array_specs(prepared.manifest)
     units = [unit for job in prepared.work.jobs for unit in job.units]
     row_bytes = sum(specs[name].row_bytes for unit in units for name in unit_arrays(manifest, unit))
@@ -212,7 +212,7 @@ def planned_bytes(prepared: Prepared) -> int:
 
 
 def check_array_names(dataset: Dataset) -> None:
-    """Refuses a camera or low-dim key whose name cannot be that of a folder inside the cache."""
+    """Raises DatasetError for a camera or low-dim key whose name cannot be a folder name."""
     for name in (*dataset.cameras, *dataset.low_dim):
         if name in ("", ".", "..", "zarr.json") or "/" in name or "\0" in name or len(name.encode()) > MAX_NAME_BYTES:
             raise DatasetError(
@@ -222,7 +222,7 @@ def check_array_names(dataset: Dataset) -> None:
 
 
 def metadata_digests(prepared: Prepared) -> dict[str, str]:
-    """Digests of the cache's metadata and weight files but the root group's, the weights as they lie on the disk."""
+    """Returns digests of the metadata (the root group's aside) and weight files; weights are read from the disk."""
     found = {name: digest(content) for name, content in metadata_files(prepared.manifest).items()}
     weights = {file: digest((prepared.path / file).read_bytes()) for file in prepared.manifest.encoders.values()}
     return {**found, **weights}

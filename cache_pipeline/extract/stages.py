@@ -1,4 +1,4 @@
-"""Threads before and after the encoder: bounded queues, and errors that come out where the results are taken."""
+"""Threads that read before and write after the encoder, with bounded queues; errors reach the calling thread."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ WAIT_S = 0.1
 
 
 class ReadAhead(Generic[In, Out]):
-    """Applies ``read`` to each item in a thread, at most ``ahead`` results before they are taken.
+    """Applies ``read`` to each item in a thread; holds at most ``ahead`` results that are not yet consumed.
 
-    Iterating raises what ``read`` raised. ``seconds`` is the time spent reading.
+    Iterating raises the error of ``read``. ``seconds`` is the time spent reading.
     """
 
     def __init__(self, read: Callable[[In], Out], items: Iterable[In], ahead: int = 2) -> None:
@@ -50,7 +50,7 @@ class ReadAhead(Generic[In, Out]):
                 if not self._put(result):
                     return
             self._put(None)
-        except BaseException as error:  # handed over to the thread that takes the results
+        except BaseException as error:  # raised in the consuming thread
             self._put(error)
 
     def _put(self, result: Out | BaseException | None) -> bool:
@@ -66,7 +66,7 @@ class ReadAhead(Generic[In, Out]):
 class WriteBehind(Generic[In]):
     """Applies ``write`` to each item in threads; at most ``behind`` items wait. ``seconds`` is the time spent writing.
 
-    An error in a thread is raised by the next :meth:`put` or at the end; items that wait are then dropped.
+    The next :meth:`put` or the end raises the error of a thread; waiting items are then dropped.
     """
 
     def __init__(self, write: Callable[[In], None], threads: int = 2, behind: int = 2) -> None:
@@ -78,7 +78,7 @@ class WriteBehind(Generic[In]):
         self._threads = [threading.Thread(target=self._run, name="write", daemon=True) for _ in range(threads)]
 
     def put(self, item: In) -> None:
-        """Hands over one item; waits while too many wait."""
+        """Queues one item; blocks while the queue is full."""
         while True:
             if self._error is not None:
                 raise self._error
@@ -109,7 +109,7 @@ class WriteBehind(Generic[In]):
             started = time.perf_counter()
             try:
                 self._write(item)
-            except BaseException as error:  # handed over to the thread that puts
+            except BaseException as error:  # raised in the thread that calls put
                 self._error = error
             with self._lock:
                 self.seconds += time.perf_counter() - started

@@ -1,4 +1,4 @@
-"""What a cache was made from against what is asked for now: the first difference raises and is named."""
+"""Compares the identity of a cache with the current settings; raises at the first difference."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from typing import Any
 from cache_pipeline.cache.manifest import CameraEntry, Manifest
 from cache_pipeline.errors import StaleCacheError
 
-MEND = "make it anew with --overwrite, keep both with another --out, or give the options that it was made with"
+MEND = "replace it with --overwrite, keep both with another --out, or give the options that it was made with"
 NOT_COMPARED = ("weights.source",)
 ORDER = ("architecture", "structure", "weights", "cut", "preprocess", "precision", "feature_shape")
 MEANINGS = {
     "architecture": "its features come from another network",
-    "structure": "the encoder's own module computes something else",
-    "cut": "its features were taken at another layer",
+    "structure": "the code of the custom encoder has changed",
+    "cut": "its features come from another layer",
     "weights": "its features come from other weights",
-    "preprocess": "its frames were resized, cropped or normalised otherwise",
+    "preprocess": "its frames were resized, cropped or normalised differently",
     "precision": "its features were computed or stored in another precision",
     "feature_shape": "its features have another shape",
 }
 
 
 def check_camera(camera: str, cached: CameraEntry, wanted: CameraEntry) -> None:
-    """Refuses a camera whose features would come out otherwise now. More views are no difference.
+    """Checks that a camera's features would be the same now. A different number of views is allowed.
 
     Raises:
         StaleCacheError: names the item, such as ``encoder.weights.digest`` or ``views.seed``.
@@ -35,12 +35,12 @@ def check_camera(camera: str, cached: CameraEntry, wanted: CameraEntry) -> None:
         raise StaleCacheError(_title(field), was, now, f"{MEANINGS[field.split('.')[0]]} (camera {camera})", MEND)
     if cached.views > 1 and wanted.views > 1:
         for field, was, now in differences(cached.view_spec or {}, wanted.view_spec or {}):
-            meaning = f"its {cached.views} views were drawn otherwise (camera {camera})"
+            meaning = f"its {cached.views} views were drawn with other settings (camera {camera})"
             raise StaleCacheError(f"views.{field}", was, now, meaning, MEND)
 
 
 def check_store(cached: Manifest, dtype: str, shard_rows: int | None) -> None:
-    """Refuses another stored precision or shard size: both are fixed when a cache is made."""
+    """Raises StaleCacheError for another stored dtype or shard size, which are fixed for a cache."""
     if cached.dtype != dtype:
         meaning = "its features are stored in another precision"
         raise StaleCacheError("precision.store", cached.dtype, dtype, meaning, MEND)
@@ -50,10 +50,10 @@ def check_store(cached: Manifest, dtype: str, shard_rows: int | None) -> None:
 
 
 def check_rows(cached: Manifest, low_dim: Mapping[str, Sequence[int]], action_dim: int) -> None:
-    """Refuses actions or low-dim obs of another width: arrays of a complete cache never change their shape.
+    """Checks the width of actions and low-dim obs: arrays of a complete cache never change their shape.
 
     Raises:
-        StaleCacheError: names the array; keys that are new or left out are no difference.
+        StaleCacheError: an array has another width. New and omitted keys are allowed.
     """
     widths = {"actions": ([cached.action_dim], [action_dim])}
     for key in sorted(set(cached.low_dim) & set(low_dim)):
@@ -64,7 +64,7 @@ def check_rows(cached: Manifest, low_dim: Mapping[str, Sequence[int]], action_di
 
 
 def differences(cached: dict[str, Any], wanted: dict[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Every item of two identities that differs: (path such as ``weights.digest``, cached, wanted), causes first."""
+    """Yields every difference of two identities, causes first: (path such as ``weights.digest``, cached, wanted)."""
     flat_cached, flat_wanted = dict(_flatten(cached)), dict(_flatten(wanted))
     fields = sorted({*flat_cached, *flat_wanted}, key=lambda field: (_rank(field), field))
     for field in fields:

@@ -1,4 +1,4 @@
-"""Which units are done and which are to be made: a unit counts as done only when its record fits what is wanted now."""
+"""Finds the units to write: a unit is done only if its ledger record matches the current settings and data."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from cache_pipeline.files import digest
 
 
 class Job(NamedTuple):
-    """What is read once: the frames of one camera in one block, or (camera "") the low-dim rows of one block.
+    """Data that are read once: the frames of one camera in one block, or (camera "") the low-dim rows of one block.
 
     Attributes:
         segments: the live rows of the block.
-        units: what is to be written from them.
-        known: row of a segment → digest of its frames where an earlier run recorded it.
+        units: the units to write from them.
+        known: row of a segment → recorded digest of its frames.
     """
 
     camera: str
@@ -44,7 +44,7 @@ class Job(NamedTuple):
 
 
 class Work(NamedTuple):
-    """All jobs of an extraction, and how many units and images are there already."""
+    """All jobs of an extraction, and the numbers of finished units and images."""
 
     jobs: tuple[Job, ...]
     units_reused: int
@@ -57,25 +57,25 @@ class Work(NamedTuple):
 
     @property
     def images(self) -> int:
-        """Images to encode, each view of a frame counted."""
+        """Number of images to encode, each view counted."""
         return sum(job.rows * len(job.views) for job in self.jobs)
 
 
 class UnitCheck:
-    """Compares ledger records with what is wanted.
+    """Compares ledger records with the current settings and data.
 
     Args:
         path: the cache.
-        manifest: what the cache is to become.
-        dataset: where frames come from.
-        kept: demos of the table whose rows were complete and unchanged before.
+        manifest: the future manifest.
+        dataset: the source of frames.
+        kept: for each demo of the table, whether its rows are already complete and unchanged.
     """
 
     def __init__(self, path: Path, manifest: Manifest, dataset: Dataset, kept: Sequence[bool]) -> None:
         self._path, self._manifest, self._dataset, self._kept = path, manifest, dataset, kept
 
     def find(self, unit: Unit, segments: Sequence[Segment]) -> LedgerRecord | None:
-        """The unit's record when it is done, else None."""
+        """Returns the unit's record if it is done, else None."""
         record = read_record(self._path, unit)
         if record is None or record.inputs != self._manifest.unit_inputs(unit):
             return None
@@ -106,18 +106,18 @@ class UnitCheck:
 
 
 def read_rows(dataset: Dataset, segment: Segment) -> dict[str, np.ndarray]:
-    """The low-dim rows of one segment."""
+    """Reads the low-dim rows of one segment."""
     rows = slice(segment.offset, segment.offset + segment.stop - segment.start)
     return {name: values[rows] for name, values in dataset.rows(segment.demo).items()}
 
 
 def rows_digest(rows: Mapping[str, np.ndarray]) -> str:
-    """Digest of some arrays' rows of one segment."""
+    """Returns the digest of one segment's rows of several arrays."""
     return digest(*(np.ascontiguousarray(rows[name]).tobytes() for name in sorted(rows)))
 
 
 def find_work(path: Path, manifest: Manifest, dataset: Dataset, kept: Sequence[bool]) -> Work:
-    """Every unit that is not done, block by block, grouped so that each frame is read once."""
+    """Returns all units that are not done, block by block, grouped so that each frame is read once."""
     check = UnitCheck(path, manifest, dataset, kept)
     blocks = manifest.block_segments()
     jobs, units_reused, images_reused = [], 0, 0

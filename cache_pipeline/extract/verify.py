@@ -1,4 +1,4 @@
-"""Stored features against features encoded now, from the source frames and the weights that the cache carries."""
+"""Compares stored features with features encoded now from the source frames and the weights in the cache."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ from cache_pipeline.extract.freshness import require_same_demos
 
 TOLERANCE = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 3e-2}
 STORE_TOLERANCE = {"float32": 0.0, "float16": 1e-3}
-# Where the device lacks the precision of the features, theirs and the nearest one both err.
+# Factor of the tolerance if the device lacks the precision of the features: both precisions have an error.
 OTHER_PRECISION = 2.0
-# A row may err by this much of what was measured on all rows together, and by what two devices differ in float32.
+# The error of a row may be this multiple of the error of all rows; the minimum covers differences between devices.
 NOISE_FACTOR, LEAST_NOISE = 3.0, 2e-3
 
 
 class VerifyResult(NamedTuple):
-    """How far stored features are from live ones.
+    """Differences between stored and live features.
 
     Attributes:
-        rows: compared, over all cameras and views.
+        rows: number of compared rows, over all cameras and views.
         max_abs: largest difference of one value.
-        max_rel: largest difference of a row, as a share of that row's largest value.
+        max_rel: largest difference of a row, as a fraction of the row's largest value.
         min_cosine: smallest cosine between stored and live row.
-        tolerance: bound on ``max_rel`` for the precisions of computing and storing; the widest of all cameras, each of
-            which is held against its own.
+        tolerance: bound on ``max_rel`` for the precisions of computing and storing: the largest of all cameras. Each
+            camera is compared with its own.
         ok: whether the bounds hold.
-        error_over_variation: largest error of a row, as a share of the features' variation over frames; None if the
-            cache does not record that variation.
-        note: where features were encoded in another precision than the stored ones, and why.
+        error_over_variation: largest error of a row, as a fraction of the features' variation over frames; None if the
+            cache does not record the variation.
+        note: cameras that were encoded in another precision than the stored one, and why.
     """
 
     rows: int
@@ -78,12 +78,12 @@ class VerifyResult(NamedTuple):
 
 
 class _Compared(NamedTuple):
-    """One view of one camera: stored and live rows (n, D), and what they may differ by.
+    """One view of one camera: stored and live rows (n, D), and bounds on their difference.
 
     Attributes:
-        tolerance: bound on a row's largest difference, as a share of its largest value.
-        spread: the features' variation over frames, as a share of their size; None where it was not measured.
-        noise: bound on a row's error, as a share of that variation.
+        tolerance: bound on a row's largest difference, as a fraction of its largest value.
+        spread: the features' variation over frames, as a fraction of their size; None if it was not measured.
+        noise: bound on a row's error, as a fraction of that variation.
     """
 
     stored: Tensor
@@ -119,19 +119,19 @@ def verify(
     device: str = "auto",
     encoder: Factories = None,
 ) -> VerifyResult:
-    """Encodes random rows of every camera and view again and compares.
+    """Encodes random rows of every camera and view again and compares them with the stored features.
 
     Args:
         cache_path: a complete cache.
-        datasets: the source files, where they no longer lie at their recorded paths.
+        datasets: the source files, if they are not at their recorded paths.
         rows: random rows per camera and view.
-        seed: of the choice of rows.
-        device: to encode on.
-        encoder: the factory of a cache that was made by one: ``file.py:factory``. It runs only if it is named here.
+        seed: seed of the choice of rows.
+        device: device of the encoder.
+        encoder: factory of the cache's custom encoder, ``file.py:factory``. A factory runs only if it is named here.
 
     Raises:
-        EncoderError: the cache was made by a factory that is not named, or that has changed.
-        DatasetError: the source files are not there, or a demo of the cache is not in them unchanged.
+        EncoderError: the cache was made by a factory that is not named or has changed.
+        DatasetError: source files are missing, or a demo of the cache has changed in them.
     """
     cache = FeatureCache(cache_path)
     encoders = restore_encoders(cache, encoder)
@@ -166,7 +166,7 @@ def _rows(features: NDArray) -> Tensor:
 
 
 def _bounds(entry: CameraEntry, precision: str, dtype: str) -> tuple[float, float | None, float]:
-    """Tolerance, spread and noise of one camera's rows encoded in ``precision``; see ``_Compared``."""
+    """Returns tolerance, spread and noise of one camera encoded in ``precision``; see ``_Compared``."""
     recorded = entry.identity["precision"]["compute"]
     tolerance = TOLERANCE[recorded] * (OTHER_PRECISION if precision != recorded else 1) + STORE_TOLERANCE[dtype]
     measured = entry.measured or {}
@@ -190,7 +190,7 @@ def _together(results: Sequence[VerifyResult]) -> VerifyResult:
 
 
 def _frozen(encoder: ImageEncoder, entry: CameraEntry, device: str) -> FrozenEncoder:
-    """The encoder in the precision of the features, or in the nearest one that the device has."""
+    """Builds the encoder in the precision of the features, or in fp32 if the device lacks it."""
     preprocess, where = Preprocess.from_json(entry.identity["preprocess"]), resolve_device(device)
     return FrozenEncoder(encoder, preprocess, where, nearest_precision(entry.identity["precision"]["compute"], where))
 
@@ -199,5 +199,5 @@ def _source(cache: FeatureCache, datasets: Sequence[str | Path] | None) -> Datas
     paths = [Path(path) for path in datasets] if datasets else [Path(s.path) for s in cache.manifest.files]
     gone = [path for path in paths if not path.is_file()]
     if gone:
-        raise DatasetError(f"{gone[0]}, the source of {cache.path}, is not there; name the file with --dataset FILE")
+        raise DatasetError(f"{gone[0]}, the source of {cache.path}, is missing; name the file with --dataset FILE")
     return Dataset.open(paths, cameras=tuple(cache.cameras), low_dim_keys=tuple(cache.low_dim))

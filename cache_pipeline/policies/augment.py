@@ -1,4 +1,4 @@
-"""Augmentation of live frames: one draw for each window and camera, so that its obs steps agree."""
+"""Augmentation of live frames: one draw per window and camera, the same for all obs steps."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from cache_pipeline.policies.draws import Draws, uniform
 
 
 def draw_views(spec: ViewSpec, leading: tuple[int, ...], draws: Draws, device: torch.device) -> ViewBatch:
-    """Views of frames with the leading dimensions (B,) or (B,T), distributed as the cached views of ``spec``.
+    """Draws views for frames with the leading shape (B,) or (B,T), distributed like the cached views of ``spec``.
 
-    A crop takes effect where the preprocessing has a ``crop_shape``.
+    Crops have an effect only if the preprocessing has a ``crop_shape``.
     """
     drawn = uniform((leading[0], 6), draws, device)
     spread = drawn.new_tensor([spec.brightness, spec.contrast, spec.saturation, spec.hue])

@@ -1,4 +1,4 @@
-"""A policy is built from its spec and encoders."""
+"""Builds a policy from its spec and encoders."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ POLICIES: dict[str, tuple[Any, Any]] = {
 
 
 def build_policy(spec: PolicySpec, encoders: Mapping[str, ImageEncoder], seed: int = 0) -> VisuomotorPolicy:
-    """Builds the policy with frozen encoders. Its weights depend on ``seed`` alone; torch's generator is not touched.
+    """Builds the policy with frozen encoders. Its weights depend only on ``seed``; torch's generator is not used.
 
     Args:
         encoders: camera → encoder, cut at ``spec.cut``.
 
     Raises:
-        ConfigError: an option that the policy does not have, or of a wrong value.
-        EncoderError: encoders that do not fit the cameras.
+        ConfigError: unknown option or wrong value.
+        EncoderError: encoders do not fit the cameras.
     """
     if spec.name not in POLICIES:
         raise ConfigError(f"{spec.name} cannot be exported or fine-tuned here; {available(POLICIES)}")
@@ -66,7 +66,7 @@ def build_policy(spec: PolicySpec, encoders: Mapping[str, ImageEncoder], seed: i
 
 
 def policy_config(name: str, options: Mapping[str, Any]) -> Any:
-    """The config of policy ``name``; raises ConfigError for options that it does not have."""
+    """Returns the config of policy ``name``; raises ConfigError for unknown options."""
     config = POLICIES[name][1]
     known = [item.name for item in fields(config)]
     for key in options:
@@ -79,14 +79,14 @@ def policy_config(name: str, options: Mapping[str, Any]) -> Any:
 
 
 def _draw(module: nn.Module) -> None:
-    """Draws the weights of all layers again."""
+    """Redraws the weights of all linear and convolutional layers."""
     for layer in module.modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
             layer.reset_parameters()
 
 
 def _copies(encoders: Mapping[str, ImageEncoder]) -> dict[str, ImageEncoder]:
-    """Encoders that cameras shared, each camera with its own."""
+    """Copies shared encoders, so that each camera has its own."""
     seen: set[int] = set()
     own = {}
     for camera, encoder in encoders.items():

@@ -1,6 +1,6 @@
-"""Random numbers for some windows of a batch, drawn as for the whole batch.
+"""Draws random numbers for some windows of a batch, equal to those of the whole batch.
 
-So a loss does not depend on how its batch was cut: into parts that fit the memory, or over processes.
+The loss then does not depend on how the batch is divided: into parts that fit the memory, or among processes.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class Share(NamedTuple):
-    """The windows ``start`` to ``stop`` of a batch of ``total``; every share draws the numbers of all of them."""
+    """Windows ``start`` to ``stop`` of a batch of ``total``; every share draws the numbers of the whole batch."""
 
     generator: torch.Generator
     start: int
@@ -22,16 +22,16 @@ class Share(NamedTuple):
 
 
 Draws: TypeAlias = torch.Generator | Share | None
-"""Where random numbers come from; ``None`` is torch's own generator."""
+"""Source of random numbers; ``None`` is torch's global generator."""
 
 
 def normal(shape: tuple[int, ...], draws: Draws, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Standard normal values; the first axis counts windows, or a fixed number of rows for each of them."""
+    """Draws standard normal values; the first axis has one row, or a fixed number of rows, per window."""
     return _draw(torch.randn, shape, draws, device, dtype)
 
 
 def uniform(shape: tuple[int, ...], draws: Draws, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Values from [0, 1); shape as for ``normal``."""
+    """Draws values from [0, 1); shape as in ``normal``."""
     return _draw(torch.rand, shape, draws, device, dtype)
 
 

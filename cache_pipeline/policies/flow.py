@@ -23,11 +23,11 @@ class FlowConfig:
     """Options of the flow policy."""
 
     hidden: tuple[int, ...] = (512, 512, 512, 512)
-    """Widths of the velocity network's layers."""
+    """Widths of the hidden layers of the velocity network."""
     flow_steps: int = 10
     """Euler steps from noise to actions."""
     time_features: int = 32
-    """Sinusoids that tell the network the time."""
+    """Number of sinusoids that encode the time."""
 
     def __post_init__(self) -> None:
         check_hidden(self.hidden)
@@ -38,7 +38,7 @@ class FlowConfig:
 
 
 class FlowPolicy(nn.Module):
-    """Predicts the velocity that carries Gaussian noise x0 to an action chunk x1 along x_t = (1-t) x0 + t x1.
+    """Predicts the velocity from Gaussian noise x0 to an action chunk x1 along x_t = (1-t) x0 + t x1.
 
     Args:
         cond_dim: P, width of the condition.
@@ -57,7 +57,7 @@ class FlowPolicy(nn.Module):
         self.register_buffer("frequencies", octaves.exp(), persistent=False)
 
     def loss(self, cond: Tensor, actions: Tensor, mask: Tensor, generator: Draws = None) -> Tensor:
-        """Mean squared error of the velocity at a random time. cond (B,P), actions (B,Ta,A), mask (B,Ta)."""
+        """Computes the MSE of the velocity at a random time. cond (B,P), actions (B,Ta,A), mask (B,Ta)."""
         noise = normal(tuple(actions.shape), generator, actions.device, actions.dtype)
         time = uniform((len(actions),), generator, actions.device, actions.dtype)
         between = torch.lerp(noise, actions, time[:, None, None])
@@ -65,7 +65,7 @@ class FlowPolicy(nn.Module):
         return masked_mean(error.square(), mask)
 
     def act(self, cond: Tensor, generator: torch.Generator | None = None, *, noise: Tensor | None = None) -> Tensor:
-        """A sampled action chunk (B,Ta,A) for ``cond`` (B,P), from ``noise`` (B,Ta,A) if it is given."""
+        """Samples an action chunk (B,Ta,A) for ``cond`` (B,P), from ``noise`` (B,Ta,A) if given."""
         chunk = noise
         if chunk is None:
             chunk = torch.randn((len(cond), *self._shape), generator=generator, device=cond.device, dtype=cond.dtype)

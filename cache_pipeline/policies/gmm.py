@@ -1,7 +1,7 @@
 """Behaviour cloning with a mixture of Gaussians, after robomimic's BC-GMM (Mandlekar et al., 2021, arXiv:2108.03298).
 
-One component spans the whole chunk, so that a sampled action sequence does not hop between modes. Means are not bound
-to [-1, 1] by a tanh, as robomimic's are: actions in deviations from their mean reach beyond.
+A component spans the whole chunk, so a sampled action sequence does not switch between modes. Unlike in robomimic, no
+tanh limits the means to [-1, 1], because normalised actions can exceed 1.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class GMMConfig:
     modes: int = 5
     min_std: float = 1e-4
     low_noise_eval: bool = True
-    """Sample around the components' means with a deviation of ``min_std`` when acting."""
+    """When acting, sample around the means with a standard deviation of ``min_std``."""
 
     def __post_init__(self) -> None:
         check_hidden(self.hidden)
@@ -37,7 +37,7 @@ class GMMConfig:
 
 
 class GMMPolicy(nn.Module):
-    """Predicts a mixture over action chunks. Arguments as in FlowPolicy."""
+    """Predicts a mixture of Gaussians over action chunks. Arguments as in FlowPolicy."""
 
     def __init__(self, cond_dim: int, action_horizon: int, action_dim: int, config: GMMConfig) -> None:
         super().__init__()
@@ -48,7 +48,10 @@ class GMMPolicy(nn.Module):
         self.network = mlp(cond_dim, config.hidden, config.modes * (1 + 2 * chunk))
 
     def loss(self, cond: Tensor, actions: Tensor, mask: Tensor, generator: Draws = None) -> Tensor:
-        """Negative log likelihood per action step. cond (B,P), actions (B,Ta,A), mask (B,Ta); draws nothing."""
+        """Computes the negative log likelihood per action step. cond (B,P), actions (B,Ta,A), mask (B,Ta).
+
+        Uses no random numbers.
+        """
         logits, means, scales = self._mixture(cond)
         deviation = (actions.unsqueeze(1) - means) / scales
         log_density = -(0.5 * deviation.square() + scales.log() + 0.5 * math.log(2 * math.pi)).sum(-1)
@@ -57,11 +60,11 @@ class GMMPolicy(nn.Module):
         return -joint.logsumexp(-1).sum() / weight.sum().clamp_min(1)
 
     def act(self, cond: Tensor, generator: torch.Generator | None = None, *, noise: Tensor | None = None) -> Tensor:
-        """A sampled action chunk (B,Ta,A) for ``cond`` (B,P).
+        """Samples an action chunk (B,Ta,A) for ``cond`` (B,P).
 
         Args:
-            noise: (B, M + Ta·A), standard normal, in place of what is drawn: M values that choose the component, then
-                the step from its means. Zeros give the means of the most likely component.
+            noise: (B, M + Ta·A) standard normal values instead of drawn ones: M values choose the component, the others
+                are the deviation from its means. Zeros give the means of the most likely component.
         """
         logits, means, scales = self._mixture(cond)
         if noise is None:
@@ -76,7 +79,7 @@ class GMMPolicy(nn.Module):
         return means[rows, mode] + spread * step
 
     def _mixture(self, cond: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (B,M), means and deviations (B,M,Ta,A)."""
+        """Computes logits (B,M), means and standard deviations (B,M,Ta,A)."""
         modes, chunk = self._config.modes, math.prod(self._shape)
         logits, means, scales = self.network(cond).split((modes, modes * chunk, modes * chunk), dim=1)
         shape = (-1, modes, *self._shape)
@@ -84,6 +87,6 @@ class GMMPolicy(nn.Module):
 
 
 def _gumbel(normal: Tensor) -> Tensor:
-    """Standard normal values to standard Gumbel ones; added to logits, the largest is a draw from their softmax."""
+    """Converts standard normal to standard Gumbel values. The argmax of logits plus these samples their softmax."""
     uniform = (0.5 * (1 + torch.erf(normal / math.sqrt(2)))).clamp(1e-7, 1 - 1e-7)
     return -torch.log(-torch.log(uniform))

@@ -37,10 +37,10 @@ class MLPPolicy(nn.Module):
         self.network = mlp(cond_dim, config.hidden, action_horizon * action_dim)
 
     def loss(self, cond: Tensor, actions: Tensor, mask: Tensor, generator: Draws = None) -> Tensor:
-        """Mean squared or absolute error. cond (B,P), actions (B,Ta,A), mask (B,Ta); draws nothing."""
+        """Computes the mean squared or absolute error. cond (B,P), actions (B,Ta,A), mask (B,Ta)."""
         error = self.act(cond) - actions
         return masked_mean(error.square() if self._squared else error.abs(), mask)
 
     def act(self, cond: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """The predicted action chunk (B,Ta,A) for ``cond`` (B,P)."""
+        """Predicts the action chunk (B,Ta,A) for ``cond`` (B,P)."""
         return self.network(cond).view(-1, *self._shape)

@@ -1,4 +1,4 @@
-"""The one multilayer perceptron that all policies use."""
+"""The multilayer perceptron of all policies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cache_pipeline.errors import ConfigError
 
 
 class FloatOutput(nn.Sequential):
-    """Layers whose result is float32 also where their weights are of less."""
+    """Layers with float32 output, also if the weights have lower precision."""
 
     def forward(self, x: Tensor) -> Tensor:
         result: Tensor = super().forward(x)  # type: ignore[no-untyped-call]
@@ -19,7 +19,7 @@ class FloatOutput(nn.Sequential):
 
 
 def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> FloatOutput:
-    """Linear layers of widths ``hidden`` with GELU between them."""
+    """Builds linear layers of widths ``hidden`` with GELU between them."""
     widths = [inputs, *hidden]
     layers: list[nn.Module] = []
     for before, after in pairwise(widths):
@@ -28,6 +28,6 @@ def mlp(inputs: int, hidden: Sequence[int], outputs: int) -> FloatOutput:
 
 
 def check_hidden(hidden: Sequence[int]) -> None:
-    """Raises ConfigError unless ``hidden`` names at least one layer, each of positive width."""
+    """Raises ConfigError unless ``hidden`` has at least one layer and only positive widths."""
     if not hidden or any(width < 1 for width in hidden):
         raise ConfigError(f"hidden is {list(hidden)}; give at least one positive layer width")

@@ -1,4 +1,4 @@
-"""Affine normalisation whose statistics are buffers, so that they travel with the weights."""
+"""Affine normalisation. Its statistics are buffers, which are saved with the weights."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from cache_pipeline.policies.rotations import RotationSlices
 
 Normalization = Literal["minmax", "gaussian", "none"]
 
-# Spreads below this share of the values' magnitude are rounding of the store, not information.
+# Variations below this fraction of the values' magnitude are rounding errors of the stored dtype.
 ROUNDING = {"float16": 1e-3, "float32": 1e-6}
 
 
 class Normalizer(nn.Module):
     """Maps values (…, *shape) to (values - offset) * scale and back.
 
-    A dimension that is constant in the data it was fitted on maps to 0 at its constant, with scale 1; back, everything
-    maps to that constant.
+    If a dimension is constant in the fitted data, ``forward`` subtracts the constant (scale 1) and ``invert`` always
+    returns the constant.
     """
 
     offset: Tensor
@@ -36,13 +36,13 @@ class Normalizer(nn.Module):
         self.register_buffer("spread", torch.ones(shape))
 
     def fit(self, rows: NDArray, mode: Normalization, rounding: float = ROUNDING["float32"]) -> Normalizer:
-        """Takes the statistics of ``rows`` (N, *shape): ``minmax`` to [-1, 1], ``gaussian`` to mean 0 and deviation 1.
+        """Computes the statistics of ``rows`` (N, *shape): ``minmax`` to [-1, 1], ``gaussian`` to mean 0, deviation 1.
 
         Args:
-            rounding: relative precision of the values; a dimension that varies by less counts as constant.
+            rounding: relative precision of the values; a dimension that varies less counts as constant.
 
         Returns:
-            itself.
+            self.
         """
         if mode == "none":
             return self
@@ -63,18 +63,18 @@ class Normalizer(nn.Module):
         return (values - self.offset) * self.scale
 
     def invert(self, values: Tensor) -> Tensor:
-        """The values that ``forward`` maps to these."""
+        """Inverts ``forward``."""
         return values * self.spread + self.offset
 
     def join(self, parts: Sequence[Normalizer]) -> None:
-        """Takes the statistics of ``parts``, flattened and one after another."""
+        """Copies the statistics of ``parts``, flattened and concatenated."""
         for name in ("offset", "scale", "spread"):
             own = getattr(self, name)
             own.copy_(torch.cat([getattr(part, name).flatten() for part in parts]).view_as(own))
 
 
 class ActionNormalizer(Normalizer):
-    """A normaliser of actions (…, A) that first takes axis-angle rotations to six numbers each, and back at the end."""
+    """Normalises actions (…, A); axis-angle rotations are converted to six numbers each before, and back after."""
 
     def __init__(self, rotations: RotationSlices) -> None:
         super().__init__((rotations.encoded_width,))

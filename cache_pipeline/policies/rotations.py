@@ -1,4 +1,4 @@
-"""Rotations as six numbers: the first two columns of the rotation matrix, which change continuously with the rotation.
+"""Rotations as six numbers: the first two columns of the rotation matrix, a continuous representation.
 
 Zhou et al., On the Continuity of Rotation Representations in Neural Networks, 2019 (arXiv:1812.07035).
 """
@@ -17,7 +17,7 @@ AXIS_ANGLE, SIX = 3, 6
 
 
 def axis_angle_to_6d(axis_angle: Tensor) -> Tensor:
-    """(…,3), the axis times the angle in radians, to (…,6)."""
+    """Maps axis times angle in radians, (…,3), to (…,6)."""
     x, y, z = axis_angle.unbind(-1)
     zero = torch.zeros_like(x)
     cross = torch.stack((zero, -z, y, z, zero, -x, -y, x, zero), -1).reshape(*x.shape, 3, 3)
@@ -26,7 +26,7 @@ def axis_angle_to_6d(axis_angle: Tensor) -> Tensor:
 
 
 def axis_angle_from_6d(six: Tensor) -> Tensor:
-    """The nearest rotation by Gram-Schmidt, as axis times angle, the angle from 0 to π: (…,6) to (…,3)."""
+    """Maps (…,6) to the nearest rotation (Gram-Schmidt) as axis times angle, (…,3), with the angle in [0, π]."""
     first, second = six[..., :3], six[..., 3:]
     one = F.normalize(first, dim=-1)
     two = F.normalize(second - (one * second).sum(-1, keepdim=True) * one, dim=-1)
@@ -35,7 +35,7 @@ def axis_angle_from_6d(six: Tensor) -> Tensor:
 
 
 def _quaternion(matrix: Tensor) -> Tensor:
-    """Unit quaternions (…,4), w first and not negative, from (…,3,3); the largest component is computed first."""
+    """Maps (…,3,3) to unit quaternions (…,4), w first and w ≥ 0; computes the largest component first."""
     m = matrix.flatten(-2).unbind(-1)
     xx, yy, zz = m[0], m[4], m[8]
     rows = (
@@ -59,10 +59,10 @@ def _axis(quaternion: Tensor) -> Tensor:
 
 
 class RotationSlices:
-    """Where axis-angle rotations lie in a vector of ``width`` numbers, and the way to six numbers each and back.
+    """Slices of axis-angle rotations in a vector of ``width`` numbers; converts each to six numbers and back.
 
     Raises:
-        ConfigError: a slice that is not of three numbers of the vector, or two that overlap.
+        ConfigError: a slice is outside the vector or not of length 3, or two slices overlap.
     """
 
     def __init__(self, slices: tuple[tuple[int, int], ...], width: int) -> None:
@@ -72,7 +72,7 @@ class RotationSlices:
         for start, stop in slices:
             if stop - start != AXIS_ANGLE or not 0 <= start < stop <= width:
                 raise ConfigError(
-                    f"rotation_6d {start}:{stop} is no axis-angle rotation: name three of the {width} action "
+                    f"rotation_6d {start}:{stop} is not an axis-angle rotation: give three of the {width} action "
                     f"dimensions, such as 3:6"
                 )
         if any(start < end for start, end in zip(self._starts, ends, strict=False)):
@@ -83,11 +83,11 @@ class RotationSlices:
         return self.width + (SIX - AXIS_ANGLE) * len(self._starts)
 
     def encode(self, values: Tensor) -> Tensor:
-        """(…,width) to (…,encoded_width), each rotation in its place."""
+        """Maps (…,width) to (…,encoded_width); rotations keep their position."""
         return self._mapped(values, AXIS_ANGLE, axis_angle_to_6d)
 
     def decode(self, values: Tensor) -> Tensor:
-        """The inverse of ``encode``; anything is taken to its nearest rotation."""
+        """Inverts ``encode``; any six numbers map to the nearest rotation."""
         return self._mapped(values, SIX, axis_angle_from_6d)
 
     def _mapped(self, values: Tensor, size: int, function: Callable[[Tensor], Tensor]) -> Tensor:

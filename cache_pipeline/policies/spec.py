@@ -1,4 +1,4 @@
-"""The shape of a policy, as JSON with the run."""
+"""The spec of a policy, saved as JSON in the run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cache_pipeline.errors import CheckpointError
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySpec:
-    """The shape of a policy; with encoders and weights it is the policy."""
+    """Everything needed to build a policy, except encoders and weights."""
 
     name: str = "flow"
     options: dict[str, Any] = field(default_factory=dict)
@@ -26,17 +26,17 @@ class PolicySpec:
     preprocess: dict[str, dict[str, Any]]
     """Camera → its preprocessing as JSON."""
     encoder_files: dict[str, str]
-    """Camera → the file of its encoder's first weights in the run folder."""
+    """Camera → file of its encoder's initial weights in the run folder."""
     cut: str = "avgpool"
-    """Where cached features enter."""
+    """Layer where cached features enter."""
     share_rgb_model: bool = True
-    """One encoder module for all cameras: for frozen encoders, and where asked."""
+    """Whether all cameras share one encoder module."""
     clip_actions: bool = True
-    """Whether normalised actions are clipped to [-1, 1] when acting: with min-max normalisation."""
+    """Whether normalised actions are clipped to [-1, 1] when acting; for min-max normalisation."""
     pooling: str = "avg"
-    """How maps are pooled: ``avg``, or ``spatial_softmax``, which is trained with the policy."""
+    """Pooling of feature maps: ``avg``, or ``spatial_softmax``, which is trained with the policy."""
     rotation_6d: tuple[tuple[int, int], ...] = ()
-    """Slices of the action that are axis-angle rotations; the policy sees six numbers for each."""
+    """Slices of the action that are axis-angle rotations; the policy predicts six numbers for each."""
 
     def to_json(self) -> dict[str, Any]:
         rotations = [list(pair) for pair in self.rotation_6d]
@@ -45,18 +45,18 @@ class PolicySpec:
 
     @classmethod
     def from_json(cls, value: Any) -> PolicySpec:
-        """Reads what ``to_json`` gave; raises CheckpointError on anything else."""
+        """Inverts ``to_json``; raises CheckpointError for anything else."""
         names = {item.name for item in fields(cls)}
         try:
             shapes = {
                 name: {key: tuple(shape) for key, shape in value[name].items()} for name in ("cameras", "low_dim")
             }
             if unknown := set(value) - names:
-                raise CheckpointError(f"the run's policy has {sorted(unknown)[0]!r}, unknown to this version")
+                raise CheckpointError(f"the run's policy has {sorted(unknown)[0]!r}, unsupported by this version")
             rotations = tuple((start, stop) for start, stop in value.get("rotation_6d", ()))
             return cls(**{**value, **shapes, "rotation_6d": rotations})
         except (TypeError, KeyError, AttributeError) as error:
-            raise CheckpointError(f"the run's policy cannot be understood: {error}") from error
+            raise CheckpointError(f"the run's policy cannot be read: {error}") from error
 
 
 def _lists(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[int]]:

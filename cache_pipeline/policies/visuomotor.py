@@ -1,4 +1,4 @@
-"""A policy with its eyes: obs encoder, normalisation and action head, from raw images or cached features."""
+"""A policy from raw images or cached features: obs encoder, normalisation and action head."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ ENCODERS = "obs_encoder.key_model_map."
 
 
 class VisuomotorPolicy(nn.Module):
-    """Obs of To steps → features → normalised and projected step by step → condition of the action head.
+    """Maps obs of To steps to actions: encoder, normalisation and projection per step, then the action head.
 
-    Features and low-dim obs are normalised together, as one vector, to mean 0 and deviation 1: features of random
-    weights vary by a few hundredths of their mean, and a projection of raw ones learns slowly.
+    Features and low-dim obs are normalised as one vector to mean 0 and deviation 1. Without this, a projection of
+    features of random weights learns slowly, because they vary by a few percent of their mean.
 
     Args:
         obs_encoder: cameras, encoders and projection.
         policy: ``loss(cond, actions, mask, generator)`` and ``act(cond, generator)`` in normalised action units.
         shape: (To, Ta, A).
         clip_actions: whether normalised actions are clipped to [-1, 1] when acting.
-        rotations: slices of the action that are axis-angle rotations, which the policy is to see as six numbers each.
+        rotations: slices of the action that are axis-angle rotations; the policy predicts six numbers for each.
 
     Attributes:
-        augmentation: of frames in training, one draw per window; ``None`` for none.
-        feature_noise: deviation of noise on normalised features in training.
-        feature_dropout: share of normalised features set to 0 in training, the others scaled up.
-        precision: what :meth:`loss` computes encoders, projection and action head in: ``fp32``, ``tf32``, ``bf16`` or
-            ``fp16``. Weights, normalisation and sums stay in float32. :meth:`act` computes encoders that are not frozen
-            in it, for the time of a training, and all else in float32.
-        frozen_trunks: camera → the fast path of what lies below the cut, for frames, while none of it learns.
+        augmentation: augmentation of frames in training, one draw per window; ``None``: off.
+        feature_noise: standard deviation of noise on normalised features in training.
+        feature_dropout: fraction of normalised features set to 0 in training; the others are scaled up.
+        precision: precision of encoders, projection and action head in :meth:`loss`: ``fp32``, ``tf32``, ``bf16`` or
+            ``fp16``. Weights, normalisation and sums stay in float32. :meth:`act` uses it only for encoders that are
+            being trained, and float32 otherwise.
+        frozen_trunks: camera → fast path of the layers below the cut, if these are all frozen.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class VisuomotorPolicy(nn.Module):
 
     @property
     def noise_shape(self) -> tuple[int, ...] | None:
-        """Shape, without B, of the standard normal ``noise`` that ``act`` takes; ``None``: the policy draws nothing."""
+        """Shape without B of the standard normal ``noise`` of ``act``; ``None`` for a deterministic policy."""
         return getattr(self.policy, "noise_shape", None)
 
     @torch.no_grad()
@@ -112,12 +112,12 @@ class VisuomotorPolicy(nn.Module):
         actions: NDArray,
         normalization: Normalization,
     ) -> None:
-        """Takes the statistics of the train split.
+        """Computes the normalisation statistics of the train split.
 
         Args:
-            features: camera → (n, …) at the cut, of some rows.
+            features: camera → (n, …) features at the cut of a sample of rows.
             low_dim: key → (N, …) of all rows. actions: (N, A) of all rows.
-            normalization: of the actions.
+            normalization: normalisation of the actions.
         """
         parts = []
         for camera, width in self.obs_encoder.pooled_widths.items():
@@ -134,9 +134,9 @@ class VisuomotorPolicy(nn.Module):
         self.actions.fit(actions, normalization)
 
     def feature_variation(self) -> float:
-        """Root mean square of the features' deviation over that of their mean, of the camera where it is least.
+        """Returns the RMS deviation of the features divided by the RMS of their mean: the smallest of all cameras.
 
-        About 0.05 for random ResNets and above 1 for ImageNet ones.
+        About 0.05 for random ResNets and above 1 for ImageNet weights.
         """
         found, start = [], 0
         for width in self.obs_encoder.pooled_widths.values():
@@ -147,19 +147,19 @@ class VisuomotorPolicy(nn.Module):
         return min(found)
 
     def condition(self, obs: Mapping[str, Tensor], generator: Draws = None) -> Tensor:
-        """(B, To·emb_dim) from ``obs``: images uint8 or features at the cut by camera, and low-dim obs.
+        """Computes the condition (B, To·emb_dim) from uint8 images or features at the cut, and low-dim obs.
 
         Args:
-            generator: of augmentation, feature noise and feature dropout in training.
+            generator: generator of augmentation, feature noise and feature dropout in training.
 
         Raises:
-            EncoderError: a key is missing or has another shape.
+            EncoderError: a key is missing or has a wrong shape.
         """
         rows, (batch, steps) = self._rows(obs, generator)
         return self.obs_encoder.projection(rows).view(batch, steps * self.obs_encoder.out_dim)
 
     def loss(self, batch: Batch, generator: Draws = None) -> Tensor:
-        """The policy's loss on a batch, in normalised action units; a scalar, computed in ``precision``."""
+        """Computes the scalar loss of a batch in normalised action units, in ``precision``."""
         rows, (size, steps) = self._rows(batch.obs, generator)
         actions = self.actions(batch.actions)
         with self._autocast():
@@ -170,17 +170,17 @@ class VisuomotorPolicy(nn.Module):
     def act(
         self, obs: Mapping[str, Any], generator: torch.Generator | None = None, *, noise: Tensor | None = None
     ) -> Tensor:
-        """Actions (B,Ta,A) in the units of the dataset, for the steps from the last obs on.
+        """Returns actions (B,Ta,A) in dataset units; the first one belongs to the last obs.
 
         Args:
-            obs: NumPy arrays or tensors: by camera images (B,To,H,W,3) or (B,To,3,H,W), uint8 or float on 0–1, or
-                features at the cut; by low-dim key (B,To,…) of any number type. Other keys are not looked at.
-            generator: of the policy's noise; torch's own by default.
-            noise: (B, *noise_shape) in place of drawn noise; the actions are then a function of ``obs`` and it.
+            obs: NumPy arrays or tensors: per camera images (B,To,H,W,3) or (B,To,3,H,W), uint8 or float on 0–1, or
+                features at the cut; per low-dim key (B,To,…) of any number type. Other keys are ignored.
+            generator: generator of the policy's noise; default: torch's global generator.
+            noise: (B, *noise_shape) instead of drawn noise; the actions then depend only on ``obs`` and ``noise``.
 
         Raises:
-            ConfigError: another number of obs steps, or noise of another shape or for a policy that takes none.
-            EncoderError: a key is missing, or has another shape, dtype or range.
+            ConfigError: wrong number of obs steps, or noise of a wrong shape or for a deterministic policy.
+            EncoderError: a key is missing, or has a wrong shape, dtype or range.
         """
         obs = acting_obs(obs, self.cameras, self.obs_encoder.feature_shapes, self.low_dim, self.obs_horizon)
         if noise is not None and tuple(noise.shape[1:]) != self.noise_shape:
@@ -195,25 +195,25 @@ class VisuomotorPolicy(nn.Module):
         return self.actions.invert(actions)
 
     def policy_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Named parameters of projection and action head."""
+        """Returns named parameters of projection and action head."""
         return ((name, p) for name, p in self.named_parameters() if not name.startswith(ENCODERS))
 
     def encoder_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Named parameters of the image encoders."""
+        """Returns named parameters of the image encoders."""
         return ((name, p) for name, p in self.named_parameters() if name.startswith(ENCODERS))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: everything, but for the encoders while they are frozen."""
+        """Returns the tensors of a checkpoint: all tensors except those of frozen encoders."""
         state = self.state_dict()
         return {name: value for name, value in state.items() if self.carries_encoder or not name.startswith(ENCODERS)}
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what ``tensors`` gave; raises CheckpointError if names or shapes do not fit."""
+        """Loads the tensors of ``tensors``; raises CheckpointError if names or shapes do not fit."""
         own = self.state_dict()
         missing = [name for name in own if name not in tensors and not name.startswith(ENCODERS)]
         unknown = [name for name in tensors if name not in own]
         if missing or unknown:
-            what = f"lacks {missing[0]}" if missing else f"has {unknown[0]}, which this policy does not"
+            what = f"lacks {missing[0]}" if missing else f"has the unknown tensor {unknown[0]}"
             raise CheckpointError(f"the checkpoint does not fit the run's policy: it {what}")
         for name, value in tensors.items():
             if own[name].shape != value.shape:
@@ -224,7 +224,7 @@ class VisuomotorPolicy(nn.Module):
         self.load_state_dict(dict(tensors), strict=False)
 
     def _rows(self, obs: Mapping[str, Tensor], draws: Draws) -> tuple[Tensor, tuple[int, ...]]:
-        """Normalised features and low-dim obs (B·To, n), and (B, To)."""
+        """Returns normalised features and low-dim obs (B·To, n), and (B, To)."""
         features = self._features(obs, draws)
         with self._autocast():
             rows, leading = self.obs_encoder.join(features, obs, torch.float32)
@@ -242,7 +242,7 @@ class VisuomotorPolicy(nn.Module):
         if self.training and self.augmentation is not None:
             view = draw_views(self.augmentation, leading, draws, self.device)
         if camera in self.frozen_trunks:
-            # What inference mode makes cannot take part in a backward pass; its copy can.
+            # A tensor of inference mode cannot take part in a backward pass; its copy can.
             features = self.frozen_trunks[camera](frames, view).clone()
         else:
             with self._autocast():
@@ -251,7 +251,7 @@ class VisuomotorPolicy(nn.Module):
         return features.reshape(*leading, *features.shape[1:])
 
     def _disturbed(self, joined: Tensor, draws: Draws) -> Tensor:
-        """Noise on and dropout of the cameras' part of normalised rows, in training."""
+        """Applies noise and dropout to the feature columns of normalised rows, in training."""
         if not (self.training and (self.feature_noise or self.feature_dropout)):
             return joined
         width = joined.shape[1] - sum(math.prod(shape) for shape in self.low_dim.values())

@@ -1,1 +1,1 @@
-"""See docs/design.md."""
+"""Reports on data and runs: inspection, HTML pages, plots, the probe, the quickstart and benchmarks."""

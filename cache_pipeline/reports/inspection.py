@@ -1,4 +1,4 @@
-"""What lies at a path, a dataset, a cache or a run, and whether it is sound."""
+"""Summarises a dataset, cache or run, and checks whether it is sound."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cache_pipeline.errors import CheckpointError, DatasetError
 
 
 class Summary(Protocol):
-    """What ``inspect`` prints."""
+    """Interface of a summary that ``inspect`` prints."""
 
     def to_json(self) -> dict[str, Any]: ...
 
@@ -18,7 +18,7 @@ class Summary(Protocol):
 
 
 class Broken(NamedTuple):
-    """Something too damaged to be summarised."""
+    """Summary of something too damaged to be summarised."""
 
     path: str
     kind: str
@@ -33,25 +33,25 @@ class Broken(NamedTuple):
 
 
 class Inspection(NamedTuple):
-    """A summary, and what makes its subject unsound: nothing when it is sound."""
+    """A summary and the problems of its subject; it is sound without problems."""
 
     summary: Summary
     problems: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The summary's fields, with ``sound`` and ``problems``."""
+        """Returns the summary's fields, ``sound`` and ``problems``."""
         return {**self.summary.to_json(), "sound": not self.problems, "problems": list(self.problems)}
 
     def lines(self) -> list[str]:
-        """The summary's lines."""
+        """Returns the summary's lines."""
         return self.summary.lines()
 
 
 def inspect_path(path: Path) -> Inspection:
-    """Summarises the dataset, cache or run at ``path``; what is wrong with it is told, not raised.
+    """Summarises the dataset, cache or run at ``path``; its problems are returned, not raised.
 
     Raises:
-        DatasetError: nothing is there, or it is none of the three.
+        DatasetError: ``path`` is missing, or is none of the three.
     """
     if path.is_dir():
         if any((path / name).exists() for name in ("run.json", "checkpoint.json")):
@@ -88,11 +88,11 @@ def _inspect_run(path: Path) -> Inspection:
         return Inspection(Broken(str(path), "run", str(error)), (str(error),))
     names = dict.fromkeys([*summary.best, *([summary.latest] if summary.latest else [])])
     problems = tuple(_run_problems(summary.run, list(names)))
-    return Inspection(_Told(summary, problems), problems)
+    return Inspection(_WithProblems(summary, problems), problems)
 
 
-class _Told(NamedTuple):
-    """A summary with the problems that it does not tell itself."""
+class _WithProblems(NamedTuple):
+    """A summary, and problems that it does not contain."""
 
     summary: Summary
     problems: tuple[str, ...]
@@ -105,7 +105,7 @@ class _Told(NamedTuple):
 
 
 def _run_problems(run: Path, checkpoints: list[str]) -> Iterator[str]:
-    """Checkpoints and encoder files that cannot be read. Nothing that the run names is executed."""
+    """Yields unreadable checkpoints and encoder files. Executes nothing that the run names."""
     from safetensors import SafetensorError, safe_open
 
     from cache_pipeline.runs.checkpoint import CHECKPOINTS, check_checkpoint

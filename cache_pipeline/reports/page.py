@@ -1,4 +1,4 @@
-"""One self-contained HTML page: headings, tables and pictures, with no file or script beside it."""
+"""A self-contained HTML page of headings, tables and pictures, without other files or scripts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def is_ours(path: Path) -> bool:
 
 
 class Page:
-    """Collects blocks in order; ``write`` puts the page on disk."""
+    """Collects blocks in order; ``write`` writes the page."""
 
     def __init__(self, title: str, lead: str) -> None:
         self._title = title
@@ -57,12 +57,12 @@ class Page:
         self._blocks.append(f"<pre>{escape(text)}</pre>")
 
     def facts(self, facts: Sequence[tuple[str, str]]) -> None:
-        """Large figures, each a (value, what it is)."""
+        """Adds large figures, each (value, label)."""
         cells = "".join(f'<div class="fact"><b>{escape(value)}</b>{escape(label)}</div>' for value, label in facts)
         self._blocks.append(f'<div class="facts">{cells}</div>')
 
     def table(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-        """A table; numbers are set right."""
+        """Adds a table; numbers are right-aligned."""
         head = "".join(f"<th>{escape(name)}</th>" for name in header)
         body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
         self._blocks.append(f"<table><tr>{head}</tr>{body}</table>")
@@ -82,7 +82,7 @@ class Page:
         )
 
     def write(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Writes the page, atomically; returns its path. ConfigError if something is there that is not replaced."""
+        """Writes the page atomically and returns its path; raises ConfigError if the path may not be replaced."""
         path = Path(path)
         with output_file(path, HTML, overwrite=overwrite) as partial:
             partial.write_text(self.html(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Pictures: each function takes plain arrays and returns one PNG as bytes. Nothing here reads a file."""
+"""Plots: each function takes arrays and returns one PNG as bytes. No function reads a file."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ WIDTH_IN, DPI = 9.0, 110
 
 
 def curves(metrics: Mapping[str, NDArray[Any]], mean_action_mse: float | None = None) -> bytes:
-    """Training loss and held-out action error over steps, the error of the mean action as the line to beat.
+    """Plots training loss and held-out action error over steps, with the error of the mean action as baseline.
 
     Args:
-        metrics: columns ``step``, ``training/loss`` and, where there is a held-out split, ``validation/action_mse``;
-            NaN where a column has no value at a step.
-        mean_action_mse: error of always predicting the mean training action, in the same units.
+        metrics: columns ``step``, ``training/loss`` and, with a held-out split, ``validation/action_mse``; NaN for
+            missing values.
+        mean_action_mse: error of a baseline that always predicts the mean training action, in the same units.
     """
     figure, axes = _axes(1, 2, height=3.2)
     loss, error = axes
@@ -46,7 +46,7 @@ def curves(metrics: Mapping[str, NDArray[Any]], mean_action_mse: float | None = 
 
 
 def actions(demo: NDArray[Any], predicted: NDArray[Any], title: str) -> bytes:
-    """Actions of a demo (T, A) and what the policy would do at each of its steps (T, A), one panel per dimension."""
+    """Plots actions of a demo (T, A) and of the policy at each step (T, A), one panel per dimension."""
     dims = demo.shape[1]
     columns = min(4, dims)
     rows = -(-dims // columns)
@@ -64,7 +64,7 @@ def actions(demo: NDArray[Any], predicted: NDArray[Any], title: str) -> bytes:
 
 
 def stage_times(stages: Mapping[str, float], title: str) -> bytes:
-    """Seconds per stage as horizontal bars."""
+    """Plots seconds per stage as horizontal bars."""
     figure, (axis,) = _axes(1, 1, height=0.5 + 0.42 * len(stages))
     labels, seconds = list(stages), list(stages.values())
     bars = axis.barh(labels, seconds, color=[COLORS[i % len(COLORS)] for i in range(len(labels))], height=0.6)
@@ -76,7 +76,7 @@ def stage_times(stages: Mapping[str, float], title: str) -> bytes:
 
 
 def contact_sheet(rows: Mapping[str, Sequence[NDArray[np.uint8]]]) -> bytes:
-    """Frames (H, W, 3) side by side, one labelled row per name."""
+    """Draws frames (H, W, 3) side by side, one labelled row per name."""
     columns = max(len(frames) for frames in rows.values())
     figure, axes = _axes(len(rows), columns, height=(WIDTH_IN / columns + 0.2) * len(rows))
     for r, (name, frames) in enumerate(rows.items()):
@@ -90,7 +90,7 @@ def contact_sheet(rows: Mapping[str, Sequence[NDArray[np.uint8]]]) -> bytes:
 
 
 def feature_map(projected: Sequence[NDArray[Any]], title: str) -> bytes:
-    """Features of a few demos, each (T, 2) on their first two principal components, coloured by time."""
+    """Plots features of a few demos, each (T, 2) on the first two principal components, coloured by time."""
     figure, (axis,) = _axes(1, 1, height=4.2)
     points = None
     for demo in projected:
@@ -104,7 +104,7 @@ def feature_map(projected: Sequence[NDArray[Any]], title: str) -> bytes:
 
 
 def bars(groups: Mapping[str, Mapping[str, float]], title: str, ylabel: str) -> bytes:
-    """Grouped bars: ``groups[group][series]``, one colour per series."""
+    """Plots grouped bars: ``groups[group][series]``, one colour per series."""
     figure, (axis,) = _axes(1, 1, height=3.4)
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
     width = 0.8 / max(len(series), 1)

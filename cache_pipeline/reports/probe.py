@@ -1,9 +1,9 @@
-"""``probe``: will these frozen features do? Linear and nearest-neighbour probes on held-out demos, beside baselines.
+"""``probe``: estimates whether frozen features suffice, with linear and nearest-neighbour probes on held-out demos.
 
-A ridge regression and a k-nearest-neighbour regression predict actions and the simulator's low-dim state from the
-features of one frame, from proprioception alone, and from the features of the same network with random weights. What a
-linear probe reads from a feature, a projection can use; what it cannot read may still be there. The answer is a
-heuristic: a policy sees several frames and is no linear map (Alain and Bengio, Understanding intermediate layers using
+A ridge regression and a k-nearest-neighbour regression predict actions and the simulator's low-dim state from three
+inputs: the features of one frame, proprioception alone, and features of the same network with random weights. A
+projection can use what a linear probe can predict from a feature; a feature may hold more than that. The result is a
+heuristic: a policy gets several frames and is not linear (Alain and Bengio, Understanding intermediate layers using
 linear classifier probes, 2016, arXiv:1610.01644).
 """
 
@@ -45,7 +45,7 @@ Array = NDArray[np.float64]
 
 
 class ProbeScore(NamedTuple):
-    """How well one set of inputs predicts one target on held-out demos; R² of 1 is perfect, of 0 is the mean."""
+    """R² of one input for one target on held-out demos: 1 is perfect, 0 is as good as the mean."""
 
     inputs: str
     target: str
@@ -58,7 +58,7 @@ class ProbeScore(NamedTuple):
 
 
 class ProbeResult(NamedTuple):
-    """All scores, and what they mean in words."""
+    """All scores, and a verdict in words."""
 
     cache: Path
     train_rows: int
@@ -78,7 +78,7 @@ class ProbeResult(NamedTuple):
         }
 
     def lines(self) -> list[str]:
-        lines = [f"R² on {self.valid_rows} frames of held-out demos, fitted on {self.train_rows}"]
+        lines = [f"R² on {self.valid_rows} frames of held-out demos, fitted on {self.train_rows} frames"]
         lines.append(f"{'target':<24}{'inputs':<28}{'ridge':>8}{'k-NN':>8}")
         lines += [f"{s.target:<24}{s.inputs:<28}{s.ridge_r2:>8.3f}{s.knn_r2:>8.3f}" for s in self.scores]
         lines.append(f"heuristic: {self.verdict}")
@@ -92,14 +92,14 @@ def probe_cache(
 
     Args:
         path: the cache.
-        picture: where to draw the scores as a PNG.
-        overwrite: replace a PNG that is there.
-        seed: of the split, of the rows taken from large caches and of the random weights.
-        device: where the network with random weights runs.
+        picture: path of a PNG of the scores, or None.
+        overwrite: replace an existing PNG.
+        seed: seed of the split, of the sample of rows of a large cache, and of the random weights.
+        device: device of the network with random weights.
 
     Raises:
-        CacheError: the cache has a single demo, so nothing can be held out.
-        ConfigError: something is at ``picture`` that is not replaced.
+        CacheError: the cache has one demo, so none can be held out.
+        ConfigError: ``picture`` is taken and may not be replaced.
     """
     if picture is not None:
         check_output(picture, PNG, overwrite=overwrite)
@@ -126,37 +126,37 @@ def probe_cache(
 
 
 def verdict(scores: list[ProbeScore]) -> str:
-    """Plain words for scores that have the targets ``actions`` and perhaps ``object``."""
+    """Returns a verdict in words for scores of the targets ``actions`` and, if available, ``object``."""
     best = {(score.target, score.inputs): score.best for score in scores}
     target = "object" if ("object", FEATURES) in best else "actions"
     what = "the state of the objects" if target == "object" else "actions"
     sighted, blind = best[target, FEATURES], best.get((target, PROPRIOCEPTION), 0.0)
     random = best.get((target, RANDOM))
     both, alone = best.get(("actions", BOTH)), best.get(("actions", PROPRIOCEPTION))
-    words = [f"from features {what} can be read with R² {sighted:.2f}, from proprioception with {blind:.2f}"]
+    words = [f"R² of {what}: {sighted:.2f} from features, {blind:.2f} from proprioception"]
     if random is not None:
-        words.append(f"from random weights with {random:.2f}: {_against_random(sighted - random)}")
+        words.append(f"{random:.2f} from features of random weights: {_against_random(sighted - random)}")
     if sighted > blind + CLEAR_GAIN:
-        words.append("the features see what the joints cannot: they should do")
+        words.append("the features add information to proprioception: they should suffice")
     else:
         words.append(
-            "the features add nothing that a linear probe can read: try other weights, an earlier --cut, or finetune"
+            "the features add nothing that a linear probe can use: try other weights, a lower --cut, or finetune"
         )
     if both is not None and alone is not None and both < alone + CLEAR_GAIN:
-        words.append("one frame's actions are predicted about as well without any image")
+        words.append("actions are predicted about as well without images")
     return "; ".join(words)
 
 
 def _against_random(gain: float) -> str:
     if abs(gain) <= CLEAR_GAIN:
-        return "these weights tell no more than random ones"
+        return "these weights are no better than random weights"
     if gain > 0:
-        return "pretraining shows"
-    return "random weights tell more, so try an earlier --cut or other weights"
+        return "pretraining helps"
+    return "random weights are better, so try a lower --cut or other weights"
 
 
 def ridge(x: Array, y: Array, x_valid: Array) -> Array:
-    """Predictions (M, A) of ridge regression; the penalty is chosen on the last fifth of the training rows."""
+    """Returns predictions (M, A) of ridge regression; the penalty is chosen on the last fifth of the training rows."""
     held = max(1, len(x) // 5)
     best = min(
         RIDGES, key=lambda penalty: float(np.mean((_fit(x[:-held], y[:-held], penalty)(x[-held:]) - y[-held:]) ** 2))
@@ -165,16 +165,16 @@ def ridge(x: Array, y: Array, x_valid: Array) -> Array:
 
 
 def nearest(x: Array, y: Array, x_valid: Array, neighbours: int = NEIGHBOURS) -> Array:
-    """Mean target of the nearest training rows by Euclidean distance, (M, A)."""
+    """Returns the mean target (M, A) of the nearest training rows by Euclidean distance."""
     distances = (x_valid**2).sum(1)[:, None] - 2 * x_valid @ x.T + (x**2).sum(1)[None]
     indices = np.argpartition(distances, min(neighbours, len(x)) - 1, axis=1)[:, :neighbours]
     return y[indices].mean(axis=1)
 
 
 def r_squared(predicted: Array, truth: Array) -> float:
-    """Share of the variance that is explained, averaged over the dimensions that vary.
+    """Returns the explained fraction of the variance, averaged over the dimensions that vary.
 
-    A dimension that is predicted worse than by its mean counts as 0: it cannot be read, and that is all.
+    A dimension that is predicted worse than by its mean counts as 0.
     """
     total = ((truth - truth.mean(0)) ** 2).sum(0)
     varies = total > 1e-10 * max(1, len(truth))
@@ -209,7 +209,7 @@ def _score(name: str, x: Mapping[str, Array], target: str, y: tuple[Array, Array
 def _split_rows(cache: FeatureCache, seed: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     split = split_demos(range(len(cache.demos)), cache.masks, seed=seed)
     if not len(split.valid):
-        raise CacheError(f"{cache.path} holds a single demo, so none can be held out to probe on; extract more demos")
+        raise CacheError(f"{cache.path} holds one demo, so none can be held out; extract more demos")
     rng = np.random.default_rng(seed)
     parts = []
     for demos, most in ((split.train, MAX_ROWS["train"]), (split.valid, MAX_ROWS["valid"])):
@@ -237,12 +237,12 @@ def _source(cache: FeatureCache) -> Dataset | None:
     try:
         return open_sources(cache)
     except CachePipelineError as error:
-        logger.info("without the source file there is no baseline of random weights and no object state: %s", error)
+        logger.info("the source file cannot be read, so random weights and object state are left out: %s", error)
         return None
 
 
 def _frames_of(cache: FeatureCache, rows: NDArray[np.int64]) -> list[tuple[int, NDArray[np.int64]]]:
-    """Demo → its frames among the rows, in order of rows."""
+    """Returns (demo, its frames among the rows), in the order of rows."""
     starts = np.array([demo.row for demo in cache.demos])
     order = np.argsort(starts)
     owner = order[np.searchsorted(starts[order], rows, side="right") - 1]
@@ -276,7 +276,7 @@ def _are_resnets(cache: FeatureCache) -> bool:
     specs = {camera: saved_spec(cache.encoder_file(camera)) for camera in cache.cameras}
     own = [camera for camera, spec in specs.items() if spec is None or spec.factory is not None]
     if own:
-        logger.info("%s has an encoder of the user's own, so there is no baseline of random weights", own[0])
+        logger.info("%s has a custom encoder, so the baseline of random weights is left out", own[0])
     return not own
 
 
@@ -301,7 +301,7 @@ def _encode_random(cache: FeatureCache, dataset: Dataset, rows: NDArray[np.int64
 def _picked_frames(
     cache: FeatureCache, dataset: Dataset, camera: str, rows: NDArray[np.int64]
 ) -> Iterator[NDArray[np.uint8]]:
-    """The rows' frames in their order, in pieces of some batches."""
+    """Yields the frames of the rows in order, a few batches at a time."""
     numbers, waiting = _numbers(dataset), []
     for i, frames in _frames_of(cache, rows):
         demo = cache.demos[i]
@@ -317,6 +317,6 @@ def _draw(scores: list[ProbeScore], picture: Path, overwrite: bool) -> None:
     groups: dict[str, dict[str, float]] = {}
     for score in scores:
         groups.setdefault(score.target, {})[score.inputs] = max(score.best, 0.0)
-    png = plots.bars(groups, "What can be read from one frame, held-out demos", "R², better of ridge and k-NN")
+    png = plots.bars(groups, "Prediction from one frame, held-out demos", "R², better of ridge and k-NN")
     with output_file(picture, PNG, overwrite=overwrite) as partial:
         partial.write_bytes(png)

@@ -1,4 +1,4 @@
-"""The whole path on the sample in ``data/``: inspect, extract, verify, train, evaluate, and a page to look at."""
+"""Runs all stages on the sample in ``data/``: inspect, extract, verify, train, evaluate and report."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ DOWNLOAD_TIMEOUT_S = 10.0
 
 
 class QuickstartResult(NamedTuple):
-    """What the quickstart made, and the figures to look at first."""
+    """Outputs and main figures of the quickstart."""
 
     dataset: Path
     cache: Path
@@ -41,24 +41,24 @@ class QuickstartResult(NamedTuple):
     def lines(self) -> list[str]:
         error = "no held-out demos"
         if self.valid_action_mse is not None and self.mean_action_mse:
-            share = self.valid_action_mse / self.mean_action_mse
-            error = f"{self.valid_action_mse:.4g}, {share:.2f} of always predicting the mean action"
+            fraction = self.valid_action_mse / self.mean_action_mse
+            error = f"{self.valid_action_mse:.4g}, {fraction:.0%} of the error of always predicting the mean action"
         return [
             f"encoder weights      {self.weights}",
             f"extraction           {self.images_per_s:.0f} images/s",
             f"training from cache  {self.steps_per_s:.0f} steps/s",
             f"held-out error       {error}",
-            f"in all               {self.seconds:.0f} s",
+            f"total time           {self.seconds:.0f} s",
             f"cache                {self.cache}",
             f"run                  {self.run}",
-            f"look at              {self.report}",
+            f"report               {self.report}",
         ]
 
 
 def run_quickstart(
     out: Path, *, steps: int, weights: Path | None, device: str, seed: int, dataset: Path | None = None
 ) -> QuickstartResult:
-    """Runs every stage into ``out``; what an earlier quickstart finished there is reused.
+    """Runs every stage with outputs in ``out``; a finished cache of an earlier quickstart is reused.
 
     Args:
         dataset: a robomimic file; the sample by default.
@@ -125,7 +125,7 @@ def run_quickstart(
 
 
 def choose_weights(weights: Path | None, seed: int) -> tuple[EncoderSpec, str]:
-    """The encoder of the quickstart and a sentence on its weights: a file's, ImageNet's, or random ones."""
+    """Returns the encoder and a sentence on its weights: from a file, from ImageNet, or random."""
     if weights is not None:
         name = "resnet50" if "resnet50" in weights.name else "resnet34" if "resnet34" in weights.name else "resnet18"
         return EncoderSpec(rgb_model_name=name, weights=str(weights)), f"{name} from {weights}"
@@ -134,9 +134,9 @@ def choose_weights(weights: Path | None, seed: int) -> tuple[EncoderSpec, str]:
         with _download_timeout():
             build_encoder(pretrained)
     except EncoderError as error:
-        logger.info("ImageNet weights cannot be had: %s", error)
+        logger.info("ImageNet weights cannot be loaded: %s", error)
         text = f"resnet18 with RANDOM weights (seed {seed}): ImageNet weights could not be downloaded"
-        logger.warning("the quickstart goes on with %s", text)
+        logger.warning("the quickstart continues with %s", text)
         return EncoderSpec(rgb_model_name="resnet18", weights="random", seed=seed), text
     return pretrained, "resnet18 pretrained on ImageNet (torchvision)"
 

@@ -1,4 +1,4 @@
-"""``report``: one page that shows a run: what it learned from, how it went, what it does, how it fared."""
+"""``report``: an HTML page of a run with data, training curves, actions and rollouts."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ MAPPED_DEMOS = 5
 
 
 class DemoObs(NamedTuple):
-    """What a policy sees of one demo, step by step, and what was done.
+    """Obs of a policy at each step of one demo, and the actions of the demo.
 
     Attributes:
-        name: of the demo.
+        name: name of the demo.
         obs: camera → features (T, …) or frames (T, H, W, 3); low-dim key → (T, …).
         actions: (T, A).
     """
@@ -55,18 +55,18 @@ def write_report(
     stages: Mapping[str, float] | None = None,
     encoder: Factories = None,
 ) -> Path:
-    """Writes the page of a run and returns its path. The default page, once written here, may be written again.
+    """Writes the page of a run and returns its path. An earlier page of this function at the default path is replaced.
 
     Args:
         run: a run, or one of its checkpoints.
-        out: ``RUN/report.html`` by default.
-        overwrite: replace an HTML page that is there.
-        stages: seconds of extraction stages to show, where they are known.
+        out: path of the page; default: ``RUN/report.html``.
+        overwrite: replace an existing HTML page.
+        stages: seconds per stage of the extraction, if known.
         encoder: as in ``load_policy``.
 
     Raises:
-        CheckpointError: there is no run, or it cannot be read.
-        ConfigError: something is there that is not replaced.
+        CheckpointError: the run is missing or cannot be read.
+        ConfigError: ``out`` is taken and may not be replaced.
     """
     folder, _ = find_checkpoint(run)
     if out is None:
@@ -81,12 +81,12 @@ def write_report(
     if found is not None:
         _what_it_does(page, load_policy(run, encoder=encoder), *found)
     if stages:
-        page.heading("Where the time of extraction went")
-        page.text("Stages run at the same time; the encoder should be the longest.")
+        page.heading("Extraction time per stage")
+        page.text("Stages run in parallel; encoding should take longest.")
         page.picture(plots.stage_times(stages, "seconds per stage"), "stage times")
     _what_it_saw(page, record)
     _rollouts(page, folder)
-    page.heading("How it was made")
+    page.heading("Command and versions")
     page.code(" ".join(record.command))
     page.table(["package", "version"], sorted(record.versions.items()))
     return page.write(out, overwrite=overwrite)
@@ -108,7 +108,7 @@ def _curves(page: Page, folder: Path, mean_action_mse: float | None) -> None:
     if not rows:
         return
     columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in rows[0]}
-    page.heading("How training went")
+    page.heading("Training")
     page.picture(plots.curves(columns, mean_action_mse), "training loss and held-out action error")
 
 
@@ -117,7 +117,7 @@ def _number(value: Any) -> float:
 
 
 def _run_demos(record: RunRecord, *, cached: bool) -> tuple[FeatureCache | Dataset, Split] | None:
-    """The run's cache or its files, and the run's demos in them, known by what they hold."""
+    """Opens the run's cache or files and finds the run's demos in them by content."""
     data, cameras, low_dim = record.data, tuple(record.policy.cameras), tuple(record.policy.low_dim)
     try:
         opened: FeatureCache | Dataset
@@ -137,24 +137,24 @@ def _run_demos(record: RunRecord, *, cached: bool) -> tuple[FeatureCache | Datas
 def _what_it_does(page: Page, policy: Any, data: FeatureCache | Dataset, split: Split) -> None:
     demos = split.valid or split.train
     demo = read_demo(data, policy, demos[0])
-    page.heading("What it does")
+    page.heading("Actions")
     kind = "held-out" if split.valid else "training"
     page.text(
-        f"At each step of {kind} {demo.name}, the action that the policy would carry out next, beside the demo's. "
-        "The policy is always shown the demo's own obs."
+        f"At each step of {kind} {demo.name}, the next action of the policy and of the demo. "
+        "The policy always gets the obs of the demo."
     )
     predicted = first_actions(policy, demo)
     page.picture(plots.actions(demo.actions, predicted, f"{kind} {demo.name}"), "actions of the policy and of the demo")
     if isinstance(data, FeatureCache):
         chosen = [read_demo(data, policy, number) for number in demos[:MAPPED_DEMOS]]
         camera = next(iter(policy.cameras))
-        page.heading("What the encoder sees")
-        page.text(f"Features of {camera} over {len(chosen)} demos, on their two principal components.")
+        page.heading("Features")
+        page.text(f"Features of {camera} over {len(chosen)} demos, on the first two principal components.")
         page.picture(plots.feature_map(principal([d.obs[camera] for d in chosen]), camera), "features over time")
 
 
 def read_demo(data: FeatureCache | Dataset, policy: VisuomotorPolicy, number: int) -> DemoObs:
-    """One demo as the policy sees it, from a cache or from the file itself."""
+    """Reads one demo in the input format of the policy, from a cache or a dataset file."""
     name = data.demos[number].name
     if isinstance(data, FeatureCache):
         demo = data.demos[number]
@@ -169,7 +169,7 @@ def read_demo(data: FeatureCache | Dataset, policy: VisuomotorPolicy, number: in
 
 
 def first_actions(policy: VisuomotorPolicy, demo: DemoObs, seed: int = 0) -> NDArray[np.float32]:
-    """(T, A) the first action of the chunk that the policy predicts at each step of a demo."""
+    """Returns (T, A): the first action of the policy's chunk at each step of a demo."""
     steps = np.arange(len(demo.actions))
     rows = np.maximum(steps[:, None] + np.arange(1 - policy.obs_horizon, 1), 0)
     obs: dict[str, Tensor] = {}
@@ -182,7 +182,7 @@ def first_actions(policy: VisuomotorPolicy, demo: DemoObs, seed: int = 0) -> NDA
 
 
 def principal(features: list[NDArray[Any]]) -> list[NDArray[np.float64]]:
-    """Each demo's features (T, …) on the first two principal components of all, (T, 2)."""
+    """Projects each demo's features (T, …) on the first two principal components of all demos, (T, 2)."""
     flat = [values.reshape(len(values), -1).astype(np.float64) for values in features]
     joined = np.concatenate(flat)
     centred = joined - joined.mean(0)
@@ -205,7 +205,7 @@ def _what_it_saw(page: Page, record: RunRecord) -> None:
         frames = dataset.frames(number, camera)
         chosen = np.linspace(0, len(frames) - 1, min(SHOWN_FRAMES, len(frames))).round().astype(int)
         rows[camera] = list(frames[chosen])
-    page.heading("What it saw")
+    page.heading("Frames")
     page.picture(plots.contact_sheet(rows), f"frames of {dataset.demos[number].name}")
 
 
@@ -217,7 +217,7 @@ def _rollouts(page: Page, folder: Path) -> None:
             logger.info("%s is not shown: %s", path, error)
             continue
         low, high = result["ci95"]
-        page.heading(f"How it fared: rollouts {path.stem}")
+        page.heading(f"Rollouts {path.stem}")
         page.facts(
             [
                 (f"{result['successes']} of {result['episodes']}", "episodes succeeded"),

@@ -1,4 +1,4 @@
-"""``inspect --views``: a contact sheet of frames as the encoder sees them, one row per camera and view."""
+"""``inspect --views``: a contact sheet of preprocessed frames, one row per camera and view."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ COLUMNS = 6
 
 
 def write_view_sheet(cache_path: Path, out: Path, *, overwrite: bool = False) -> Path:
-    """Draws frames of the first demos of a cache, in every view, as a PNG.
+    """Draws frames of the first demos of a cache in every view, as a PNG.
 
     Raises:
-        CacheError: no cache, or its source files are not at hand.
-        ConfigError: something is at ``out`` that is not replaced.
+        CacheError: the cache or its source files cannot be read.
+        ConfigError: ``out`` is taken and may not be replaced.
     """
     check_output(out, PNG, overwrite=overwrite)
     cache = FeatureCache(cache_path)

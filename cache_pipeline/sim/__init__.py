@@ -1,1 +1,1 @@
-"""See docs/design.md."""
+"""Runs policies and scripted experts in robosuite."""

@@ -29,11 +29,11 @@ from cache_pipeline.sim.tasks.lift import Phase, lift_action, lift_phase
 
 LOW_DIM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
 HOLD_STEPS = 5
-"""A demo ends when the task has been done for so many steps."""
+"""A demo ends after this many consecutive successful steps."""
 ROLLOUT_HORIZON = 200
-"""Steps of a rollout, recorded in ``env_args``: four times what the expert takes."""
+"""Rollout horizon in steps, recorded in ``env_args``: four times the length of an expert episode."""
 ATTEMPTS_PER_DEMO = 5
-"""Collecting gives up after so many failed episodes per demo asked for."""
+"""Largest number of failed episodes per requested demo before collecting stops with an error."""
 
 Expert = tuple[Callable[[Obs, Phase], Phase], Callable[[Obs, Phase, NDArray], NDArray]]
 EXPERTS: dict[str, Expert] = {"Lift": (lift_phase, lift_action)}
@@ -50,30 +50,30 @@ DATASET = FileKind("a dataset", _is_dataset)
 
 
 class CollectError(CachePipelineError, RuntimeError):
-    """The scripted expert does not succeed in this task."""
+    """The scripted expert fails too often."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CollectConfig:
-    """Which demos to collect."""
+    """Options of ``collect``."""
 
     out: Path
-    """The HDF5 file to write; it appears when it is whole."""
+    """The HDF5 file to write, atomically."""
     task: str = "Lift"
     demos: int = 100
     seed: int = 0
     cameras: tuple[str, ...] = ("agentview_image", "robot0_eye_in_hand_image")
     """rgb obs keys: robosuite's camera names with ``_image``."""
     image_size: int = 84
-    """Height and width of every image, in pixels."""
+    """(H, W) of every image, in pixels."""
     render_flags: Mapping[str, bool] = field(default_factory=lambda: dict(FAST_RENDER_FLAGS))
-    """MuJoCo scene flags that differ from the defaults; recorded in the file and honoured by rollouts."""
+    """MuJoCo scene flags that differ from the defaults; recorded in the file and used by rollouts."""
     horizon: int = 150
-    """Steps after which an episode has failed."""
+    """An episode that takes more steps has failed."""
     noise: float = 0.1
-    """Standard deviation of the Gaussian noise on the expert's displacement, in units of the action's limits."""
+    """Standard deviation of Gaussian noise on the expert's displacement, as a fraction of the action limits."""
     valid_fraction: float = 0.1
-    """Share of the demos in the filter key ``valid``; at least one of two or more."""
+    """Fraction of the demos in the filter key ``valid``; at least one demo if there are two or more."""
     gzip_level: int = 9
     frames_per_chunk: int = 16
     overwrite: bool = False
@@ -96,11 +96,11 @@ class CollectConfig:
             raise ConfigError(f"gzip_level is {self.gzip_level}; give 0 to 9")
         for camera in self.cameras:
             if not camera.endswith(IMAGE_SUFFIX):
-                raise ConfigError(f"camera {camera!r} is no rgb obs key; did you mean {camera}{IMAGE_SUFFIX}?")
+                raise ConfigError(f"camera {camera!r} is not an rgb obs key; did you mean {camera}{IMAGE_SUFFIX}?")
 
 
 class CollectResult(NamedTuple):
-    """What was written."""
+    """Path, counts and time of a collected file."""
 
     out: Path
     demos: int
@@ -113,7 +113,7 @@ class CollectResult(NamedTuple):
         return {**self._asdict(), "out": str(self.out)}
 
     def lines(self) -> list[str]:
-        """The result as lines for a terminal."""
+        """Returns the result as lines for a terminal."""
         megabytes = self.bytes / 1e6
         return [
             f"{self.out}: {self.demos} demos of {self.attempts} episodes, {self.steps} steps, {megabytes:.1f} MB, "
@@ -122,7 +122,7 @@ class CollectResult(NamedTuple):
 
 
 class RecordedDemo(NamedTuple):
-    """T steps: obs and states at t are from before ``actions[t]``, rewards and dones at t from after it."""
+    """T steps. Obs and states at t precede ``actions[t]``; rewards and dones at t follow it."""
 
     obs: dict[str, NDArray]
     actions: NDArray[np.float64]
@@ -134,14 +134,14 @@ class RecordedDemo(NamedTuple):
 
 
 def collect(config: CollectConfig, *, progress: bool = True) -> CollectResult:
-    """Runs the expert until ``demos`` episodes have succeeded, and writes those.
+    """Runs the expert until ``demos`` episodes have succeeded, and writes these episodes.
 
-    The file's content is a pure function of the config, given one version of the simulator and its renderer.
+    The content of the file depends only on the config and the versions of simulator and renderer.
 
     Raises:
         ConfigError: the file exists and ``overwrite`` is off, or a camera or flag does not exist.
         CollectError: too few episodes succeed.
-        MissingExtraError, OpenGLError: the simulation cannot run here.
+        MissingExtraError, OpenGLError: the simulation cannot run on this machine.
     """
     check_output(config.out, DATASET, overwrite=config.overwrite)
     started = time.monotonic()
@@ -174,7 +174,7 @@ def collect(config: CollectConfig, *, progress: bool = True) -> CollectResult:
 
 
 def make_env_args(config: CollectConfig) -> dict[str, Any]:
-    """The ``env_args`` of a collected file: the task, a Panda and robosuite's default controller for it."""
+    """Returns the ``env_args`` of a collected file: the task, a Panda and robosuite's default controller for it."""
     robosuite = load_robosuite()
     return {
         "env_name": config.task,
@@ -198,7 +198,7 @@ def make_env_args(config: CollectConfig) -> dict[str, Any]:
 
 
 def record_demo(env: Environment, config: CollectConfig, *, attempt: int) -> RecordedDemo:
-    """Runs the expert for one episode, which (config.seed, attempt) decides."""
+    """Runs the expert for one episode, which depends only on (config.seed, attempt)."""
     episode_seed, noise_seed = np.random.SeedSequence([config.seed, attempt]).generate_state(2)
     noise = config.noise * np.random.default_rng(noise_seed).standard_normal((config.horizon, 3))
     next_phase, act = EXPERTS[config.task]
@@ -244,7 +244,7 @@ def write_demo(group: h5py.Group, demo: RecordedDemo, config: CollectConfig) -> 
 
 
 def write_masks(file: h5py.File, config: CollectConfig) -> None:
-    """Writes the filter keys ``train`` and ``valid``, drawn by the seed; ``valid`` only where it has a demo."""
+    """Writes the filter keys ``train`` and ``valid``, drawn from the seed; omits ``valid`` if it is empty."""
     count = round(config.valid_fraction * config.demos)
     if config.valid_fraction > 0 and config.demos > 1:
         count = max(count, 1)
@@ -257,6 +257,6 @@ def write_masks(file: h5py.File, config: CollectConfig) -> None:
 
 def _gave_up(config: CollectConfig, attempts: int, written: int) -> str:
     return (
-        f"{config.out} was not written: of {attempts} episodes of {config.task} only {written} succeeded within "
+        f"{config.out} was not written: only {written} of {attempts} episodes of {config.task} succeeded within "
         f"{config.horizon} steps; raise horizon or lower noise in CollectConfig"
     )

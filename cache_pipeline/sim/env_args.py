@@ -1,4 +1,4 @@
-"""Reads the description of an environment from a JSON file or from a robomimic dataset."""
+"""Reads ``env_args`` from a JSON file or a robomimic dataset."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ from cache_pipeline.files import read_json
 
 
 class EnvArgs(NamedTuple):
-    """robomimic's ``env_args`` and the render flags that the dataset was rendered with, if it says so."""
+    """robomimic's ``env_args``, and the render flags of the dataset, if recorded."""
 
     env_args: dict[str, Any]
     render_flags: dict[str, bool] | None
 
 
 def read_env_args(path: Path) -> EnvArgs:
-    """Reads ``path``: a JSON object as in ``data.attrs["env_args"]``, or an HDF5 file with that attribute.
+    """Reads a JSON object as in ``data.attrs["env_args"]``, or an HDF5 file with that attribute.
 
-    Raises ConfigError if there is no such thing in it.
+    Raises:
+        ConfigError: ``path`` is neither of these.
     """
     if not path.is_file():
         raise ConfigError(f"there is no file {path} to read env_args from")
@@ -31,7 +32,7 @@ def read_env_args(path: Path) -> EnvArgs:
             with h5py.File(path) as file:
                 attributes = dict(file["data"].attrs) if "data" in file else {}
             if "env_args" not in attributes:
-                raise ConfigError(f"{path} has no env_args; pass a JSON file, or a dataset whose data group has them")
+                raise ConfigError(f"{path} has no env_args; give a JSON file, or a dataset whose data group has them")
             env_args, flags = json.loads(attributes["env_args"]), attributes.get("render_flags")
             render_flags = None if flags is None else json.loads(flags)
         else:
@@ -39,7 +40,7 @@ def read_env_args(path: Path) -> EnvArgs:
     except (OSError, ValueError, TypeError) as error:
         if isinstance(error, ConfigError):
             raise
-        raise ConfigError(f"{path} holds no env_args that can be read: {error}") from error
+        raise ConfigError(f"{path} has no readable env_args: {error}") from error
     if not isinstance(env_args, dict) or "env_name" not in env_args:
-        raise ConfigError(f'{path} holds no env_args: a JSON object with "env_name", "type" and "env_kwargs" is needed')
+        raise ConfigError(f'{path} has no env_args: a JSON object with "env_name", "type" and "env_kwargs" is needed')
     return EnvArgs(env_args, render_flags)

@@ -1,4 +1,4 @@
-"""A thin environment over the robosuite task that ``env_args`` describes, with obs as robomimic's files hold them."""
+"""Wraps the robosuite task of ``env_args``; obs have the keys and layout of robomimic's files."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ ROBOSUITE_ENV_TYPE = 1
 """robomimic's number for robosuite in ``env_args["type"]``."""
 IMAGE_SUFFIX = "_image"
 FAST_RENDER_FLAGS = {"shadow": False, "reflection": False}
-"""Off, they make software rendering about three times as fast."""
+"""Flags that are off by default: software rendering is then about three times as fast."""
 
 
 class Step(NamedTuple):
-    """What one action led to."""
+    """Result of one action."""
 
     obs: Obs
     reward: float
@@ -38,10 +38,10 @@ class Step(NamedTuple):
 class Environment:
     """One robosuite task. Use as a context manager, or call ``close``.
 
-    Obs: each camera uint8 (H, W, 3), upright; ``object`` and all ``robot0_…`` keys float64, under robomimic's names.
-    The first obs of an episode, and all that follow from the same actions, are a pure function of the seed.
-    The model is built once (building leaks memory in robosuite), so sizes that a task draws while building, such as
-    Lift's cube of 40 to 44 mm, are those of ``MODEL_SEED`` in every episode.
+    Obs: each camera uint8 (H, W, 3), upright; ``object`` and all ``robot0_…`` keys float64, with robomimic's names.
+    The obs of an episode depend only on the seed and the actions.
+    The model is built once, because building leaks memory in robosuite. Sizes that a task draws while building, such as
+    Lift's cube of 40 to 44 mm, come from ``MODEL_SEED`` in every episode.
     """
 
     MODEL_SEED = 0
@@ -49,7 +49,7 @@ class Environment:
     def __init__(
         self, task: Any, cameras: Mapping[str, tuple[int, int]], render_flags: Mapping[str, bool] | None
     ) -> None:
-        """Wraps a robosuite task; ``from_env_args`` is what most callers want."""
+        """Wraps a robosuite task; most callers use ``from_env_args``."""
         self._task = task
         self._model_xml = _last_model_xml(task)
         self.cameras = dict(cameras)
@@ -70,21 +70,21 @@ class Environment:
         cameras: Mapping[str, tuple[int, int]],
         render_flags: Mapping[str, bool] | None = None,
     ) -> Environment:
-        """Builds the task that a dataset's ``env_args`` names.
+        """Builds the task of a dataset's ``env_args``.
 
         Args:
             env_args: robomimic's {"env_name", "type", "env_kwargs"}; controllers of robosuite before 1.5 are converted.
-            cameras: rgb obs key -> (H, W); may be empty, then nothing is rendered.
+            cameras: rgb obs key → (H, W); empty: nothing is rendered.
             render_flags: MuJoCo scene flags that differ from the defaults, such as {"shadow": False}.
 
         Raises:
-            ConfigError: no robosuite task, or a camera or flag that does not exist.
+            ConfigError: not a robosuite task, or an unknown camera or flag.
             MissingExtraError: robosuite is not installed.
-            OpenGLError: nothing can render here.
+            OpenGLError: this machine has no OpenGL backend.
         """
         if env_args.get("type", ROBOSUITE_ENV_TYPE) != ROBOSUITE_ENV_TYPE:
             raise ConfigError(
-                f"env_args has type {env_args['type']!r}, which is no robosuite task; only those (type 1) can be run"
+                f"env_args has type {env_args['type']!r}, which is not a robosuite task; only type 1 can run"
             )
         name = env_args.get("env_name")
         robosuite = load_robosuite()
@@ -100,13 +100,13 @@ class Environment:
         return len(self.action_low)
 
     def reset(self, seed: int) -> Obs:
-        """Starts the episode that ``seed`` decides and gives its first obs."""
-        # In place: the task's placement samplers hold this generator.
+        """Starts the episode of ``seed`` and returns its first obs."""
+        # Set in place, because the task's placement samplers share this generator.
         self._task.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
         return self._obs(self._task.reset())
 
     def step(self, action: NDArray) -> Step:
-        """Does ``action`` (A,) clipped to the task's limits. Raises ConfigError on another shape or NaN."""
+        """Executes ``action`` (A,), clipped to the limits of the task. Raises ConfigError for a wrong shape or NaN."""
         action = np.asarray(action, dtype=np.float64)
         if action.shape != self.action_low.shape or not np.isfinite(action).all():
             raise ConfigError(f"the task takes {self.action_dim} finite numbers as an action, not {action.tolist()}")
@@ -114,22 +114,22 @@ class Environment:
         return Step(self._obs(raw), float(reward), self.success())
 
     def success(self) -> bool:
-        """Whether the task is done, as robosuite judges it."""
+        """Whether robosuite reports success."""
         answer = self._task._check_success()
         return bool(answer["task"] if isinstance(answer, dict) else answer)
 
     def state(self) -> NDArray[np.float64]:
-        """MuJoCo's time, positions and velocities as one vector, as in ``data/<demo>/states``."""
+        """Returns MuJoCo's time, positions and velocities as one vector, as in ``data/<demo>/states``."""
         return np.array(self._task.sim.get_state().flatten())
 
     def model_xml(self) -> str:
-        """The model as in a demo's ``model_file``, with paths from ``robosuite/`` on, which robosuite resolves."""
+        """Returns the XML for a demo's ``model_file``; paths start at ``robosuite/``, which robosuite resolves."""
         return self._model_xml
 
     def restore(self, state: NDArray, model_xml: str | None = None) -> Obs:
-        """Goes to a recorded state, in the recorded model where one is given, and gives the obs there.
+        """Sets a recorded state, in the recorded model if given, and returns its obs.
 
-        For looking: the controllers start afresh, so recorded actions played from there drift by millimetres.
+        The controllers are reset: recorded actions that are replayed from this state drift by millimetres.
         """
         if model_xml is not None:
             self._task.reset_from_xml_string(self._task.edit_model_xml(model_xml))
@@ -174,12 +174,12 @@ class Environment:
 def _warn_of_another_release(recorded: str | None, installed: str) -> None:
     if recorded is not None and recorded.split(".")[:2] != installed.split(".")[:2]:
         logger.warning(
-            "the dataset was made with robosuite %s; %s moves and looks a little different", recorded, installed
+            "the dataset was made with robosuite %s; motion and images differ slightly in %s", recorded, installed
         )
 
 
 def _task_kwargs(task_class: type, recorded: Mapping[str, Any], *, offscreen: bool) -> dict[str, Any]:
-    """What robosuite is called with: the recorded settings, with our own rendering and resets."""
+    """Returns the arguments of the robosuite task: the recorded settings with our rendering and resets."""
     kwargs = copy.deepcopy(dict(recorded))
     for name in [name for name in kwargs if name.startswith(("camera_", "render_")) or name == "seed"]:
         del kwargs[name]
@@ -205,7 +205,7 @@ def _task_kwargs(task_class: type, recorded: Mapping[str, Any], *, offscreen: bo
 
 
 def _controller(config: dict[str, Any], robots: str | list[str]) -> dict[str, Any]:
-    """Controller settings in the form of robosuite 1.5; those of earlier releases describe one arm."""
+    """Returns controller settings in the form of robosuite 1.5; earlier releases describe one arm."""
     from robosuite.controllers.composite.composite_controller_factory import refactor_composite_controller_config
 
     robot = robots if isinstance(robots, str) else robots[0]
@@ -213,7 +213,7 @@ def _controller(config: dict[str, Any], robots: str | list[str]) -> dict[str, An
 
 
 def _last_model_xml(task: Any) -> str:
-    """The XML of the model that was compiled last, which must be that of ``task``."""
+    """Returns the XML of the last compiled model, which must be that of ``task``."""
     import mujoco
     import robosuite
 
@@ -233,10 +233,10 @@ def _check_cameras(cameras: Mapping[str, tuple[int, int]], names: tuple[str, ...
 
 
 def _scene_flag(name: str) -> int:
-    """The index of a MuJoCo scene flag, such as ``shadow`` for mjRND_SHADOW."""
+    """Returns the index of a MuJoCo scene flag, such as ``shadow`` for mjRND_SHADOW."""
     import mujoco
 
     names = [flag.removeprefix("mjRND_").lower() for flag in mujoco.mjtRndFlag.__members__ if flag != "mjNRNDFLAG"]
     if name not in names:
-        raise ConfigError(f"{name!r} is no render flag of MuJoCo; {available(names, name)}")
+        raise ConfigError(f"MuJoCo has no render flag {name!r}; {available(names, name)}")
     return int(mujoco.mjtRndFlag.__members__[f"mjRND_{name.upper()}"])

@@ -1,4 +1,4 @@
-"""The last few obs of an episode, as the policy sees them."""
+"""Keeps the last obs of an episode for the policy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from cache_pipeline.errors import ConfigError, available
 
 
 class ObsHistory:
-    """The last ``horizon`` obs; before so many were seen, the first one repeated, as robomimic's FrameStack does."""
+    """The last ``horizon`` obs; at the start of an episode the first obs is repeated, as in robomimic's FrameStack."""
 
     def __init__(self, keys: Iterable[str], horizon: int) -> None:
         assert horizon >= 1
@@ -20,10 +20,10 @@ class ObsHistory:
         self._seen: deque[dict[str, NDArray]] = deque(maxlen=horizon)
 
     def start(self, obs: Mapping[str, NDArray]) -> None:
-        """Forgets everything and fills the history with the first obs of an episode."""
+        """Clears the history and fills it with the first obs of an episode."""
         missing = [key for key in self._keys if key not in obs]
         if missing:
-            raise ConfigError(f"the environment gives no obs {missing[0]!r}; {available(obs, missing[0])}")
+            raise ConfigError(f"the environment has no obs {missing[0]!r}; {available(obs, missing[0])}")
         self._seen.clear()
         for _ in range(self._seen.maxlen or 0):
             self.add(obs)
@@ -33,5 +33,5 @@ class ObsHistory:
         self._seen.append({key: obs[key] for key in self._keys})
 
     def stack(self) -> dict[str, NDArray]:
-        """Each key as (1, To, …), oldest first."""
+        """Returns key → (1, To, …), oldest obs first."""
         return {key: np.stack([obs[key] for obs in self._seen])[None] for key in self._keys}

@@ -1,4 +1,4 @@
-"""Finds an OpenGL backend that renders without a screen, and imports robosuite so that it uses that one."""
+"""Finds an OpenGL backend that renders without a screen, and imports robosuite with it."""
 
 from __future__ import annotations
 
@@ -21,21 +21,24 @@ _INSTALL = "install one with: apt-get install libosmesa6"
 
 
 class OpenGLBackend(NamedTuple):
-    """The value of ``MUJOCO_GL`` that renders here, or None and the reason why none does."""
+    """A working value of ``MUJOCO_GL``, or None and the reason why none works."""
 
     name: str | None
     reason: str
 
 
 class OpenGLError(CachePipelineError, RuntimeError):
-    """Nothing on this machine can render images."""
+    """This machine has no OpenGL backend that renders images."""
 
 
 @cache
 def find_opengl_backend() -> OpenGLBackend:
-    """Tries EGL and then OSMesa, each in a process of its own (a broken driver kills it); ``MUJOCO_GL``, if set, alone.
+    """Tries EGL and then OSMesa; only the value of ``MUJOCO_GL`` if it is set.
 
-    Takes about a second per candidate. Raises MissingExtraError without mujoco.
+    Each try runs in its own process, because a broken driver ends the process. A try takes about 1 s.
+
+    Raises:
+        MissingExtraError: mujoco is not installed.
     """
     _require("mujoco")
     chosen = os.environ.get("MUJOCO_GL", "").strip().lower()
@@ -51,19 +54,20 @@ def find_opengl_backend() -> OpenGLBackend:
 
 
 def load_robosuite() -> ModuleType:
-    """Imports robosuite with ``MUJOCO_GL`` set to a backend that works; the environment variable stays set.
+    """Sets ``MUJOCO_GL`` to a working backend and imports robosuite.
 
-    Raises MissingExtraError without robosuite and OpenGLError without a backend.
+    Raises:
+        MissingExtraError: robosuite is not installed. OpenGLError: no backend works.
     """
     _require("mujoco")
     _require("robosuite")
     backend = find_opengl_backend()
     if backend.name is None:
-        raise OpenGLError(f"no OpenGL backend can render here ({backend.reason}); {_INSTALL}")
+        raise OpenGLError(f"no OpenGL backend works on this machine ({backend.reason}); {_INSTALL}")
     if platform.system() == "Linux":
         os.environ["MUJOCO_GL"] = backend.name
         os.environ.update(_egl_device())
-    # torchvision's libraries crash the process when they are loaded after mujoco's.
+    # torchvision crashes the process if its libraries are loaded after mujoco's.
     if importlib.util.find_spec("torchvision") is not None:
         import torchvision  # noqa: F401
     logging.getLogger("robosuite_logs").addFilter(_errors_only)
@@ -85,9 +89,9 @@ def _require(module: str) -> None:
 
 
 def _probe(name: str) -> str | None:
-    """None if backend ``name`` makes a context, else the last line of what went wrong."""
+    """Returns None if backend ``name`` creates a context, else the last line of its error."""
     environment = {**os.environ, **_egl_device(), "MUJOCO_GL": name}
-    # robosuite renders on the first EGL device only, so the probe must not succeed on another one.
+    # robosuite renders only on the first EGL device, so the probe must use that one.
     environment.setdefault("MUJOCO_EGL_DEVICE_ID", os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0])
     try:
         done = subprocess.run(
@@ -102,7 +106,7 @@ def _probe(name: str) -> str | None:
 
 
 def _egl_device() -> dict[str, str]:
-    """An empty CUDA_VISIBLE_DEVICES (no CUDA wanted) makes robosuite's EGL fail unless the device is named."""
+    """Names the EGL device if CUDA_VISIBLE_DEVICES is empty, because robosuite's EGL fails otherwise."""
     if os.environ.get("CUDA_VISIBLE_DEVICES") == "" and "MUJOCO_EGL_DEVICE_ID" not in os.environ:
         return {"MUJOCO_EGL_DEVICE_ID": "0"}
     return {}

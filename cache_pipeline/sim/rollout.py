@@ -1,4 +1,4 @@
-"""Runs a policy in the environment of its dataset and counts how often it succeeds."""
+"""Runs a policy in the environment of its dataset and measures its success rate."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     import torch
 
 DEFAULT_HORIZON = 400
-"""Steps of an episode where neither the config nor ``env_args`` says; robomimic's for most of its tasks."""
+"""Default steps of an episode, as for most tasks of robomimic; the config or ``env_args`` override it."""
 DEFAULT_FPS = 20
 ROLLOUTS = "rollouts"
 
@@ -39,15 +39,15 @@ ROLLOUT_JSON = FileKind("a result that rollout wrote", _is_result)
 
 
 class ActingPolicy(Protocol):
-    """What a rollout needs of a policy; ``VisuomotorPolicy`` is one."""
+    """Interface of a policy in a rollout, such as ``VisuomotorPolicy``."""
 
     @property
     def cameras(self) -> Mapping[str, tuple[int, ...]]:
-        """rgb obs key -> (H, W) or (H, W, 3) of the images that it takes."""
+        """rgb obs key → (H, W) or (H, W, 3) of its images."""
 
     @property
     def low_dim(self) -> Mapping[str, tuple[int, ...]]:
-        """Low-dim key -> shape of one row."""
+        """Low-dim key → shape of one row."""
 
     @property
     def obs_horizon(self) -> int:
@@ -55,14 +55,14 @@ class ActingPolicy(Protocol):
 
     @property
     def env_args(self) -> Mapping[str, Any] | None:
-        """Those of the dataset that it was trained on, if it has any."""
+        """Value in the dataset of the policy, or None."""
 
     @property
     def render_flags(self) -> Mapping[str, Any] | None:
-        """Those of the dataset that it was trained on, if it has any."""
+        """Value in the dataset of the policy, or None."""
 
     def act(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Actions (1, Ta, A) in dataset units for the steps from the last obs on.
+        """Returns actions (1, Ta, A) in dataset units; the first one belongs to the last obs.
 
         Args:
             obs: each camera uint8 (1, To, H, W, 3), each low-dim key float32 (1, To, d).
@@ -70,7 +70,7 @@ class ActingPolicy(Protocol):
 
 
 class Simulation(Protocol):
-    """What an episode needs of an environment."""
+    """Interface of an environment in an episode."""
 
     def reset(self, seed: int) -> Obs: ...
 
@@ -79,27 +79,27 @@ class Simulation(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutConfig:
-    """Which policy to run, where, and for how long."""
+    """Options of ``rollout``."""
 
     run: Path
     """A run folder or one of its checkpoints."""
     episodes: int = 20
     seed: int = 0
-    """Episode i starts from the state that (seed, i) decides."""
+    """The initial state of episode i depends only on (seed, i)."""
     horizon: int | None = None
-    """Most steps of an episode; by default what ``env_args`` says, else 400."""
+    """Largest number of steps of an episode; default: the horizon of ``env_args``, else 400."""
     action_steps: int | None = None
-    """Steps of each chunk that are carried out before the policy is asked again; by default half of the chunk."""
+    """Actions of each chunk that are executed before the policy runs again; default: half of the chunk."""
     video: Path | None = None
     """Folder for one video per episode, the cameras side by side."""
     videos: int = 3
-    """How many of the first episodes are filmed."""
+    """Number of episodes that are filmed, from the first one on."""
     overwrite: bool = False
-    """Replace videos that are there."""
+    """Replace existing videos."""
     env_args: Path | None = None
-    """JSON file, or dataset, that describes the environment; it overrides what the run's own dataset says."""
+    """JSON file or dataset with ``env_args``; overrides those of the run's dataset."""
     encoder: str | None = None
-    """The factory of a run whose encoder is made by one: ``file.py:factory``. It runs only if it is named here."""
+    """Factory of the run's custom encoder, ``file.py:factory``. A factory runs only if it is named here."""
     device: str = "auto"
 
     def __post_init__(self) -> None:
@@ -112,7 +112,7 @@ class RolloutConfig:
 
 
 class Episode(NamedTuple):
-    """How one episode went."""
+    """Result of one episode."""
 
     seed: int
     success: bool
@@ -122,7 +122,7 @@ class Episode(NamedTuple):
 
 
 class RolloutResult(NamedTuple):
-    """How often the policy succeeded; ``ci95`` is Wilson's interval of the rate."""
+    """Success rate of a policy; ``ci95`` is its 95 % Wilson interval."""
 
     episodes: int
     successes: int
@@ -139,7 +139,7 @@ class RolloutResult(NamedTuple):
         }
 
     def lines(self) -> list[str]:
-        """The result as lines for a terminal."""
+        """Returns the result as lines for a terminal."""
         low, high = self.ci95
         rate = f"{self.success_rate:.0%} (95% interval {low:.0%} to {high:.0%})"
         videos = [f"video: {episode.video}" for episode in self.records if episode.video]
@@ -150,10 +150,10 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
     """Runs ``policy``, or that of ``config.run``, for ``config.episodes`` episodes.
 
     Raises:
-        ConfigError: nothing says which environment, or it lacks an obs that the policy needs; or a file that would be
-            written is there already.
+        ConfigError: no ``env_args``; an obs of the policy is missing in the environment; or an output file exists
+            already.
         CheckpointError: the run cannot be loaded.
-        MissingExtraError, OpenGLError: the simulation cannot run here.
+        MissingExtraError, OpenGLError: the simulation cannot run on this machine.
     """
     started = time.monotonic()
     device = _device(config.device)
@@ -200,7 +200,7 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
 
 
 def keep(result: RolloutResult, config: RolloutConfig) -> Path:
-    """Writes the result to ``RUN/rollouts/seed_<seed>_<episodes>.json``, where the run's report looks for it."""
+    """Writes the result to ``RUN/rollouts/seed_<seed>_<episodes>.json``, which ``report`` reads."""
     path = result_file(config)
     with output_file(path, ROLLOUT_JSON, overwrite=True) as partial:
         write_json(partial, result.to_json())
@@ -208,19 +208,19 @@ def keep(result: RolloutResult, config: RolloutConfig) -> Path:
 
 
 def result_file(config: RolloutConfig) -> Path:
-    """Where the result of a run's rollouts is kept; the same episodes replace their earlier result."""
+    """Returns the path of the result file; a rollout of the same episodes replaces it."""
     from cache_pipeline.runs.checkpoint import find_checkpoint
 
     return find_checkpoint(config.run)[0] / ROLLOUTS / f"seed_{config.seed}_{config.episodes}.json"
 
 
 def video_file(folder: Path, index: int, success: bool) -> Path:
-    """The video of an episode, its ending left out."""
+    """Returns the path of an episode's video, without suffix."""
     return folder / f"episode_{index:03d}_{'success' if success else 'failure'}"
 
 
 def check_outputs(config: RolloutConfig) -> None:
-    """Raises ConfigError if a file that may be written is there already and is not replaced. Changes nothing."""
+    """Raises ConfigError if an output file exists and may not be replaced. Changes nothing."""
     if config.run.is_dir():
         check_output(result_file(config), ROLLOUT_JSON, overwrite=True)
     if config.video is None:
@@ -233,9 +233,9 @@ def check_outputs(config: RolloutConfig) -> None:
 
 
 def choose_environment(config: RolloutConfig, policy: ActingPolicy) -> EnvArgs:
-    """The environment of ``config.env_args``, else that of the policy's dataset; raises ConfigError if there is none.
+    """Returns the environment of ``config.env_args``, else of the policy's dataset; raises ConfigError without one.
 
-    The render flags are the dataset's wherever it has any: the policy has seen no other images.
+    Render flags of the dataset take precedence, because the policy was trained on such images.
     """
     flags = None if policy.render_flags is None else dict(policy.render_flags)
     if config.env_args is not None:
@@ -243,8 +243,8 @@ def choose_environment(config: RolloutConfig, policy: ActingPolicy) -> EnvArgs:
         return EnvArgs(read.env_args, read.render_flags if flags is None else flags)
     if policy.env_args is None:
         raise ConfigError(
-            f"the dataset of {config.run} has no env_args, so nothing says which environment to run; "
-            "pass --env-args FILE: their JSON, or a dataset that has them"
+            f"the dataset of {config.run} has no env_args, so its environment is unknown; "
+            "give --env-args FILE: a JSON file, or a dataset with env_args"
         )
     return EnvArgs(dict(policy.env_args), flags)
 
@@ -259,10 +259,10 @@ def run_episode(
     device: str = "cpu",
     film: list[NDArray[np.uint8]] | None = None,
 ) -> Episode:
-    """Runs one episode until it succeeds or ``horizon`` steps are done, asking for a new chunk every ``action_steps``.
+    """Runs one episode until success or ``horizon`` steps; the policy runs every ``action_steps`` steps.
 
     Args:
-        film: takes the images of every step, the policy's cameras side by side.
+        film: called with the images of every step, the policy's cameras side by side.
     """
     started = time.monotonic()
     cameras = tuple(policy.cameras)
@@ -288,7 +288,7 @@ def run_episode(
 
 
 def ask(policy: ActingPolicy, history: ObsHistory, device: str) -> NDArray[np.float64]:
-    """The policy's chunk (Ta, A) for what was seen last."""
+    """Returns the policy's chunk (Ta, A) for the last obs."""
     import torch
 
     obs = {}
@@ -302,12 +302,12 @@ def ask(policy: ActingPolicy, history: ObsHistory, device: str) -> NDArray[np.fl
 
 
 def episode_seed(seed: int, index: int) -> int:
-    """The environment's seed in episode ``index``."""
+    """Returns the environment's seed of episode ``index``."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
 
 
 def summarise(records: list[Episode], seconds: float) -> RolloutResult:
-    """Counts the successes."""
+    """Computes the success rate of the episodes."""
     successes = sum(record.success for record in records)
     rate = successes / len(records)
     return RolloutResult(
@@ -316,7 +316,10 @@ def summarise(records: list[Episode], seconds: float) -> RolloutResult:
 
 
 def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson's score interval of a success rate (JASA 22, 1927), 95% by default; unlike ±z·σ it has a width at 0."""
+    """Returns Wilson's score interval of a success rate (JASA 22, 1927), by default 95 %.
+
+    Unlike ±z·σ, it has a width above 0 for 0 successes.
+    """
     assert 0 <= successes <= episodes, (successes, episodes)
     rate = successes / episodes
     centre = rate + z**2 / (2 * episodes)
@@ -327,7 +330,7 @@ def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple
 
 @contextmanager
 def _seeded(seed: int, device: str) -> Iterator[None]:
-    """Makes what a policy draws a function of ``seed``, and leaves the caller's random state as it was."""
+    """Seeds torch's generator inside the block and restores the caller's random state."""
     import torch
 
     with torch.random.fork_rng([device] if device.startswith("cuda") else []):

@@ -1,4 +1,4 @@
-"""Writes what the cameras saw in an episode as a video."""
+"""Writes camera images of an episode as a video."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from cache_pipeline.errors import MissingExtraError, install_command
 from cache_pipeline.files import FileKind, begins_with, output_file
 
 MIN_HEIGHT_PX = 240
-"""Smaller images are enlarged by a whole factor, so that a player shows more than a stamp."""
+"""Smaller images are enlarged by an integer factor, for video players."""
 
 
 def side_by_side(obs: Mapping[str, NDArray], cameras: tuple[str, ...]) -> NDArray[np.uint8]:
-    """The cameras' images (H, W, 3) in one row, enlarged and padded in black to even sizes, which mp4 needs."""
+    """Joins the cameras' images (H, W, 3) in one row, enlarged and padded in black to the even sizes of mp4."""
     images = [obs[camera] for camera in cameras]
     height = max(image.shape[0] for image in images)
     padded = [np.pad(image, ((0, height - image.shape[0]), (0, 0), (0, 0))) for image in images]
@@ -32,11 +32,11 @@ MP4, GIF = FileKind("a video", begins_with(b"ftyp", skip=4)), FileKind("a GIF pi
 
 
 def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int, *, overwrite: bool = False) -> Path:
-    """Writes ``path`` with the ending .mp4, or .gif where there is no ffmpeg, and returns what was written.
+    """Writes ``path`` with the suffix .mp4, or .gif without ffmpeg, and returns the written path.
 
     Raises:
-        MissingExtraError: without imageio.
-        ConfigError: something is there that is not replaced.
+        MissingExtraError: imageio is not installed.
+        ConfigError: the path is taken and may not be replaced.
     """
     if importlib.util.find_spec("imageio") is None:
         raise MissingExtraError(f"videos need imageio, which is not installed: {install_command('sim')}")
@@ -46,7 +46,7 @@ def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int, *, ov
     suffix, kind = video_format()
     path = path.with_suffix(suffix)
     with output_file(path, kind, overwrite=overwrite) as partial:
-        named = partial.with_name(partial.name + suffix)  # the ending chooses the format
+        named = partial.with_name(partial.name + suffix)  # the suffix determines the format
         try:
             if kind is MP4:
                 imageio.mimwrite(named, images, fps=fps, macro_block_size=2, output_params=["-loglevel", "error"])
@@ -59,5 +59,5 @@ def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int, *, ov
 
 
 def video_format() -> tuple[str, FileKind]:
-    """The ending and kind of the videos that can be written here."""
+    """Returns suffix and kind of the videos that this machine can write."""
     return (".mp4", MP4) if importlib.util.find_spec("imageio_ffmpeg") is not None else (".gif", GIF)

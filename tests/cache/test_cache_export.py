@@ -1,3 +1,10 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
 import h5py
 import numpy as np
 import pytest
@@ -33,6 +40,24 @@ def test_robomimic_reads_the_export_and_gives_the_features_as_obs(cache, tmp_pat
     assert np.array_equal(sequences[1]["obs"]["agentview_feature"][0], cache.features(CAMERA, slice(1, 2))[0])
     assert np.array_equal(sequences[1]["actions"], cache.array("actions", slice(1, 3)))
     sequences.close_and_delete_hdf5_handle()
+
+
+def test_robomimics_own_train_script_trains_on_the_export_with_the_documented_config(cache, tmp_path):
+    pytest.importorskip("robomimic")
+    export_robomimic(cache.path, tmp_path / "features.hdf5")
+    document = (Path(__file__).parents[2] / "docs" / "robomimic.md").read_text(encoding="utf-8")
+    config = json.loads(re.search(r"```json\n(.*?)```", document, re.DOTALL)[1])
+    config["observation"]["modalities"]["obs"]["low_dim"].remove("robot0_eef_quat")  # not in the fake dataset
+    config["train"] |= {"data": str(tmp_path / "features.hdf5"), "output_dir": str(tmp_path / "runs")}
+    config["train"] |= {"batch_size": 4, "num_epochs": 1}
+    config["experiment"] |= {"epoch_every_n_steps": 3, "validation_epoch_every_n_steps": 1}
+    config["experiment"] |= {"save": {"every_n_epochs": 1}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    command = [sys.executable, "-m", "robomimic.scripts.train", "--config", str(tmp_path / "config.json")]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    output = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    assert output.rstrip().endswith("finished run successfully!"), output[-2000:]
+    assert len(list((tmp_path / "runs").rglob("model_epoch_1.pth"))) == 1
 
 
 def test_the_export_keeps_demos_masks_and_environment(cache, tmp_path):

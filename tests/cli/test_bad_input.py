@@ -130,7 +130,7 @@ def test_a_wrong_filter_key_lists_the_right_ones(tmp_path, made):
 
 def test_a_filter_key_whose_demos_are_all_absent_is_refused(tmp_path):
     path = broken(tmp_path, absent_demos)
-    assert "names 2 demos, none of which is in the file" in the_error(
+    assert "names 2 demos, and none of them is in the file" in the_error(
         extract(path, tmp_path / "out.zarr", "--filter-key", "more")
     )
 

@@ -109,7 +109,7 @@ def test_extraction_and_training_say_what_they_take_and_leave_out(dataset, cache
         return result.stderr
 
     key = "agentview_image"
-    taken = f"taken: cameras {key}; low-dim keys robot0_eef_pos, robot0_gripper_qpos; action key actions"
+    taken = f"used: cameras {key}; low-dim keys robot0_eef_pos, robot0_gripper_qpos; action key actions"
     extracting = said(
         "extract-features", dataset, "--out", tmp_path / "one.zarr", "--no-pretrained-encoder", "--cameras", key
     )
@@ -118,5 +118,5 @@ def test_extraction_and_training_say_what_they_take_and_leave_out(dataset, cache
     training = said(
         "train", "--from-cache", cache, "--out", tmp_path / "one", "--cameras", key, "--low-dim-keys", "", *TRAIN
     )
-    assert f"taken: cameras {key}; low-dim keys none; action key actions" in training
+    assert f"used: cameras {key}; low-dim keys none; action key actions" in training
     assert "left out: cameras robot0_eye_in_hand_image; low-dim keys robot0_eef_pos" in training

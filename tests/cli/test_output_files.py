@@ -103,7 +103,7 @@ def test_an_export_never_replaces_the_source_of_its_cache(tmp_path, made):
     before = dataset.read_bytes()
     (tmp_path / "link.hdf5").symlink_to(dataset)
     for out in (dataset, tmp_path / "link.hdf5"):
-        assert "source" in refused(run("cache", "export", cache, "--out", out, "--overwrite"))
+        assert "is an input of this command" in refused(run("cache", "export", cache, "--out", out, "--overwrite"))
         assert dataset.read_bytes() == before
 
 
@@ -123,7 +123,7 @@ def test_the_report_of_a_run_is_written_again_but_never_over_a_page_of_the_users
 def test_folders_devices_and_links_are_no_target(tmp_path, made):
     report = commands(made)["report"]
     assert "folder" in refused(run(*report, tmp_path, "--overwrite"))
-    assert "ordinary" in refused(run(*report, "/dev/null", "--overwrite"))
+    assert "not a regular file" in refused(run(*report, "/dev/null", "--overwrite"))
     (tmp_path / "loop").symlink_to(tmp_path / "loop")
     refused(run(*report, tmp_path / "loop", "--overwrite"))
     (tmp_path / "page.html").symlink_to(tmp_path / "real.html")

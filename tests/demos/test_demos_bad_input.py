@@ -1,4 +1,4 @@
-"""Unsound files are refused in one line that names file, demo, key and frame, and are told by inspect."""
+"""Unsound files give a one-line error with file, demo, key and frame, and problems in inspect."""
 
 import json
 import subprocess
@@ -61,28 +61,28 @@ def test_a_folder_is_refused(tmp_path):
 
 
 def test_naming_no_file_or_one_twice_is_an_error(path):
-    refused([], "no dataset was named")
+    refused([], "no dataset is given")
     refused([path, path.parent / "." / path.name], "named twice")
 
 
-def test_a_text_file_is_told_to_be_no_hdf5(tmp_path):
+def test_a_text_file_is_reported_as_not_hdf5(tmp_path):
     (tmp_path / "notes.hdf5").write_text("not an hdf5 file at all")
     refused(tmp_path / "notes.hdf5", "is not an HDF5 file")
 
 
-def test_an_empty_file_is_told_to_be_no_hdf5(tmp_path):
+def test_an_empty_file_is_reported_as_not_hdf5(tmp_path):
     (tmp_path / "empty.hdf5").write_bytes(b"")
     refused(tmp_path / "empty.hdf5", "is not an HDF5 file")
 
 
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.99])
-def test_a_truncated_file_is_told_to_be_cut_off(path, share):
+def test_a_truncated_file_is_reported_as_cut_off(path, share):
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
     refused(path, "is cut off", f"of {len(whole)}")
 
 
-def test_a_damaged_header_is_one_of_our_errors(path):
+def test_a_damaged_header_raises_a_dataset_error(path):
     stored = bytearray(path.read_bytes())
     stored[60:200] = b"\xff" * 140
     path.write_bytes(stored)
@@ -90,7 +90,7 @@ def test_a_damaged_header_is_one_of_our_errors(path):
         Dataset.open(path)
 
 
-def test_a_file_that_is_being_written_is_told_to_be(path):
+def test_a_file_that_another_process_writes_is_reported_as_such(path):
     writer = textwrap.dedent(f"""
         import h5py
         with h5py.File({str(path)!r}, "r+"):
@@ -105,7 +105,7 @@ def test_a_file_that_is_being_written_is_told_to_be(path):
         process.communicate("\n")
 
 
-def test_a_file_system_without_locks_is_told_with_the_way_out(path, monkeypatch):
+def test_a_file_system_without_locks_is_reported_with_the_setting_that_helps(path, monkeypatch):
     def no_locks(*_):
         raise OSError(38, "Unable to synchronously open file (unable to lock file, errno = 38)")
 
@@ -128,7 +128,7 @@ def test_a_file_without_demos_is_refused(path):
 def test_an_array_among_the_demos_is_unsound(path):
     with h5py.File(path, "r+") as file:
         file["data/demo_9"] = np.zeros(3)
-    unsound(path, "data/demo_9 is no group")
+    unsound(path, "data/demo_9 is not a group")
 
 
 def test_a_broken_link_is_unsound(path):
@@ -137,7 +137,7 @@ def test_a_broken_link_is_unsound(path):
     unsound(path, "demo_1", "obs/extra cannot be read")
 
 
-def test_a_file_without_cameras_opens_only_when_none_are_asked_for(tmp_path):
+def test_a_file_without_cameras_opens_only_if_no_cameras_are_requested(tmp_path):
     path = make_dataset(tmp_path / "low_dim.hdf5", cameras={})
     refused(path, "holds no cameras", "robot0_eef_pos")
     assert Dataset.open(path, cameras=()).cameras == {}
@@ -147,11 +147,11 @@ def test_a_wrong_camera_lists_the_right_ones(path):
     refused(path, "no camera 'agentview'", CAMERA, EYE, "did you mean agentview_image", cameras=["agentview"])
 
 
-def test_a_low_dim_key_asked_for_as_a_camera_is_told_with_its_shape(path):
+def test_a_low_dim_key_named_as_a_camera_is_an_error_with_its_shape(path):
     refused(path, "demo_0", "obs/robot0_eef_pos is float64 (7, 3)", "uint8 (T, H, W, 3)", cameras=[EEF])
 
 
-def test_a_camera_asked_for_as_a_low_dim_key_is_told_with_its_shape(path):
+def test_a_camera_named_as_a_low_dim_key_is_an_error_with_its_shape(path):
     refused(path, "demo_0", "obs/agentview_image is uint8 (7, 24, 24, 3)", low_dim_keys=[CAMERA])
 
 
@@ -163,14 +163,14 @@ def test_a_wrong_filter_key_lists_the_right_ones(path):
     refused(path, "no filter key 'trian'", "train, valid", "did you mean train", filter_key="trian")
 
 
-def test_a_filter_key_that_names_absent_demos_takes_the_others_with_a_warning(tmp_path, caplog):
+def test_a_filter_key_that_names_absent_demos_uses_the_others_with_a_warning(tmp_path, caplog):
     masks = {"train": ["demo_0", "demo_2", *(f"demo_{i}" for i in range(10, 20))], "gone": ["demo_77"]}
     path = make_dataset(tmp_path / "part.hdf5", masks=masks)
     dataset = Dataset.open(path, filter_key="train")
     assert [demo.name for demo in dataset.demos] == ["demo_0", "demo_2"]
-    assert "'train' names 10 demos that are not here (demo_10, demo_11" in caplog.text
-    assert "the other 2 of 12 are taken" in caplog.text
-    refused(path, "'gone'", "names 1 demos, none of which is in the file", filter_key="gone")
+    assert "'train' names 10 demos that are not in the data (demo_10, demo_11" in caplog.text
+    assert "the other 2 of 12 are used" in caplog.text
+    refused(path, "'gone'", "names 1 demos, and none of them is in the file", filter_key="gone")
 
 
 def test_a_filter_key_without_demos_is_refused(tmp_path):
@@ -212,7 +212,7 @@ def test_rewards_that_are_not_finite_are_unsound(path):
     unsound(path, "demo_0", "rewards is nan at frame 1")
 
 
-def test_nan_in_a_key_that_is_not_read_is_a_note_and_refused_when_asked_for(path):
+def test_nan_in_an_unused_key_is_a_note_and_an_error_if_the_key_is_named(path):
     with h5py.File(path, "r+") as file:
         file["data/demo_1/obs/object"][2, 0] = np.nan
     Dataset.open(path)
@@ -228,7 +228,7 @@ def test_nan_in_a_demo_that_the_filter_key_leaves_out_does_not_matter(path):
     assert len(Dataset.open(path, filter_key="train").demos) == 2
 
 
-def test_float_images_beside_a_camera_are_left_out_with_a_note_and_unsound_when_asked_for_or_alone(path):
+def test_float_images_are_left_out_with_a_note_beside_a_camera_and_unsound_if_named_or_alone(path):
     for number, length in enumerate((7, 5, 9)):
         change(path, f"data/demo_{number}/obs/{EYE}", np.zeros((length, 24, 24, 3), np.float32))
     dataset = Dataset.open(path)
@@ -242,7 +242,7 @@ def test_float_images_beside_a_camera_are_left_out_with_a_note_and_unsound_when_
     unsound(path, "demo_0", f"obs/{EYE} is float32 (7, 24, 24, 3)", "store images as uint8")
 
 
-def test_bytes_with_channels_first_are_unsound_though_another_camera_is_right(path):
+def test_uint8_images_with_channels_first_are_unsound_even_beside_a_correct_camera(path):
     for number, length in enumerate((7, 5, 9)):
         change(path, f"data/demo_{number}/obs/{EYE}", np.zeros((length, 3, 24, 24), np.uint8))
     unsound(path, "demo_0", f"obs/{EYE} is uint8 (7, 3, 24, 24)", "move the channels last")
@@ -326,14 +326,14 @@ def test_frames_that_were_never_written_are_unsound(path):
             f"data/demo_1/obs/{CAMERA}", (5, 24, 24, 3), np.uint8, chunks=(2, 24, 24, 3), compression="gzip"
         )
         images[:4] = 1
-    unsound(path, "demo_1", CAMERA, "never written whole")
+    unsound(path, "demo_1", CAMERA, "is incomplete")
 
 
 def test_contiguous_frames_that_were_never_written_are_unsound(path):
     with h5py.File(path, "r+") as file:
         del file[f"data/demo_1/obs/{CAMERA}"]
         file.create_dataset(f"data/demo_1/obs/{CAMERA}", (5, 24, 24, 3), np.uint8)
-    unsound(path, "demo_1", CAMERA, "never written whole")
+    unsound(path, "demo_1", CAMERA, "is incomplete")
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_contiguous_frames_that_were_never_written_are_unsound(path):
         ({"low_dim": {"robot0_gripper_qpos": 2}}, ("lacks the low-dim key", EEF)),
     ],
 )
-def test_files_that_do_not_fit_together_are_refused_and_told(path, tmp_path, other, words):
+def test_files_with_different_cameras_keys_or_action_dims_are_refused_with_the_difference(path, tmp_path, other, words):
     second = make_dataset(tmp_path / "second.hdf5", **other)
     refused([path, second], str(second), *words)
     assert not inspect_dataset([path, second]).sound
@@ -368,21 +368,21 @@ def test_a_damaged_chunk_is_named_by_file_demo_camera_and_frames(path):
         dataset.frames(2, CAMERA)
 
 
-def test_a_file_that_changes_after_it_was_opened_is_refused(path):
+def test_a_file_that_changes_after_opening_raises_a_dataset_error(path):
     dataset = Dataset.open(path)
     make_dataset(path, lengths=(7, 5, 8))
     with pytest.raises(DatasetError, match="changed since it was opened"):
         dataset.frames(0, CAMERA)
 
 
-def test_a_file_that_vanishes_after_it_was_opened_is_refused(path):
+def test_a_file_that_disappears_after_opening_raises_a_dataset_error(path):
     dataset = Dataset.open(path)
     path.unlink()
     with pytest.raises(DatasetError, match="there is no file"):
         dataset.rows(0)
 
 
-def test_inspect_tells_all_problems_at_once(path):
+def test_inspect_reports_all_problems_at_once(path):
     change(path, f"data/demo_0/obs/{EYE}")
     change(path, f"data/demo_1/obs/{EEF}", np.zeros((6, 3)))
     with h5py.File(path, "r+") as file:
@@ -392,7 +392,7 @@ def test_inspect_tells_all_problems_at_once(path):
     assert {problem[:6] for problem in problems} == {"demo_0", "demo_1", "demo_2"}
 
 
-def test_no_single_damaged_byte_gives_anything_but_our_error_or_an_array(tmp_path):
+def test_a_file_with_any_damaged_byte_gives_a_dataset_error_or_an_array(tmp_path):
     # No env_args: HDF5 itself can crash on the damaged heap of a variable-length attribute.
     path = make_dataset(tmp_path / "fuzzed.hdf5", lengths=(4, 3), cameras={CAMERA: (8, 8, 3)}, env_args=None)
     whole = path.read_bytes()

@@ -1,4 +1,4 @@
-"""What ``Dataset`` gives for sound files, in any process and thread."""
+"""``Dataset`` on sound files, in any process and thread."""
 
 import multiprocessing
 import pickle
@@ -26,7 +26,7 @@ def test_demos_are_in_numeric_order_with_gaps(tmp_path):
     assert Dataset.open(path).demos == (Demo(0, "demo_2", 5), Demo(0, "demo_10", 7), Demo(0, "demo_103", 9))
 
 
-def test_demo_names_of_any_kind_have_an_order():
+def test_demo_names_of_any_form_are_sortable():
     names = ["demo_2", "demo_10", "demo_²", "a", "7", "demo_02", "demo"]
     assert sorted(names, key=demo_order) == ["7", "a", "demo", "demo_02", "demo_2", "demo_10", "demo_²"]
 
@@ -41,7 +41,7 @@ def test_cameras_are_found_by_type_and_shape_and_may_differ_in_size(tmp_path):
     assert Dataset.open(path).cameras == {"front": (24, 32, 3), "wrist_rgb": (16, 16, 3)}
 
 
-def test_cameras_and_keys_come_in_the_order_asked(tmp_path):
+def test_cameras_and_keys_keep_the_requested_order(tmp_path):
     dataset = Dataset.open(
         make_dataset(tmp_path / "lift.hdf5"), cameras=[EYE, CAMERA], low_dim_keys=["object", "robot0_eef_pos"]
     )
@@ -82,7 +82,7 @@ def test_default_low_dim_keys_are_proprioception_and_object_only_without_cameras
 
 
 @pytest.mark.parametrize("compression", ["gzip", "lzf", None])
-def test_frames_are_the_stored_ones(tmp_path, compression):
+def test_frames_equal_the_stored_frames(tmp_path, compression):
     path = make_dataset(tmp_path / "lift.hdf5", compression=compression)
     dataset = Dataset.open(path)
     for number, demo in enumerate(dataset.demos):
@@ -93,7 +93,7 @@ def test_frames_are_the_stored_ones(tmp_path, compression):
 
 
 @pytest.mark.parametrize("compression", ["gzip", None])
-def test_gathered_segments_are_laid_one_after_another(tmp_path, compression):
+def test_gathered_segments_are_concatenated(tmp_path, compression):
     dataset = Dataset.open(make_dataset(tmp_path / "lift.hdf5", compression=compression))
     segments = [(2, 1, 9), (0, 3, 3), (1, 0, 5), (2, 0, 2)]
     expected = np.concatenate([dataset.frames(demo, EYE, start, stop) for demo, start, stop in segments])
@@ -101,7 +101,7 @@ def test_gathered_segments_are_laid_one_after_another(tmp_path, compression):
     assert dataset.gather(EYE, []).shape == (0, 24, 24, 3)
 
 
-def test_frames_outside_the_demo_are_an_index_error_and_an_unknown_camera_ours(tmp_path):
+def test_frames_outside_the_demo_raise_an_index_error_and_an_unknown_camera_a_dataset_error(tmp_path):
     dataset = Dataset.open(make_dataset(tmp_path / "lift.hdf5"), cameras=[CAMERA])
     for start, stop in ((0, 8), (-1, 2), (3, 2)):
         with pytest.raises(IndexError):
@@ -110,7 +110,7 @@ def test_frames_outside_the_demo_are_an_index_error_and_an_unknown_camera_ours(t
         dataset.frames(0, EYE)
 
 
-def test_rows_are_the_stored_ones_as_float32(tmp_path):
+def test_rows_equal_the_stored_values_as_float32(tmp_path):
     path = make_dataset(tmp_path / "lift.hdf5")
     rows = Dataset.open(path).rows(1)
     assert {name: (values.shape, values.dtype) for name, values in rows.items()} == {
@@ -157,20 +157,20 @@ def test_depth_is_low_dim_only_when_it_is_named(tmp_path):
     assert Dataset.open(path, low_dim_keys=["depth"]).low_dim == {"depth": (576,)}
 
 
-def test_what_is_taken_and_what_is_left_out_is_said_in_two_lines(tmp_path):
+def test_used_and_left_out_keys_are_listed_in_two_lines(tmp_path):
     path = make_dataset(tmp_path / "lift.hdf5")
     with h5py.File(path, "r+") as file:
         for demo in file["data"].values():
             demo["actions_abs"] = demo["actions"][()]
             demo["action_dict/abs_pos"] = demo["actions"][()]
     assert Dataset.open(path, cameras=[CAMERA]).choice.lines() == [
-        f"taken: cameras {CAMERA}; low-dim keys robot0_eef_pos, robot0_gripper_qpos; action key actions",
+        f"used: cameras {CAMERA}; low-dim keys robot0_eef_pos, robot0_gripper_qpos; action key actions",
         f"left out: cameras {EYE}; low-dim keys object; action keys action_dict, actions_abs "
         "(--cameras and --low-dim-keys choose)",
     ]
 
 
-def test_rewards_that_are_not_there_are_nan_and_never_zeros(tmp_path):
+def test_missing_rewards_are_nan_not_zeros(tmp_path):
     path = make_dataset(tmp_path / "lift.hdf5")
     with h5py.File(path, "r+") as file:
         del file["data/demo_1/rewards"]
@@ -180,7 +180,7 @@ def test_rewards_that_are_not_there_are_nan_and_never_zeros(tmp_path):
     assert np.isfinite(dataset.rows(0)["rewards"]).all()
 
 
-def test_a_filter_key_chooses_demos_and_masks_keep_those_that_are_here(tmp_path):
+def test_a_filter_key_selects_demos_and_masks_list_only_selected_demos(tmp_path):
     masks = {"train": ["demo_0", "demo_1"], "valid": ["demo_2"], "gone": ["demo_1", "demo_7"], "none": []}
     path = make_dataset(tmp_path / "lift.hdf5", masks=masks)
     assert Dataset.open(path).masks == {"train": (0, 1), "valid": (2,), "gone": (1,)}
@@ -191,7 +191,7 @@ def test_a_filter_key_chooses_demos_and_masks_keep_those_that_are_here(tmp_path)
     assert dataset.absent == {"train": ("demo_0", "demo_1"), "gone": ("demo_1", "demo_7")}
 
 
-def test_env_args_and_total_may_be_absent(tmp_path):
+def test_a_file_without_env_args_and_total_opens(tmp_path):
     path = make_dataset(tmp_path / "bare.hdf5", env_args=None, total=False)
     dataset = Dataset.open(path)
     assert dataset.env_args is None
@@ -218,7 +218,7 @@ def test_several_files_are_one_list_of_demos_file_by_file(tmp_path):
     np.testing.assert_array_equal(dataset.frames(2, CAMERA), stored(second, f"data/demo_0/obs/{CAMERA}"))
 
 
-def test_a_wrong_num_samples_is_overruled_by_the_actions(tmp_path):
+def test_the_number_of_actions_overrides_a_wrong_num_samples(tmp_path):
     path = make_dataset(tmp_path / "lift.hdf5")
     with h5py.File(path, "r+") as file:
         file["data/demo_0"].attrs["num_samples"] = 99
@@ -239,7 +239,7 @@ def read_all(dataset):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-def test_a_dataset_that_was_read_reads_the_same_in_child_processes(tmp_path, method):
+def test_a_dataset_gives_the_same_frames_in_child_processes_after_reading(tmp_path, method):
     dataset = Dataset.open(make_dataset(tmp_path / "lift.hdf5"))
     expected = read_all(dataset)
     with multiprocessing.get_context(method).Pool(2) as pool:

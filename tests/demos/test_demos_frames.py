@@ -1,4 +1,4 @@
-"""Bulk reading equals h5py's, whatever the layout."""
+"""Bulk reading gives the frames of h5py for every layout."""
 
 from concurrent.futures import ThreadPoolExecutor
 
@@ -50,13 +50,13 @@ def file(tmp_path_factory, images):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @given(rows=st.tuples(st.integers(0, 11), st.integers(0, 11)))
 @settings(max_examples=25, deadline=None)
-def test_any_rows_of_any_layout_are_those_written(file, images, layout, rows):
+def test_any_rows_of_any_layout_equal_the_written_rows(file, images, layout, rows):
     start, stop = sorted(rows)
     np.testing.assert_array_equal(read_frames(file[layout], start, stop), images[start:stop])
 
 
 @pytest.mark.parametrize(("layout", "inflated"), [("gzip", True), ("gzip and shuffle", True), ("lzf", False)])
-def test_gzip_takes_the_fast_way_and_other_filters_do_not(file, monkeypatch, layout, inflated):
+def test_gzip_chunks_are_decompressed_by_isal_and_other_filters_by_h5py(file, monkeypatch, layout, inflated):
     calls = []
     decompress = frames.isal_zlib.decompress
     monkeypatch.setattr(frames.isal_zlib, "decompress", lambda *a, **k: calls.append(1) or decompress(*a, **k))
@@ -64,7 +64,7 @@ def test_gzip_takes_the_fast_way_and_other_filters_do_not(file, monkeypatch, lay
     assert len(calls) == (4 if inflated else 0)
 
 
-def test_a_chunk_stored_without_its_filter_is_read_all_the_same(tmp_path, images):
+def test_a_chunk_stored_without_its_filter_is_read_correctly(tmp_path, images):
     path = tmp_path / "masked.hdf5"
     with h5py.File(path, "w") as file:
         stored = file.create_dataset("images", data=images[:6], chunks=(3, 10, 8, 3), compression="gzip")

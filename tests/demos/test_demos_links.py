@@ -1,4 +1,4 @@
-"""Files reached by links and virtual datasets are sources too; what is missing is named, and never read as zeros."""
+"""Linked files and sources of virtual datasets are recorded; a missing one is an error, not zeros."""
 
 import sys
 
@@ -83,7 +83,7 @@ def test_a_linked_file_that_is_missing_is_named_in_one_line(linked, tmp_path):
     assert any("other.hdf5" in problem for problem in summary.files[0].problems)
 
 
-def test_a_linked_file_that_changes_under_an_open_dataset_is_told(linked, tmp_path):
+def test_a_linked_file_that_changes_after_opening_is_reported(linked, tmp_path):
     dataset = Dataset.open(linked)
     with (tmp_path / "other.hdf5").open("ab") as file:
         file.write(b"\0")
@@ -130,14 +130,14 @@ def test_a_filter_that_is_not_installed_is_named_with_the_package(tmp_path, monk
     assert "damaged" not in problems[0]
 
 
-def test_a_camera_that_is_not_asked_for_may_have_any_filter(tmp_path, monkeypatch):
+def test_an_unused_camera_may_have_any_filter(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "hdf5plugin", None)
     path = make_dataset(tmp_path / "packed.hdf5")
     compressed(path, IMAGES, 32001)
     assert Dataset.open(path, cameras=["robot0_eye_in_hand_image"]).steps == 21
 
 
-def test_the_plugin_package_is_imported_where_a_filter_is_missing_and_not_before(tmp_path, monkeypatch):
+def test_hdf5plugin_is_imported_only_if_a_filter_is_missing(tmp_path, monkeypatch):
     (tmp_path / "hdf5plugin.py").write_text("LOADED = True")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "hdf5plugin", raising=False)

@@ -1,4 +1,4 @@
-"""What inspect tells of sound and odd files; unsound ones are in test_demos_bad_input.py."""
+"""Notes of inspect on sound and unusual files; unsound files are in test_demos_bad_input.py."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def test_counts_sizes_and_ranges_are_those_of_the_file(path):
     np.testing.assert_allclose(file.actions.max, actions.max(axis=0), rtol=1e-5)
 
 
-def test_the_summary_is_json_and_its_lines_name_what_matters(path):
+def test_the_summary_is_json_and_its_lines_name_the_main_facts(path):
     summary = inspect_dataset(path)
     value = json.loads(json.dumps(summary.to_json(), allow_nan=False))
     assert value["sound"] is True
@@ -59,13 +59,13 @@ def test_the_summary_is_json_and_its_lines_name_what_matters(path):
         assert word in text
 
 
-def test_actions_beyond_one_are_told_and_allowed(path):
+def test_actions_beyond_one_are_a_note_and_allowed(path):
     with h5py.File(path, "r+") as file:
         file["data/demo_1/actions"][2:4, 5] = -1.25
     assert notes_of(path) == ("actions are beyond ±1 in 2 steps (dims 5)",)
 
 
-def test_constant_action_dims_are_told(path):
+def test_constant_action_dims_are_a_note(path):
     with h5py.File(path, "r+") as file:
         for demo in file["data"].values():
             demo["actions"][:, 3:5] = 0.5
@@ -85,7 +85,7 @@ def test_absent_env_args_and_filter_keys_that_name_absent_demos_are_two_short_no
     assert file.absent_filter_keys["20_percent"] == (1, 20)
 
 
-def test_gaps_and_names_that_are_no_numbers_are_told(tmp_path):
+def test_gaps_and_names_without_numbers_are_notes(tmp_path):
     path = make_dataset(tmp_path / "gaps.hdf5", names=["demo_3", "demo_12", "best"], masks={})
     assert notes_of(path) == (
         "names that are not demo_<number>: best",
@@ -93,7 +93,7 @@ def test_gaps_and_names_that_are_no_numbers_are_told(tmp_path):
     )
 
 
-def test_wrong_counts_are_told_and_the_actions_count(path):
+def test_wrong_counts_are_notes_and_the_number_of_actions_is_used(path):
     with h5py.File(path, "r+") as file:
         file["data"].attrs["total"] = 20
         file["data/demo_0"].attrs["num_samples"] = 8
@@ -105,7 +105,7 @@ def test_wrong_counts_are_told_and_the_actions_count(path):
     )
 
 
-def test_env_args_that_are_no_json_object_are_told_and_left_out(path):
+def test_env_args_that_are_not_a_json_object_are_a_note_and_left_out(path):
     for text, word in (("{broken", "not JSON"), ("[1]", "not a JSON object")):
         with h5py.File(path, "r+") as file:
             file["data"].attrs["env_args"] = text
@@ -113,7 +113,7 @@ def test_env_args_that_are_no_json_object_are_told_and_left_out(path):
         assert inspect_dataset(path).files[0].env_args is None
 
 
-def test_a_filter_key_that_is_no_list_of_names_is_told_and_left_out(path):
+def test_a_filter_key_that_is_not_a_list_of_names_is_a_note_and_left_out(path):
     with h5py.File(path, "r+") as file:
         file["mask/odd"] = np.zeros((2, 2))
         file["mask/empty"] = np.array([], dtype="S8")
@@ -124,7 +124,7 @@ def test_a_filter_key_that_is_no_list_of_names_is_told_and_left_out(path):
     assert third == "filter keys without demos: empty"
 
 
-def test_rewards_and_dones_that_are_not_there_are_told(path):
+def test_missing_rewards_and_dones_are_notes(path):
     with h5py.File(path, "r+") as file:
         del file["data/demo_1/rewards"], file["data/demo_2/dones"]
     assert notes_of(path) == (
@@ -133,13 +133,13 @@ def test_rewards_and_dones_that_are_not_there_are_told(path):
     )
 
 
-def test_obs_that_are_neither_images_nor_low_dim_are_told(path):
+def test_obs_that_are_neither_images_nor_low_dim_are_a_note(path):
     with h5py.File(path, "r+") as file:
         file["data/demo_0/obs/depth"] = np.zeros((7, 24, 24, 1), np.float32)
     assert notes_of(path) == ("obs that are neither an rgb image nor low-dim: depth float32 (7, 24, 24, 1)",)
 
 
-def test_cameras_that_are_black_or_frozen_through_a_demo_are_named_and_one_odd_frame_is_enough_not_to_be(tmp_path):
+def test_cameras_that_are_black_or_frozen_through_a_demo_are_named_unless_one_frame_differs(tmp_path):
     path = make_dataset(tmp_path / "still.hdf5", lengths=(7, 5, 9, 8, 1), masks={})
     with h5py.File(path, "r+") as file:
         obs = [file[f"data/demo_{i}/obs"] for i in range(4)]
@@ -156,7 +156,7 @@ def test_cameras_that_are_black_or_frozen_through_a_demo_are_named_and_one_odd_f
     )
 
 
-def test_cameras_without_frames_or_with_damaged_ones_are_not_called_still(path):
+def test_cameras_without_frames_or_with_damaged_frames_are_not_reported_as_frozen(path):
     with h5py.File(path, "r+") as file:
         obs = file["data/demo_1/obs"]
         del obs["agentview_image"], obs["robot0_eye_in_hand_image"]
@@ -167,7 +167,7 @@ def test_cameras_without_frames_or_with_damaged_ones_are_not_called_still(path):
     assert not any("through" in note for note in summary.files[0].notes)
 
 
-def test_a_file_without_cameras_is_sound_and_told(tmp_path):
+def test_a_file_without_cameras_is_sound_and_has_a_note(tmp_path):
     assert "no cameras" in notes_of(make_dataset(tmp_path / "low_dim.hdf5", cameras={}))[0]
 
 
@@ -188,12 +188,12 @@ def test_many_problems_are_all_in_the_json_and_few_in_the_lines(tmp_path):
     assert summary.lines()[-1].startswith("NOT SOUND")
 
 
-def test_several_files_are_counted_together_and_different_environments_told(path, tmp_path):
+def test_several_files_are_counted_together_and_different_environments_are_a_note(path, tmp_path):
     second = make_dataset(tmp_path / "can.hdf5", lengths=(4,), env_args={"env_name": "Can"})
     summary = inspect_dataset([path, second])
     assert summary.sound
     assert (summary.demos, summary.steps) == (4, 25)
-    assert summary.notes == ("the files' env_args differ, so none is used",)
+    assert summary.notes == ("env_args of the files differ, so none are used",)
     assert any("together: 2 files, 4 demos, 25 steps" in line for line in summary.lines())
 
 
@@ -202,7 +202,7 @@ def test_a_file_that_cannot_be_opened_is_an_error(tmp_path):
         inspect_dataset(tmp_path / "gone.hdf5")
 
 
-def test_the_whole_room_needs_no_torch():
+def test_the_demos_package_does_not_import_torch():
     code = """
 import sys
 from cache_pipeline.demos import dataset, split, summary, windows

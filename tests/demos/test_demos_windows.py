@@ -1,4 +1,4 @@
-"""Windows equal robomimic's, and orders are pure functions that cover everything."""
+"""Windows equal those of robomimic; epoch orders are permutations that depend only on (seed, epoch)."""
 
 import contextlib
 import io
@@ -61,7 +61,7 @@ def test_rows_actions_and_mask_equal_those_of_robomimics_sequence_dataset(tmp_pa
     theirs.close_and_delete_hdf5_handle()
 
 
-def test_windows_of_a_short_demo_look_as_documented():
+def test_windows_of_a_short_demo_are_as_documented():
     windows = make_windows([10], [3], WindowSpec(obs_horizon=2, action_horizon=3))
     assert windows.obs_rows.tolist() == [[10, 10], [10, 11], [11, 12]]
     assert windows.action_rows.tolist() == [[10, 11, 12], [11, 12, 12], [12, 12, 12]]
@@ -103,7 +103,7 @@ def test_a_demo_too_short_for_one_whole_window_is_an_error_and_not_skipped():
 
 @pytest.mark.parametrize("options", [{"obs_horizon": 0}, {"action_horizon": -1}])
 def test_horizons_below_one_are_refused(options):
-    with pytest.raises(ConfigError, match="must be 1 or more"):
+    with pytest.raises(ConfigError, match="must be at least 1"):
         WindowSpec(**options)
 
 

@@ -54,7 +54,7 @@ def test_gradients_with_checkpointing_equal_those_without():
 def test_checkpointing_is_refused_where_it_would_count_batches_twice():
     encoder = build_encoder(EncoderSpec(weights="random"))
     encoder.train_batch_norm = True
-    with pytest.raises(EncoderError, match="twice a step"):
+    with pytest.raises(EncoderError, match="twice per step"):
         encoder.enable_gradient_checkpointing()
 
 
@@ -77,7 +77,7 @@ def test_training_with_frozen_statistics_has_the_gradients_of_the_plain_network(
         torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-9)
 
 
-def test_statistics_that_are_updated_are_those_of_the_batch():
+def test_updated_statistics_are_those_of_the_batch():
     encoder = build_encoder(EncoderSpec(weights="random")).requires_grad_(True)
     encoder.train_batch_norm = True
     encoder.train()

@@ -72,7 +72,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_a_file_that_is_no_weights_is_refused(tmp_path, name):
+def test_a_file_without_weights_is_refused(tmp_path, name):
     (tmp_path / name).write_bytes(b"not weights at all")
     with pytest.raises(EncoderError, match="cannot read weights"):
         read_weights(tmp_path / name)
@@ -132,7 +132,7 @@ def test_the_digest_counts_values_statistics_and_shapes_but_not_order_kind_of_fl
 
 
 def test_group_norm_is_refused_on_weights_trained_with_batch_norm(tmp_path, state):
-    with pytest.raises(EncoderError, match="GroupNorm in place of the BatchNorm"):
+    with pytest.raises(EncoderError, match="use_group_norm would replace the BatchNorm"):
         EncoderSpec(use_group_norm=True)
     torch.save(state, tmp_path / "w.pth")
     with pytest.raises(EncoderError, match="trained with BatchNorm"):

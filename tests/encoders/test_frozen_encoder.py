@@ -128,7 +128,7 @@ def test_other_modules_and_group_norm_run_as_they_are(frames):
             assert relative_error(found, encoder.eval().trunk(preprocess(frames, Preprocess()))) < 1e-5
 
 
-def test_views_change_the_features_and_numpy_frames_are_taken(frames):
+def test_views_change_the_features_and_numpy_frames_are_accepted(frames):
     frozen = FrozenEncoder(trained("resnet18"), Preprocess(crop_shape=(24, 24)), CPU, "fp32")
     clean = frozen(frames.numpy())
     assert torch.equal(frozen(frames, ViewParameters()), clean)
@@ -168,7 +168,7 @@ def test_precisions_follow_the_device(monkeypatch):
         resolve_precision("fp23", CPU)
 
 
-def test_devices_that_are_not_there_are_refused(monkeypatch):
+def test_missing_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert resolve_device("auto") == CPU
@@ -181,7 +181,7 @@ def test_devices_that_are_not_there_are_refused(monkeypatch):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("tf32", 5e-3), ("bf16", 2e-2), ("fp16", 5e-3)])
-def test_the_gpu_gives_what_the_cpu_gives(frames, precision, tolerance):
+def test_features_of_gpu_and_cpu_agree(frames, precision, tolerance):
     encoder = trained("resnet18")
     exact = FrozenEncoder(encoder, Preprocess(), CPU, "fp32")(frames)
     found = FrozenEncoder(encoder, Preprocess(), "cuda", precision)(frames)

@@ -67,7 +67,7 @@ def test_a_factory_gives_its_own_maps_and_its_head_pools_them(factory):
     assert encoder.out_dim == 5
 
 
-def test_a_declared_normalisation_and_size_are_taken(factory):
+def test_a_declared_normalisation_and_size_are_used(factory):
     encoder = build_encoder(EncoderSpec(factory=factory))
     p = make_preprocess(encoder)
     assert p.normalization == ((0.5,) * 3, (0.25,) * 3)
@@ -91,7 +91,7 @@ def test_imagenet_normalisation_is_on_unless_weights_are_random():
         ("{file}:number", "returned a int"),
     ],
 )
-def test_a_factory_that_cannot_be_had_is_one_clear_error(factory, reference, message):
+def test_a_factory_that_cannot_be_imported_or_called_is_an_encoder_error(factory, reference, message):
     with pytest.raises(EncoderError, match=message):
         build_encoder(EncoderSpec(factory=reference.format(file=factory.rpartition(":")[0])))
 
@@ -102,8 +102,8 @@ def test_a_factory_takes_neither_cut_nor_weights(factory):
             EncoderSpec(factory=factory, **options)
 
 
-def test_an_output_that_is_no_feature_is_refused():
-    with pytest.raises(EncoderError, match=r"Identity gave \(2, 3, 4\)"):
+def test_an_encoder_whose_output_is_not_a_feature_is_refused():
+    with pytest.raises(EncoderError, match=r"Identity returned \(2, 3, 4\)"):
         ImageEncoder(nn.Identity()).trunk(torch.rand(2, 3, 4))
 
 
@@ -151,7 +151,7 @@ def test_a_damaged_or_foreign_file_is_refused(tmp_path):
     with pytest.raises(EncoderError, match="cannot read the encoder's weights"):
         load_encoder(EncoderSpec(), tmp_path / "bad.safetensors")
     save_encoder(ImageEncoder(Scaled(1)), tmp_path / "ready.safetensors")
-    with pytest.raises(EncoderError, match="ready module"):
+    with pytest.raises(EncoderError, match="a module without factory"):
         load_encoder(None, tmp_path / "ready.safetensors")
     with pytest.raises(EncoderError, match="does not hold the weights of resnet18"):
         load_encoder(EncoderSpec(), tmp_path / "ready.safetensors")

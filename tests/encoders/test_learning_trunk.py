@@ -48,7 +48,7 @@ def test_a_trunk_with_frozen_statistics_learns_as_its_modules_would(name, checkp
         torch.testing.assert_close(gradient, wanted[parameter], rtol=1e-7, atol=1e-9, msg=parameter)
 
 
-def test_statistics_that_learn_are_those_of_the_batch():
+def test_trained_batch_norm_uses_the_statistics_of_the_batch():
     made, reference = net("resnet18").train(), net("resnet18").train()
     expected, wanted = gradients(reference, plain)
     maps, found = gradients(made, lambda *args: run_stages(*args, STAGES))

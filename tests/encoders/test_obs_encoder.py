@@ -79,7 +79,7 @@ def test_unfreezing_makes_all_or_the_named_layers_trainable():
         encoder.unfreeze_rgb_encoder(["layer5"])
 
 
-def test_forward_gives_emb_dim_and_gradients_reach_what_is_trainable_only():
+def test_forward_gives_emb_dim_and_only_trainable_parameters_get_gradients():
     encoder = MultiImageObsEncoder(shape_meta(), pretrained=False, emb_dim=64)
     for name, p in encoder.key_model_map["agentview_image"].named_parameters():
         p.requires_grad = "layer4" in name
@@ -125,7 +125,7 @@ def test_layers_frozen_by_hand_after_train_stay_as_they_are():
     assert torch.equal(net.first(obs["agentview_image"]), net.eval().first(obs["agentview_image"]))
 
 
-def test_batch_norm_statistics_learn_only_when_asked_or_from_scratch():
+def test_batch_norm_statistics_are_updated_only_if_requested_or_from_scratch():
     obs = observations(lead=(4,))
     for options, learns in (({}, False), ({"train_batch_norm": True}, True), ({"pretrained": False}, True)):
         encoder = small(freeze_rgb_encoder=False, **options).train()
@@ -177,7 +177,7 @@ def test_each_camera_can_have_its_own_encoder():
         MultiImageObsEncoder(shape_meta(*CAMERAS), {"agentview_image": Small()})
 
 
-def test_time_is_kept_and_gives_what_single_frames_give():
+def test_a_time_axis_is_kept_and_features_equal_those_of_single_frames():
     encoder, obs = small().eval(), observations(lead=(2, 3))
     out = encoder(obs)
     assert out.shape == (2, 3, 16)
@@ -257,12 +257,12 @@ def small_features(encoder, images):
 
 @pytest.mark.parametrize("option", [{"resize_shape": (20, 20)}, {"crop_shape": (8, 8)}, {"imagenet_norm": False}])
 def test_options_that_a_given_preprocessing_overrides_are_refused(option):
-    with pytest.raises(EncoderError, match="preprocess says resize, crop and normalisation"):
+    with pytest.raises(EncoderError, match="preprocess sets resize, crop and normalisation"):
         MultiImageObsEncoder(shape_meta(), pretrained=False, preprocess=Preprocess(), **option)
 
 
-def test_weights_for_an_encoder_that_brings_its_own_are_refused():
-    with pytest.raises(EncoderError, match="leave weights out"):
+def test_weights_for_an_encoder_with_its_own_weights_are_refused():
+    with pytest.raises(EncoderError, match="leave out weights"):
         MultiImageObsEncoder(shape_meta(), torch.nn.Flatten(), weights="mine.safetensors")
 
 
@@ -280,8 +280,8 @@ def test_spatial_softmax_is_trained_and_needs_a_map():
         MultiImageObsEncoder(shape_meta(), pretrained=False, pooling="spatial_softmax")
 
 
-def test_group_norm_is_refused_on_pretrained_and_taken_on_random_weights():
-    with pytest.raises(EncoderError, match="GroupNorm in place of the BatchNorm"):
+def test_group_norm_is_refused_for_pretrained_and_accepted_for_random_weights():
+    with pytest.raises(EncoderError, match="use_group_norm would replace the BatchNorm"):
         MultiImageObsEncoder(shape_meta(), use_group_norm=True)
     encoder = MultiImageObsEncoder(shape_meta(), pretrained=False, use_group_norm=True)
     assert not any(isinstance(module, nn.BatchNorm2d) for module in encoder.modules())
@@ -304,7 +304,7 @@ def test_the_start_is_reported(caplog):
     assert "Encoder: 197,888 / 11,374,400 parameters trainable (1.7%)" in caplog.text
 
 
-def test_a_loaded_encoder_is_taken_as_it_is():
+def test_a_loaded_encoder_is_used_unchanged():
     ready = build_encoder(EncoderSpec(weights="random", seed=3, cut="layer4"))
     encoder = MultiImageObsEncoder(shape_meta(), {"agentview_image": ready})
     assert encoder.key_model_map["agentview_image"] is ready

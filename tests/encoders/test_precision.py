@@ -1,4 +1,4 @@
-"""The flags of float32 arithmetic, and what the encoder finds while it runs."""
+"""The TF32 flags, inside and outside the encoder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def before(request: pytest.FixtureRequest) -> Iterator[tuple[str, bool]]:
 
 
 @pytest.mark.parametrize("choice", ["fp32", "bf16", "fp16", "tf32"])
-def test_float32_on_cuda_is_tf32_only_where_that_is_asked_for(choice: str, before: tuple[str, bool]) -> None:
+def test_float32_on_cuda_is_tf32_only_if_requested(choice: str, before: tuple[str, bool]) -> None:
     wanted = ("high", True) if choice == "tf32" else ("highest", False)
     with computing_in(choice, CUDA):
         assert flags() == wanted

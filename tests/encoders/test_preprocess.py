@@ -26,7 +26,7 @@ def test_own_mean_and_std_are_applied(frames):
     torch.testing.assert_close(found, frames.permute(0, 3, 1, 2).float(), rtol=1e-5, atol=1e-3)
 
 
-def test_float_frames_on_0_to_1_give_what_uint8_gives(frames):
+def test_float_frames_on_0_to_1_equal_uint8_frames(frames):
     torch.testing.assert_close(preprocess(frames / 255, Preprocess()), preprocess(frames, Preprocess()))
 
 

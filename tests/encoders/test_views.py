@@ -114,7 +114,7 @@ def test_jittered_pixels_stay_between_0_and_1(frames):
 
 
 def test_views_that_change_nothing_are_refused():
-    with pytest.raises(ConfigError, match="all views would be the clean one"):
+    with pytest.raises(ConfigError, match="all views are equal to the clean view"):
         ViewSpec(random_crop=False, brightness=0, contrast=0, saturation=0, hue=0)
 
 

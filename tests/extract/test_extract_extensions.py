@@ -1,4 +1,4 @@
-"""A killed extension never harms the complete cache that it extends, and leaves nothing unfinished for ever."""
+"""A killed extension leaves the complete cache unchanged, and the next run finishes or removes it."""
 
 import os
 import shutil
@@ -128,7 +128,7 @@ def test_the_manifest_appears_and_the_pending_one_goes_in_one_step(dataset, out,
     assert inspect_cache(out).problem == ""
 
 
-def test_what_an_earlier_version_left_pending_is_cleared_away(dataset, out):
+def test_a_pending_manifest_of_an_earlier_version_is_removed(dataset, out):
     write_pending(out, read_manifest(out))
     assert extract(out, dataset, low_dim_keys=ONE_KEY).units_encoded == 0
     assert not (out / PENDING).exists()

@@ -9,7 +9,7 @@ from cache_pipeline.cache.manifest import MANIFEST
 from cache_pipeline.errors import CacheError
 
 
-def test_a_disk_that_fills_up_is_told_and_the_next_run_goes_on(tmp_path, monkeypatch):
+def test_a_full_disk_is_a_cache_error_and_the_next_run_continues(tmp_path, monkeypatch):
     dataset = make_dataset(tmp_path / "demos.hdf5", lengths=(17, 30, 9))
     out, whole = tmp_path / "cache.zarr", tmp_path / "whole.zarr"
     real, written = shards.write_shard, []

@@ -39,7 +39,7 @@ def test_a_run_killed_at_random_moments_ends_with_the_digests_of_one_that_was_no
     assert not list(out.rglob("*.partial"))
 
 
-def test_a_second_writer_is_told_who_the_first_is_and_a_dead_one_holds_no_lock(dataset, tmp_path):
+def test_a_second_writer_gets_an_error_that_names_the_first_and_a_dead_writer_holds_no_lock(dataset, tmp_path):
     out = tmp_path / "cache.zarr"
     process = start(out, dataset, seconds=0.2)
     wait_for(process, out, "pending.json")

@@ -38,7 +38,7 @@ def out(tmp_path):
     return tmp_path / "cache.zarr"
 
 
-def test_the_cache_holds_what_the_encoder_gives_for_every_frame(dataset, out):
+def test_the_cache_holds_the_encoders_feature_of_every_frame(dataset, out):
     extract(out, dataset, store_dtype="float32")
     cache, source = FeatureCache(out), Dataset.open(dataset)
     encoder = FrozenEncoder(build_encoder(TINY), Preprocess(), "cpu", "fp32")
@@ -295,7 +295,7 @@ def test_a_file_that_changes_while_it_is_read_leaves_no_complete_cache(dataset, 
     assert not (out / MANIFEST).exists()
 
 
-def test_the_dry_run_says_what_the_run_then_does_and_writes_nothing(dataset, out):
+def test_the_dry_run_predicts_the_run_and_writes_nothing(dataset, out):
     plan = plan_extraction(config(out, dataset, views=2))
     assert not out.exists()
     result = extract(out, dataset, views=2)

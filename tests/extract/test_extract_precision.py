@@ -1,4 +1,4 @@
-"""What precision is taken, by what error it is judged, and what becomes of a cache whose precision a device lacks."""
+"""The choice of precision by its error, and caches whose precision a device lacks."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_storage_counts_and_the_bound_can_be_chosen(
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
     extract(tmp_path / "half.zarr", dataset, encoders=HUGE, precision="fp32")
     assert error(tmp_path / "half.zarr") > 0.05
-    assert "features in fp32, stored as float16, err by" in caplog.text
+    assert "the error of fp32, stored as float16, is" in caplog.text
     assert "--store-dtype float32 is more exact" in caplog.text
     extract(tmp_path / "whole.zarr", dataset, encoders=HUGE, precision="fp32", store_dtype="float32")
     assert error(tmp_path / "whole.zarr") == 0
@@ -131,14 +131,14 @@ def test_storage_counts_and_the_bound_can_be_chosen(
         extract(tmp_path / "none.zarr", dataset, precision_bound=0.0)
 
 
-def test_a_precision_that_was_asked_for_is_obeyed_and_its_error_is_told(
+def test_a_named_precision_is_used_and_its_error_is_logged(
     dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = tmp_path / "bf16.zarr"
     extract(cache, dataset, encoders=LARGE, precision="bf16")
     assert computed(cache) == "bf16"
-    assert f"{CAMERA}: features in bf16, stored as float16, err by {error(cache):.2g} of" in caplog.text
-    assert "(0.05 is the bound); --precision fp32 is more exact" in caplog.text
+    assert f"{CAMERA}: the error of bf16, stored as float16, is {error(cache):.2g} of" in caplog.text
+    assert "(bound: 0.05); --precision fp32 is more exact" in caplog.text
     summary = inspect_cache(cache)
     assert any(f"error {error(cache):.1e} of the features' variation over frames" in line for line in summary.lines())
     assert summary.to_json()["cameras"][CAMERA]["measured"]["error_over_variation"] == error(cache)
@@ -203,7 +203,7 @@ def test_such_a_cache_is_up_to_date_but_no_features_are_added_in_another_precisi
     before = FeatureCache(from_elsewhere).fingerprint
     assert extract(from_elsewhere, dataset, encoders=SMALL, precision="auto").units_encoded == 0
     more = make_dataset(tmp_path / "more.hdf5", lengths=(30, 20, 25, 8), masks={})
-    with pytest.raises(EncoderError, match="computed in fp16, which cpu lacks, so no more of them can be made here"):
+    with pytest.raises(EncoderError, match="computed in fp16, which cpu lacks, so the cache cannot be extended here"):
         extract(from_elsewhere, more, encoders=SMALL, precision="auto")
     with pytest.raises(StaleCacheError, match=r"precision\.compute"):
         extract(from_elsewhere, dataset, encoders=SMALL, precision="fp32")

@@ -129,7 +129,7 @@ def test_a_cache_that_fits_its_dataset_may_be_trained_on(out, dataset):
     check_sources(FeatureCache(out))
 
 
-def test_training_is_told_the_frame_that_changed(out, dataset):
+def test_the_error_before_training_names_the_changed_frame(out, dataset):
     change_pixel(dataset, "demo_2", OTHER, 4)
     with pytest.raises(StaleCacheError) as caught:
         check_sources(FeatureCache(out), [dataset])
@@ -138,27 +138,28 @@ def test_training_is_told_the_frame_that_changed(out, dataset):
     assert "extract-features" in str(caught.value)
 
 
-def test_training_is_told_the_demo_that_was_added(out, dataset):
+def test_the_error_before_training_names_the_added_demo(out, dataset):
     make_dataset(dataset, lengths=(*LENGTHS, 4), names=["demo_0", "demo_1", "demo_2", "demo_9"])
-    with pytest.raises(StaleCacheError, match="demo demo_9 is 'absent' in the cache and 'there' now"):
+    with pytest.raises(StaleCacheError, match="demo demo_9 is 'absent' in the cache and 'present' now"):
         check_sources(FeatureCache(out), [dataset])
 
 
-def test_training_is_told_the_filter_key_that_changed(out, dataset):
+def test_the_error_before_training_names_the_changed_filter_key(out, dataset):
     make_dataset(dataset, lengths=LENGTHS, masks={"train": ["demo_0"], "valid": ["demo_1", "demo_2"]})
-    with pytest.raises(StaleCacheError, match=r"filter key train is '2 demos' in the cache.*other demos now .demo_1"):
+    message = r"filter key train is '2 demos' in the cache.*its demos have changed .demo_1"
+    with pytest.raises(StaleCacheError, match=message):
         check_sources(FeatureCache(out))
     assert extract(out, dataset, views=2, preprocess=CROPPED).images == 0
     check_sources(FeatureCache(out))
 
 
-def test_training_is_told_the_demo_whose_length_changed(out, dataset):
+def test_the_error_before_training_names_the_demo_whose_length_changed(out, dataset):
     make_dataset(dataset, lengths=(7, 6, 9))
     with pytest.raises(StaleCacheError, match="demo demo_1 length is 5 in the cache and 6 now"):
         check_sources(FeatureCache(out), [dataset])
 
 
-def test_training_is_told_the_actions_that_changed(out, dataset):
+def test_the_error_before_training_names_the_changed_actions(out, dataset):
     import h5py
 
     with h5py.File(dataset, "r+") as file:
@@ -167,9 +168,9 @@ def test_training_is_told_the_actions_that_changed(out, dataset):
         check_sources(FeatureCache(out), [dataset])
 
 
-def test_training_is_told_the_demo_that_was_removed(out, dataset):
+def test_the_error_before_training_names_the_removed_demo(out, dataset):
     make_dataset(dataset, lengths=LENGTHS[:2])
-    with pytest.raises(StaleCacheError, match="demo demo_2 is 'there' in the cache and 'absent' now"):
+    with pytest.raises(StaleCacheError, match="demo demo_2 is 'present' in the cache and 'absent' now"):
         check_sources(FeatureCache(out), [dataset])
 
 

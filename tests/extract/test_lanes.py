@@ -32,7 +32,7 @@ def threads(request):
 
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 20], indirect=True)
-def test_lanes_share_the_threads_and_leave_those_of_others_alone(threads):
+def test_lanes_divide_the_threads_and_other_threads_keep_their_count(threads):
     lanes = cpu_lanes()
     count = min(threads, MAX_LANES)
     together = threading.Barrier(count)

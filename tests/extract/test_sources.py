@@ -1,4 +1,4 @@
-"""Before training, a cache is compared with its source files: by size and time, by content where these differ."""
+"""Comparison of a cache with its source files before training: by size and time, then by content."""
 
 import json
 import os
@@ -45,14 +45,14 @@ def kept_time(path, change):
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
-def test_recorded_files_that_have_changed_are_told_without_being_named(out, dataset):
+def test_changed_recorded_files_are_an_error_without_naming_datasets(out, dataset):
     check(out)
     change_pixel(dataset, "demo_0", CAMERA, 0)
     assert f"demo demo_0 camera {CAMERA} frame 0" in stale(out)
     assert f"demo demo_0 camera {CAMERA} frame 0" in stale(out, dataset)
 
 
-def test_demos_that_were_added_are_told(out, dataset):
+def test_added_demos_are_named(out, dataset):
     make_dataset(dataset, lengths=(7, 5, 9, 4, 6), masks={"train": ["demo_0", "demo_1"], "valid": ["demo_2"]})
     assert "demo demo_3 is 'absent' in the cache" in stale(out)
     assert "demos.hdf5 has 2 demos more than the cache (demo_3, demo_4)" in stale(out)
@@ -62,7 +62,7 @@ def test_a_file_that_was_only_touched_is_read_again_and_accepted(out, dataset, c
     os.utime(dataset)
     with caplog.at_level("INFO", "cache_pipeline"):
         check(out)
-    assert "holds what its 1 files hold" in caplog.text
+    assert "has the same content as its 1 source files" in caplog.text
 
 
 def test_a_file_that_is_not_there_is_noted_once(out, dataset, caplog):
@@ -70,7 +70,7 @@ def test_a_file_that_is_not_there_is_noted_once(out, dataset, caplog):
     with caplog.at_level("INFO", "cache_pipeline"):
         check(out)
     assert len(caplog.records) == 1
-    assert "demos.hdf5 is not there, so the two are not compared" in caplog.text
+    assert "demos.hdf5 is missing, so they are not compared" in caplog.text
     check(out, dataset.with_name("moved.hdf5"))
 
 
@@ -87,7 +87,7 @@ def test_another_dataset_is_refused_by_name(out, tmp_path):
     assert "none of its 3 demos is in" in message
 
 
-def test_deep_sees_what_size_and_time_do_not_show(out, dataset):
+def test_deep_finds_changes_that_keep_size_and_time(out, dataset):
     kept_time(dataset, lambda: change_pixel(dataset, "demo_2", CAMERA, 4))
     check(out)
     check(out, dataset)

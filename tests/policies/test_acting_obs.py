@@ -1,4 +1,4 @@
-"""What simulators and robots hand to a policy: NumPy and torch, uint8 and float, both layouts give the same actions."""
+"""Obs as NumPy or torch, uint8 or float, in both layouts give the same actions."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_low_dim_obs_of_every_kind_give_the_same_actions(change, policy, images,
     torch.testing.assert_close(policy.act({**images, KEY: change(rows)}), expected, atol=2e-3, rtol=0)
 
 
-def test_the_caller_keeps_what_it_handed_over(policy, images, rows):
+def test_acting_does_not_change_the_callers_obs(policy, images, rows):
     before = {camera: image.copy() for camera, image in images.items()}
     policy.act({**images, KEY: rows})
     assert all(np.array_equal(before[camera], image) for camera, image in images.items())
@@ -90,22 +90,22 @@ def test_the_caller_keeps_what_it_handed_over(policy, images, rows):
             ["front: float images range", "255", "divide them by 255"],
         ),
         (lambda image: image / 127.5 - 1, EncoderError, ["float images range from -1", "(images + 1) / 2"]),
-        (lambda image: (image / 255 - 0.4) / 0.2, EncoderError, ["float pixels lie on 0–1", "normalisation"]),
+        (lambda image: (image / 255 - 0.4) / 0.2, EncoderError, ["float pixels lie on 0–1", "do not normalise them"]),
         (lambda image: image.astype(np.int64), EncoderError, ["front: images are int64", "uint8"]),
         (lambda image: image > 3, EncoderError, ["front: images are bool"]),
-        (lambda image: image[0], EncoderError, ["no batch or no time axis", f"(B, 2, {HEIGHT}, {WIDTH}, 3)"]),
-        (lambda image: image[:, 0], EncoderError, ["no batch or no time axis"]),
+        (lambda image: image[0], EncoderError, ["without a batch or time axis", f"(B, 2, {HEIGHT}, {WIDTH}, 3)"]),
+        (lambda image: image[:, 0], EncoderError, ["without a batch or time axis"]),
         (lambda image: image[0, 0], EncoderError, ["images have the shape (24, 32, 3)", "batch axis"]),
         (lambda image: image[..., :1], EncoderError, ["grey", "RGB"]),
         (lambda image: image[..., [0, 1, 2, 0]], EncoderError, ["RGBA", "RGB"]),
         (lambda image: image[:, :, :20], EncoderError, ["resize them to 24×32"]),
-        (lambda image: image[:, [0, 0, 1]], ConfigError, ["front has 3 obs steps; this policy sees 2"]),
+        (lambda image: image[:, [0, 0, 1]], ConfigError, ["front has 3 obs steps; this policy takes 2"]),
         (lambda image: image[:1], EncoderError, ["differ in batch"]),
         (lambda image: np.full(image.shape, np.nan), EncoderError, ["float images range from nan"]),
         (lambda image: "a.png", EncoderError, ["front", "str", "NumPy array or a tensor"]),
     ],
 )
-def test_what_cannot_be_taken_is_told_in_words_of_images(change, error, words, policy, images, rows):
+def test_unusable_images_are_an_error_that_describes_the_images(change, error, words, policy, images, rows):
     with pytest.raises(error) as caught:
         policy.act({**images, "front": change(images["front"]), KEY: rows})
     assert "\n" not in str(caught.value)

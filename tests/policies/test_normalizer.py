@@ -64,7 +64,7 @@ def test_joined_normalizers_act_as_their_parts_side_by_side() -> None:
     assert torch.equal(joined(values), expected)
 
 
-def test_what_a_policy_outputs_in_a_constant_dimension_does_not_matter() -> None:
+def test_a_constant_action_dimension_ignores_the_policys_output() -> None:
     rows = np.stack([np.linspace(-1, 1, 9), np.full(9, 0.25)], axis=1)
     for mode in ("minmax", "gaussian"):
         normalizer = Normalizer((2,)).fit(rows, mode)

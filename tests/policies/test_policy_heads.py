@@ -103,7 +103,7 @@ def test_a_gmm_of_one_mode_and_one_step_has_the_likelihood_of_a_normal_distribut
     torch.testing.assert_close(policy.loss(cond, actions, torch.ones(5, 1, dtype=torch.bool)), expected)
 
 
-def test_the_masked_mean_weighs_only_kept_steps() -> None:
+def test_the_masked_mean_averages_only_unmasked_steps() -> None:
     values = torch.tensor([[[1.0, 3.0], [100.0, 100.0]]])
     assert masked_mean(values, torch.tensor([[True, False]])) == 2.0
 
@@ -132,7 +132,7 @@ def test_the_flow_starts_from_the_noise_that_it_is_given() -> None:
     assert not torch.equal(head.act(cond, noise=noise), head.act(cond, noise=-noise))
 
 
-def test_given_standard_normal_noise_the_mixture_draws_its_components_as_often_as_it_says() -> None:
+def test_standard_normal_noise_draws_mixture_components_with_their_probabilities() -> None:
     head = heads()["gmm"]
     count = 20_000
     cond = batch(1)[0].expand(count, -1)

@@ -1,4 +1,4 @@
-"""What is kept of a robomimic config, and what is refused."""
+"""Settings of a robomimic config that are used, and those that are refused."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_cameras_become_low_dim_keys_and_nothing_else_changes(tmp_path: Path) ->
     assert changed.json == config.json
 
 
-def test_horizons_that_are_asked_for_win_and_the_network_follows() -> None:
+def test_given_horizons_override_the_config_and_set_the_networks_horizon() -> None:
     rnn = bridge.with_horizons(bridge.default_config("robomimic:bc_rnn"), frame_stack=None, seq_length=3, batch_size=5)
     assert (rnn.seq_length, rnn.batch_size, rnn.json["algo"]["rnn"]["horizon"]) == (3, 5, 3)
     transformer = bridge.default_config("robomimic:bc_transformer")
@@ -71,7 +71,7 @@ def test_horizons_that_are_asked_for_win_and_the_network_follows() -> None:
     [
         ({"algo_name": "hbc"}, "available: bc, bcq, cql, iql, td3_bc"),
         ({"train": {"sequence_length": 3}}, "sequence_length"),
-        ({"train": 3}, "no config of robomimic"),
+        ({"train": 3}, "not a config of robomimic"),
         ({"train": {"seq_length": 0}}, "train.seq_length is 0"),
         ({"train": {"goal_mode": "last"}}, "goals"),
         ({"observation": {"modalities": {"obs": {"rgb": []}}}}, "names no cameras"),
@@ -90,7 +90,7 @@ def test_a_json_that_cannot_be_trained_is_refused_in_one_line(
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null"])
-def test_a_file_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_file_that_is_not_a_json_object_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "mine.json").write_text(text)
     with pytest.raises(ConfigError, match=r"mine\.json"):
         bridge.read_config(tmp_path / "mine.json")

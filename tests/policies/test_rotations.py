@@ -52,9 +52,9 @@ def test_an_action_normaliser_with_rotations_gives_actions_back() -> None:
 
 @pytest.mark.parametrize(
     ("slices", "message"),
-    [(((3, 7),), "3:7 is no axis-angle"), (((5, 8),), "three of the 7"), (((0, 3), (2, 5)), "overlap")],
+    [(((3, 7),), "3:7 is not an axis-angle"), (((5, 8),), "three of the 7"), (((0, 3), (2, 5)), "overlap")],
 )
-def test_slices_that_are_no_rotations_are_refused(slices: tuple[tuple[int, int], ...], message: str) -> None:
+def test_slices_that_are_not_rotations_are_refused(slices: tuple[tuple[int, int], ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RotationSlices(slices, 7)
 

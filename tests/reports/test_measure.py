@@ -51,13 +51,13 @@ def test_contenders_take_turns_after_some_uncounted_work_each(tmp_path):
 
 
 @pytest.mark.parametrize("after", [0, 1, MIN_ROUNDS])
-def test_what_a_contender_raises_comes_out(after):
+def test_an_error_of_a_contender_is_raised_by_the_caller(after):
     with pytest.raises(CachePipelineError, match="no demos there"):
         side_by_side({"one": partial(fails, DatasetError("no demos there"), after)}, 0.0)
     with pytest.raises(RuntimeError, match=r"(?s)Traceback.*KeyError: 'key'"):
         side_by_side({"one": partial(fails, KeyError("key"), after)}, 0.0)
 
 
-def test_a_contender_that_dies_is_told_of():
+def test_a_contender_that_dies_raises_an_error_with_its_name():
     with pytest.raises(RuntimeError, match=r"bench: one ended with exit code 7"):
         side_by_side({"one": dies}, 0.0)

@@ -33,7 +33,7 @@ def test_a_contact_sheet_shows_the_frames_themselves():
     assert is_red.mean() > 0.2
 
 
-def test_a_page_stands_alone_and_escapes_what_it_is_told(tmp_path):
+def test_a_page_is_self_contained_and_escapes_text(tmp_path):
     page = Page("run <1>", "lead & more")
     page.table(["a", "b"], [["<script>", 3], ["x", 0.5]])
     page.picture(plots.stage_times({"read": 0.1, "encode": 2.0}, "stages"), "stages")

@@ -64,10 +64,10 @@ def scores(features, proprioception, random):
     return [ProbeScore(name, target, r2, -1.0) for target in ("actions", "object") for name, r2 in rows.items()]
 
 
-def test_the_verdict_says_when_features_will_do():
+def test_the_verdict_says_when_features_suffice():
     words = verdict(scores(0.8, 0.1, 0.5))
-    assert "they should do" in words
-    assert "pretraining shows" in words
+    assert "they should suffice" in words
+    assert "pretraining helps" in words
 
 
 def test_the_verdict_says_when_features_add_nothing():
@@ -80,7 +80,7 @@ def run(*args):
     return result
 
 
-def test_probe_tells_what_can_be_read_from_features_and_draws_it(tmp_path):
+def test_probe_prints_the_scores_of_features_and_draws_them(tmp_path):
     dataset = make_dataset(tmp_path / "data.hdf5", lengths=(12, 11, 13, 12))
     cache, picture = tmp_path / "data.zarr", tmp_path / "probe.png"
     run(

@@ -47,12 +47,12 @@ def test_a_report_shows_curves_actions_features_and_frames(trained):
     page = write_report(trained / "run", stages={"read": 0.1, "encode": 1.0, "write": 0.1})
     assert page == trained / "run" / "report.html"
     assert headings(page) == [
-        "How training went",
-        "What it does",
-        "What the encoder sees",
-        "Where the time of extraction went",
-        "What it saw",
-        "How it was made",
+        "Training",
+        "Actions",
+        "Features",
+        "Extraction time per stage",
+        "Frames",
+        "Command and versions",
     ]
     assert page.read_text().count("<img ") == 5
 
@@ -66,7 +66,7 @@ def test_a_report_without_its_cache_and_dataset_still_shows_the_curves(trained, 
     finally:
         for path, away in hidden:
             away.rename(path)
-    assert headings(page) == ["How training went", "How it was made"]
+    assert headings(page) == ["Training", "Command and versions"]
 
 
 def test_a_report_tells_how_rollouts_went(trained, tmp_path):

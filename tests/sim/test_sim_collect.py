@@ -1,4 +1,4 @@
-"""What collect writes, and the sample that it wrote; no simulator needed."""
+"""Files written by collect, and the sample in data/; without a simulator."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_there_is_no_empty_filter_key(tmp_path: Path, demos: int, fraction: floa
         ({"cameras": ("agentview",)}, "did you mean agentview_image"),
     ],
 )
-def test_options_that_make_no_sense_are_refused(wrong: dict, message: str) -> None:
+def test_options_out_of_range_or_unknown_are_refused(wrong: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         CollectConfig(out=Path("x.hdf5"), **wrong)
 
@@ -137,7 +137,7 @@ def test_an_expert_that_never_succeeds_ends_with_an_error_and_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_up(monkeypatch, lambda attempt: False)
-    with pytest.raises(CollectError, match="of 10 episodes of Lift only 0 succeeded"):
+    with pytest.raises(CollectError, match="only 0 of 10 episodes of Lift succeeded"):
         collect(CollectConfig(out=tmp_path / "x.hdf5", demos=2), progress=False)
     assert list(tmp_path.iterdir()) == []
 

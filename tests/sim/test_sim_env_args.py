@@ -1,4 +1,4 @@
-"""Where the description of an environment can come from."""
+"""Sources of env_args."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_dataset_without_env_args_is_refused(tmp_path: Path) -> None:
 def test_a_file_that_describes_no_environment_is_refused(tmp_path: Path, text: str) -> None:
     path = tmp_path / "env.json"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=r"env\.json holds no env_args"):
+    with pytest.raises(ConfigError, match=r"env\.json has no (readable )?env_args: "):
         read_env_args(path)
 
 

@@ -112,7 +112,7 @@ def test_render_flags_change_the_image(env: Environment) -> None:
     np.testing.assert_array_equal(plain, env.reset(1)["agentview_image"])
 
 
-def test_actions_beyond_the_limits_do_what_the_limits_do(env: Environment) -> None:
+def test_actions_are_clipped_to_the_limits(env: Environment) -> None:
     env.reset(0)
     beyond = env.step(np.full(7, 9.0)).obs["robot0_eef_pos"]
     env.reset(0)
@@ -120,7 +120,7 @@ def test_actions_beyond_the_limits_do_what_the_limits_do(env: Environment) -> No
 
 
 @pytest.mark.parametrize("action", [np.zeros(6), np.full(7, np.nan)])
-def test_an_action_that_is_none_is_refused(env: Environment, action: np.ndarray) -> None:
+def test_an_action_of_wrong_shape_or_nan_is_refused(env: Environment, action: np.ndarray) -> None:
     with pytest.raises(ConfigError, match="7 finite numbers"):
         env.step(action)
 
@@ -129,7 +129,7 @@ def test_an_action_that_is_none_is_refused(env: Environment, action: np.ndarray)
     ("change", "message"),
     [
         ({"env_name": "Lfit"}, "did you mean Lift"),
-        ({"type": 2}, "no robosuite task"),
+        ({"type": 2}, "not a robosuite task"),
         ({"env_kwargs": {"robots": "Panda", "sped": 1}}, "does not take: sped"),
     ],
 )

@@ -9,7 +9,7 @@ from cache_pipeline.errors import ConfigError
 from cache_pipeline.sim.history import ObsHistory
 
 
-def test_the_first_obs_is_repeated_until_enough_were_seen() -> None:
+def test_the_first_obs_is_repeated_until_the_history_is_full() -> None:
     history = ObsHistory(["x"], 3)
     history.start({"x": np.array([1.0]), "unused": np.array([9.0])})
     stacks = [history.stack()["x"].ravel().tolist()]
@@ -35,6 +35,6 @@ def test_images_keep_their_type_and_get_batch_and_time_in_front() -> None:
     assert stacked.dtype == np.uint8
 
 
-def test_an_obs_that_the_environment_lacks_is_named_with_what_there_is() -> None:
+def test_an_obs_that_the_environment_lacks_is_an_error_that_lists_the_available_obs() -> None:
     with pytest.raises(ConfigError, match=r"no obs 'robot0_eef_po'.*did you mean robot0_eef_pos"):
         ObsHistory(["robot0_eef_po"], 2).start({"robot0_eef_pos": np.zeros(3)})

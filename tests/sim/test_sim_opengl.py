@@ -1,4 +1,4 @@
-"""What is said where nothing can be simulated or rendered."""
+"""Errors on machines without simulator or OpenGL backend."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Rollouts against an environment made of arithmetic, and the interval of their rate."""
+"""Rollouts in a fake environment, and the interval of the success rate."""
 
 from __future__ import annotations
 
@@ -69,20 +69,20 @@ class Planner:
         return torch.arange(first, first + self.chunk, dtype=torch.float32).view(1, self.chunk, 1)
 
 
-def test_half_of_each_chunk_is_carried_out_before_the_next_question() -> None:
+def test_half_of_each_chunk_is_executed_before_the_policy_runs_again() -> None:
     env, policy = Counter(goal=7), Planner(chunk=5)
     episode = run_episode(env, policy, seed=0, horizon=100)
     assert env.done == [0, 1, 2, 10, 11, 12, 20]
     assert (episode.success, episode.steps) == (True, 7)
 
 
-def test_action_steps_sets_how_much_of_a_chunk_is_carried_out() -> None:
+def test_action_steps_sets_how_many_actions_of_a_chunk_are_executed() -> None:
     env = Counter(goal=4)
     run_episode(env, Planner(chunk=5), seed=0, horizon=100, action_steps=1)
     assert env.done == [0, 10, 20, 30]
 
 
-def test_the_policy_sees_the_last_obs_at_each_question() -> None:
+def test_the_policy_gets_the_last_obs_each_time_it_runs() -> None:
     policy = Planner(chunk=4)
     run_episode(Counter(goal=5), policy, seed=0, horizon=100)
     assert [obs["count"].flatten().tolist() for obs in policy.asked] == [[0, 0], [1, 2], [3, 4]]
@@ -138,7 +138,7 @@ def test_the_result_has_the_fields_that_scripts_rely_on() -> None:
     assert "1 of 2 episodes" in result.lines()[0]
 
 
-def test_a_run_without_env_args_says_what_to_pass() -> None:
+def test_a_run_without_env_args_is_an_error_that_names_the_option() -> None:
     with pytest.raises(ConfigError, match=r"no env_args.*--env-args FILE"):
         choose_environment(RolloutConfig(run=Path("runs/x")), Planner(1))
 
@@ -155,7 +155,7 @@ def test_episode_seeds_differ_between_episodes_and_runs() -> None:
     assert len({episode_seed(seed, index) for seed in range(5) for index in range(20)}) == 100
 
 
-def test_what_a_policy_draws_is_a_function_of_the_seed_and_leaves_the_callers_state_alone() -> None:
+def test_random_numbers_of_a_policy_depend_only_on_the_seed_and_the_callers_state_is_restored() -> None:
     before = torch.get_rng_state()
     draws = []
     for _ in range(2):
@@ -172,7 +172,7 @@ def test_options_out_of_range_are_refused(wrong: dict[str, int]) -> None:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_files_that_are_in_the_way_are_told_before_any_episode(tmp_path: Path, overwrite: bool) -> None:
+def test_existing_output_files_are_reported_before_any_episode(tmp_path: Path, overwrite: bool) -> None:
     suffix, kind = video_format()
     video = tmp_path / f"episode_001_failure{suffix}"
     config = RolloutConfig(run=tmp_path / "gone", video=tmp_path, overwrite=overwrite)

@@ -1,4 +1,4 @@
-"""The scripted expert, on a point that moves where it is told."""
+"""The scripted expert, on a simulated point that follows its actions exactly."""
 
 from __future__ import annotations
 

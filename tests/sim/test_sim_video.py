@@ -1,4 +1,4 @@
-"""Videos of what the cameras saw."""
+"""Videos of camera images."""
 
 from __future__ import annotations
 

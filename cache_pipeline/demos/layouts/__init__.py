@@ -1,1 +1,1 @@
-"""One module per layout of datasets on disk."""
+"""One module per dataset layout on disk."""

@@ -1,8 +1,8 @@
-"""What one robomimic HDF5 file holds, read from its metadata alone.
+"""Reads the metadata of one robomimic HDF5 file.
 
     data/<demo>/{obs/<key>, actions, rewards, dones}    mask/<filter key>    data.attrs: env_args, render_flags, total
 
-``scan_file`` raises only where nothing can be read; whatever else is odd is recorded for ``checks.py`` to judge.
+``scan_file`` raises only if nothing can be read. It records other findings, which ``checks.py`` evaluates.
 """
 
 from __future__ import annotations
@@ -28,17 +28,19 @@ from cache_pipeline.demos.links import (
 )
 from cache_pipeline.errors import DatasetError
 
-# What h5py raises for damaged objects, broken links and types that NumPy does not have.
+# Exceptions of h5py for damaged objects, broken links and types that NumPy lacks.
 READ_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError)
 STEP_ARRAYS = ("actions", "rewards", "dones")
-# Arrays of more than one axis per step are taken as low-dim without being named up to this many numbers: poses and
-# key points, not depth images.
+# Largest number of values per step of an array with several axes that counts as low-dim by default: poses and key
+# points, not depth images.
 MOST_FLAT = 256
 
 
 class ArrayInfo(NamedTuple):
-    """One HDF5 dataset. ``compression`` is ``none``, ``gzip-4``, …; ``written``: its bytes are all in the file;
-    ``trouble``: what keeps it from being read, such as a filter that is not installed.
+    """One HDF5 dataset.
+
+    ``compression`` is ``none``, ``gzip-4``, …; ``written``: the file holds all its bytes; ``trouble``: why it cannot be
+    read, such as a missing filter.
     """
 
     shape: tuple[int, ...]
@@ -61,18 +63,18 @@ class ArrayInfo(NamedTuple):
 
     @property
     def is_numbers(self) -> bool:
-        """Whether it is numbers per step that are no rgb image: what can be a low-dim key when named."""
+        """Whether it holds numbers per step and is not an rgb image: the user may name it as a low-dim key."""
         return self.dtype.kind in "fiub" and len(self.shape) >= 1 and not self.is_image
 
     @property
     def is_low_dim(self) -> bool:
-        """Whether it is a number, a row or a small block of numbers per step; blocks are flattened to rows."""
+        """Whether it is low-dim by default: a number, a row or a small block (flattened later) per step."""
         flat = len(self.shape) <= 2 or (not self.is_picture and self.width <= MOST_FLAT)
         return self.is_numbers and flat
 
     @property
     def width(self) -> int:
-        """Numbers per step."""
+        """Number of values per step."""
         return math.prod(self.shape[1:])
 
     def __str__(self) -> str:
@@ -80,13 +82,13 @@ class ArrayInfo(NamedTuple):
 
 
 class DemoInfo(NamedTuple):
-    """One demo; ``arrays`` maps ``actions``, ``rewards``, ``dones`` and ``obs/<key>`` to what is there."""
+    """One demo; ``arrays`` maps ``actions``, ``rewards``, ``dones`` and ``obs/<key>`` to their metadata."""
 
     name: str
     arrays: dict[str, ArrayInfo]
     num_samples: int | None
     other_actions: tuple[str, ...] = ()
-    """Arrays and groups beside ``actions`` that hold actions by their name, such as ``actions_abs``."""
+    """Other arrays and groups with ``action`` in their name, such as ``actions_abs``."""
 
     @property
     def obs(self) -> dict[str, ArrayInfo]:
@@ -95,18 +97,18 @@ class DemoInfo(NamedTuple):
 
     @property
     def length(self) -> int:
-        """Steps: the rows of ``actions``; 0 where there are none."""
+        """Number of steps: the rows of ``actions``, or 0 without actions."""
         actions = self.arrays.get("actions")
         return actions.shape[0] if actions is not None and actions.shape else 0
 
     @property
     def empty(self) -> bool:
-        """Whether there is nothing in it: no array has a step."""
+        """Whether no array of the demo has a step."""
         return all(info.shape[:1] == (0,) for info in self.arrays.values())
 
 
 class FileStamp(NamedTuple):
-    """A file as it was when it was looked at; ``path`` is absolute."""
+    """Path (absolute), size and modification time of a file at one moment."""
 
     path: Path
     size: int
@@ -114,16 +116,16 @@ class FileStamp(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> FileStamp:
-        """The file as it is now."""
+        """Reads the current size and time of a file."""
         stat = path.stat()
         return cls(path.absolute(), stat.st_size, stat.st_mtime_ns)
 
 
 class FileInfo(NamedTuple):
-    """One file: demos in numeric order, filter keys as they stand, unreadable items, odd items.
+    """One file: demos in numeric order, filter keys, problems (unreadable items) and notes (unusual items).
 
-    ``empty`` names demos without steps; they are in neither ``demos`` nor ``masks``. ``linked``: the other files that
-    its links and virtual datasets read.
+    ``empty`` names demos without steps, which are in neither ``demos`` nor ``masks``. ``linked``: other files that its
+    links and virtual datasets read.
     """
 
     path: Path
@@ -140,17 +142,17 @@ class FileInfo(NamedTuple):
     linked: tuple[FileStamp, ...] = ()
 
     def present(self, key: str) -> tuple[str, ...]:
-        """The demos of a filter key that are in the file, in the order of the demos."""
+        """Returns the demos of a filter key that are in the file, in the order of ``demos``."""
         members = set(self.masks[key])
         return tuple(demo.name for demo in self.demos if demo.name in members)
 
     def absent(self, key: str) -> tuple[str, ...]:
-        """The demos that a filter key names and that are not in the file."""
+        """Returns the demos that a filter key names but the file does not have."""
         return tuple(sorted(set(self.masks[key]) - {demo.name for demo in self.demos}, key=demo_order))
 
 
 def demo_order(name: str) -> tuple[list[Any], str]:
-    """Sort key by which ``demo_2`` comes before ``demo_10``."""
+    """Returns a sort key that puts ``demo_2`` before ``demo_10``."""
     parts = re.split(r"([0-9]+)", name)
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
@@ -159,7 +161,7 @@ def open_file(path: Path) -> h5py.File:
     """Opens a file for reading.
 
     Raises:
-        DatasetError: it is missing, not readable, no HDF5 file, truncated, or being written by another process.
+        DatasetError: the file is missing, unreadable, not HDF5, truncated, or being written by another process.
     """
     try:
         if not path.exists():
@@ -170,48 +172,48 @@ def open_file(path: Path) -> h5py.File:
             raise DatasetError(f"{path} is a folder; name a robomimic HDF5 file")
         return h5py.File(path, "r")
     except PermissionError as error:
-        raise DatasetError(f"{path} may not be read by this user: check its permissions") from error
+        raise DatasetError(f"no permission to read {path}; change its permissions") from error
     except BlockingIOError as error:
         raise DatasetError(f"{path} is being written by another process; wait until it is closed") from error
     except OSError as error:
         raise DatasetError(f"{path} {_why_not_opened(path, ' '.join(str(error).split()))}") from error
 
 
-def _why_not_opened(path: Path, told: str) -> str:
-    if "truncated" in told:
-        expected = re.search(r"stored_eof = (\d+)", told)
+def _why_not_opened(path: Path, reason: str) -> str:
+    if "truncated" in reason:
+        expected = re.search(r"stored_eof = (\d+)", reason)
         size = f"{path.stat().st_size} bytes" + (f" of {expected[1]}" if expected else "")
         return f"is cut off ({size}): copy or download it again"
-    if "unable to lock" in told:
-        return f"cannot be locked for reading on this file system ({told}); set HDF5_USE_FILE_LOCKING=FALSE"
+    if "unable to lock" in reason:
+        return f"cannot be locked for reading on this file system ({reason}); set HDF5_USE_FILE_LOCKING=FALSE"
     if not h5py.is_hdf5(path):
         return "is not an HDF5 file; name a robomimic .hdf5 file"
-    return f"cannot be opened, its HDF5 header is damaged ({told}); copy or download it again"
+    return f"cannot be opened, its HDF5 header is damaged ({reason}); copy or download it again"
 
 
 @contextmanager
-def damage_told(path: Path, what: str = "its structure") -> Iterator[None]:
-    """Turns what h5py and ISA-L raise for damaged bytes into a ``DatasetError``."""
+def damage_as_error(path: Path, what: str = "its structure") -> Iterator[None]:
+    """Converts errors of h5py and ISA-L for damaged bytes to ``DatasetError``."""
     try:
         yield
     except DatasetError:
         raise
     except (*READ_ERRORS, igzip_lib.IsalError) as error:  # type: ignore[misc]
-        told = " ".join(str(error).split())
-        raise DatasetError(f"{path} is damaged: {what} cannot be read ({told}); copy or download it again") from error
+        reason = " ".join(str(error).split())
+        raise DatasetError(f"{path} is damaged: {what} cannot be read ({reason}); copy or download it again") from error
 
 
 def scan_file(path: str | Path) -> FileInfo:
-    """Reads names, shapes, types, filter keys and attributes; no array content.
+    """Reads names, shapes, types, filter keys and attributes, but no array content.
 
     Raises:
-        DatasetError: the file cannot be opened, has no ``data`` group, or has no demo in it.
+        DatasetError: the file cannot be opened, has no ``data`` group, or has no demos.
     """
     path = Path(path).expanduser()
     problems: list[str] = []
     notes: list[str] = []
     sources = SourceFiles()
-    with open_file(path) as file, damage_told(path):
+    with open_file(path) as file, damage_as_error(path):
         stat = path.stat()
         data = _get(file, "data")
         if not isinstance(data, h5py.Group):
@@ -227,11 +229,11 @@ def scan_file(path: str | Path) -> FileInfo:
                 demos.append(_scan_demo(group, name, problems, sources))
             else:
                 broken = broken_link(data, name) if group is None else None
-                problems.append(f"{name}: data/{name} {broken or 'is no group, so it is no demo'}")
+                problems.append(f"{name}: data/{name} {broken or 'is not a group, so it is not a demo'}")
         sources.add(data)
         if not demos:
             raise DatasetError(f"{path} holds no demos: its group 'data' is empty; collect demos first")
-        empty = tuple(demo.name for demo in demos if demo.empty and not _told(demo, problems))
+        empty = tuple(demo.name for demo in demos if demo.empty and not _is_reported(demo, problems))
         if len(empty) == len(demos):
             raise DatasetError(f"{path} holds no steps: all of its {len(demos)} demos are empty; collect demos first")
         return FileInfo(
@@ -250,8 +252,8 @@ def scan_file(path: str | Path) -> FileInfo:
         )
 
 
-def _told(demo: DemoInfo, problems: list[str]) -> bool:
-    """Whether arrays of the demo could not be read: it is damaged rather than empty."""
+def _is_reported(demo: DemoInfo, problems: list[str]) -> bool:
+    """Whether ``problems`` already names an unreadable array of the demo: it is damaged, not empty."""
     return any(problem.startswith(f"{demo.name}: ") for problem in problems)
 
 

@@ -1,7 +1,7 @@
 """robomimic's algorithms on cached features: their names, and their configs with cameras turned into low-dim keys.
 
-robomimic 0.3.0 (https://robomimic.github.io) is asked for its own config and trained with its own code; what changes is
-that a camera's obs is its cached feature, flattened, under the camera's own name and with the modality ``low_dim``.
+robomimic 0.3.0 (https://robomimic.github.io) supplies config and training code. Only the obs change: a camera's obs is
+its cached feature, flattened, under the camera's name with the modality ``low_dim``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ logger = logging.getLogger("cache_pipeline")
 
 PREFIX = "robomimic:"
 
-# Short name → robomimic's algorithm and the parts of its config that are switched on.
+# Short name → robomimic's algorithm and the parts of its config that are enabled.
 ALGORITHMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "bc": ("bc", ()),
     "bc_gmm": ("bc", ("gmm",)),
@@ -37,13 +37,13 @@ ALGORITHMS: dict[str, tuple[str, tuple[str, ...]]] = {
     "cql": ("cql", ()),
     "bcq": ("bcq", ()),
 }
-# torch tells of a robomimic class what concerns its authors alone, at every process's first CQL step.
+# torch's warning about a class of robomimic, at the first CQL step of a process; users cannot act on it.
 KNOWN_WARNING = r".*TanhWrappedDistribution.* does not define `arg_constraints`"
 BC_PARTS = ("rnn", "transformer", "gaussian", "gmm", "vae")
 OBS_MODALITIES = ("rgb", "low_dim")
 
-# robomimic evaluates the names of backbone and pooling classes as Python (``eval`` in models/obs_core.py). Settings
-# that end in ``_class`` may name these alone: classes of robomimic that neither download nor unpickle anything.
+# robomimic evaluates names of backbone and pooling classes as Python (``eval`` in models/obs_core.py). Settings that
+# end in ``_class`` may name only these classes of robomimic, which neither download nor unpickle anything.
 CLASSES: dict[str, tuple[str, ...]] = {
     "core_class": ("VisualCore", "ScanCore"),
     "backbone_class": ("ResNet18Conv", "ShallowConv"),
@@ -51,13 +51,13 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "obs_randomizer_class": ("CropRandomizer", "ColorRandomizer", "GaussianNoiseRandomizer"),
 }
 
-# How robomimic answers to a config that it cannot use: it has no error classes of its own.
+# Exceptions of robomimic for configs that it cannot use; it has no error classes of its own.
 CONFIG_ERRORS = (RuntimeError, NotImplementedError, AssertionError, KeyError, TypeError, ValueError, AttributeError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RobomimicConfig:
-    """A whole robomimic config as JSON, and what the training loop needs to know of it."""
+    """A whole robomimic config as JSON, and its settings for the training loop."""
 
     json: dict[str, Any]
 
@@ -80,14 +80,14 @@ class RobomimicConfig:
 
     @property
     def name(self) -> str:
-        """``robomimic:`` and the algorithm with its parts, such as ``robomimic:bc_rnn_gmm``."""
+        """``robomimic:`` and the algorithm with its enabled parts, such as ``robomimic:bc_rnn_gmm``."""
         algo = self.json["algo"]
         parts = [part for part in BC_PARTS if self.algorithm == "bc" and algo.get(part, {}).get("enabled")]
         return PREFIX + "_".join([self.algorithm, *parts])
 
     @property
     def rl(self) -> bool:
-        """Whether it learns from rewards, dones and next obs."""
+        """Whether the algorithm learns from rewards, dones and next obs."""
         return self.algorithm != "bc"
 
     @property
@@ -112,12 +112,12 @@ class RobomimicConfig:
 
     @property
     def window(self) -> int:
-        """Steps of a training window, of obs and of actions alike."""
+        """Number of steps of a training window, both of obs and of actions."""
         return self.frame_stack - 1 + self.seq_length
 
     @property
     def obs_horizon(self) -> int:
-        """Obs steps that the policy is given when it acts."""
+        """Number of obs steps for acting."""
         return min(self.frame_stack, self.context_length) if self.transformer else 1
 
     @property
@@ -135,19 +135,19 @@ class RobomimicConfig:
 
     @property
     def epoch_steps(self) -> int | None:
-        """Updates of an epoch, at whose end learning rates are scheduled; None is one pass over the windows."""
+        """Updates per epoch of learning-rate schedules; None: one pass over the windows."""
         steps = self.json["experiment"]["epoch_every_n_steps"]
         return None if steps is None else int(steps)
 
     @property
     def filter_keys(self) -> tuple[str | None, str | None]:
-        """Filter keys of the demos to train on and of the held-out ones, where the config names them."""
+        """Filter keys of the training demos and the held-out demos; None if the config has none."""
         train = self.json["train"]
         return train["hdf5_filter_key"], train["hdf5_validation_filter_key"]
 
     @property
     def cameras(self) -> tuple[str, ...]:
-        """The rgb keys, empty once they have become low-dim keys."""
+        """The rgb keys; empty after ``on_features``."""
         return tuple(self.json["observation"]["modalities"]["obs"].get("rgb", ()))
 
     @property
@@ -155,19 +155,19 @@ class RobomimicConfig:
         return tuple(self.json["observation"]["modalities"]["obs"].get("low_dim", ()))
 
     def on_features(self, cameras: Sequence[str], low_dim: Sequence[str]) -> RobomimicConfig:
-        """The same config with these obs keys, all of them low-dim."""
+        """Returns the config with these obs keys, all of them low-dim."""
         changed = json.loads(json.dumps(self.json))
         changed["observation"]["modalities"]["obs"] |= {"low_dim": [*low_dim, *cameras], "rgb": []}
         return RobomimicConfig(json=changed)
 
 
 def default_config(policy: str) -> RobomimicConfig:
-    """robomimic's defaults for a short name such as ``robomimic:bc_rnn_gmm``; its obs keys are still to be set.
+    """Returns robomimic's defaults for a short name such as ``robomimic:bc_rnn_gmm``, without obs keys.
 
-    Windows are as long as an RNN's horizon or a transformer's context, and obs are normalised.
+    Windows have the length of an RNN's horizon or a transformer's context. Obs are normalised.
 
     Raises:
-        ConfigError: no such algorithm. MissingExtraError: robomimic is not installed.
+        ConfigError: unknown algorithm. MissingExtraError: robomimic is not installed.
     """
     check_name(policy)
     algorithm, parts = ALGORITHMS[policy.removeprefix(PREFIX)]
@@ -183,10 +183,10 @@ def default_config(policy: str) -> RobomimicConfig:
 
 
 def read_config(path: Path) -> RobomimicConfig:
-    """A robomimic JSON: its settings over robomimic's defaults, as robomimic's own ``train.py`` reads it.
+    """Reads a robomimic JSON; its settings override robomimic's defaults, as in robomimic's ``train.py``.
 
     Raises:
-        ConfigError: no such file, no JSON, or settings that robomimic or this bridge does not have.
+        ConfigError: the file is missing or not JSON, or has unsupported settings.
     """
     try:
         given = read_json(path)
@@ -203,31 +203,29 @@ def read_config(path: Path) -> RobomimicConfig:
     except CONFIG_ERRORS as error:
         if isinstance(error, ConfigError | MissingExtraError):
             raise
-        raise ConfigError(f"{path} is no config of robomimic 0.3 for {algorithm}: {_one_line(error)}") from error
+        raise ConfigError(f"{path} is not a config of robomimic 0.3 for {algorithm}: {_one_line(error)}") from error
     return config
 
 
 def check_classes(value: Any, place: str = "") -> None:
-    """Refuses a config in which a class is named that is not one of ``CLASSES``: robomimic would run the name as code.
+    """Checks that a config names only classes of ``CLASSES``, because robomimic executes class names as code.
 
     Raises:
-        ConfigError: names the setting.
+        ConfigError: a setting names another class.
     """
     items = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
     for key, item in items:
         here = f"{place}.{key}" if place else str(key)
         known = CLASSES.get(str(key), ())
         if str(key).endswith("_class") and item is not None and item not in known:
-            raise ConfigError(
-                f"{here} is {str(item)[:60]!r}: robomimic would run it as code, so it is refused; {available(known)}"
-            )
+            raise ConfigError(f"{here} is {str(item)[:60]!r}: robomimic would execute it as code; {available(known)}")
         check_classes(item, here)
 
 
 def with_horizons(
     config: RobomimicConfig, *, frame_stack: int | None, seq_length: int | None, batch_size: int | None
 ) -> RobomimicConfig:
-    """The config with what was asked for; a transformer's context and an RNN's horizon follow."""
+    """Returns the config with the given values; also sets a transformer's context and an RNN's horizon."""
     changed = json.loads(json.dumps(config.json))
     asked = {"frame_stack": frame_stack, "seq_length": seq_length, "batch_size": batch_size}
     changed["train"] |= {name: value for name, value in asked.items() if value is not None}
@@ -246,7 +244,7 @@ def check_name(policy: str) -> None:
 
 
 def require_robomimic() -> None:
-    """Imports robomimic; raises MissingExtraError if it is not there."""
+    """Imports robomimic; raises MissingExtraError if it is not installed."""
     try:
         with quiet(), warnings.catch_warnings():
             for package in ("robomimic", "torchvision"):
@@ -262,7 +260,7 @@ def require_robomimic() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keeps what robomimic prints off stdout, where one JSON object may be expected; it is logged as debug."""
+    """Redirects robomimic's prints from stdout, which may hold one JSON object, to the debug log."""
     said = io.StringIO()
     with redirect_stdout(said):
         yield
@@ -288,9 +286,9 @@ def _check_obs(config: RobomimicConfig, path: Path) -> None:
         if keys and modality not in OBS_MODALITIES:
             raise ConfigError(f"{path} has obs of modality {modality}; {available(OBS_MODALITIES)}")
     if any(modalities["goal"].values()) or config.json["train"]["goal_mode"] is not None:
-        raise ConfigError(f"{path} conditions on goals, which a cache does not hold; clear goal_mode and its goal keys")
+        raise ConfigError(f"{path} conditions on goals, which a cache does not hold; remove goal_mode and goal keys")
     if not config.cameras:
-        raise ConfigError(f"{path} names no cameras: put those of the cache under observation.modalities.obs.rgb")
+        raise ConfigError(f"{path} names no cameras; list cameras of the cache under observation.modalities.obs.rgb")
 
 
 def _one_line(error: BaseException) -> str:

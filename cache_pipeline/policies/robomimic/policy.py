@@ -1,4 +1,4 @@
-"""A robomimic algorithm with its eyes: frozen encoders in front, normalisation, and actions from raw images."""
+"""A policy of a robomimic algorithm: frozen encoders, normalisation, and actions from raw images."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ STD_FLOOR = 1e-3
 
 
 class RobomimicPolicy:
-    """Obs → frozen features, flattened → robomimic's networks → actions in dataset units.
+    """Maps obs to actions in dataset units: frozen features, flattened, then robomimic's networks.
 
-    A recurrent policy remembers: call ``start_episode`` at every reset, then ``act`` once per step.
+    A recurrent policy has a hidden state: call ``start_episode`` at every reset, then ``act`` once per step.
 
     Args:
         algo: robomimic's algorithm object, on its device.
-        config: what it was made from.
+        config: the config of ``algo``.
         spec: cameras, low-dim keys and their shapes.
         encoders: camera → encoder, cut.
         features: camera → shape of a feature at the cut.
@@ -86,12 +86,12 @@ class RobomimicPolicy:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Obs key → shape of one row as the networks see it: features are flat."""
+        """Obs key → shape of one row in the input of the networks; features are flat."""
         return obs_shapes(self._spec, self._features)
 
     @property
     def obs_horizon(self) -> int:
-        """To: the context of a transformer, else 1."""
+        """To: the context length of a transformer, else 1."""
         return self._spec.obs_horizon
 
     @property
@@ -107,7 +107,7 @@ class RobomimicPolicy:
         return torch.device(self.algo.device)
 
     def start_episode(self) -> None:
-        """Forgets what was seen."""
+        """Resets the hidden state."""
         self._last_batch = 0
         self.algo.reset()
 
@@ -119,16 +119,16 @@ class RobomimicPolicy:
 
     @torch.no_grad()
     def act(self, obs: Mapping[str, Any], generator: torch.Generator | None = None) -> Tensor:
-        """The action (B,1,A) for the last obs step.
+        """Returns the action (B,1,A) for the last obs step.
 
         Args:
-            obs: NumPy arrays or tensors: by camera images (B,To,H,W,3) or (B,To,3,H,W), uint8 or float on 0–1, or
-                features at the cut; by low-dim key (B,To,…) of any number type. Other keys are not looked at.
-            generator: of what the policy draws; torch's own by default.
+            obs: NumPy arrays or tensors: per camera images (B,To,H,W,3) or (B,To,3,H,W), uint8 or float on 0–1, or
+                features at the cut; per low-dim key (B,To,…) of any number type. Other keys are ignored.
+            generator: generator of the policy's samples; default: torch's global generator.
 
         Raises:
-            ConfigError: another number of steps.
-            EncoderError: a key is missing, or has another shape, dtype or range.
+            ConfigError: wrong number of steps.
+            EncoderError: a key is missing, or has a wrong shape, dtype or range.
         """
         obs = acting_obs(obs, self.cameras, self._features, self.low_dim, self.obs_horizon)
         seen = self.prepare(obs, self.obs_horizon)
@@ -141,9 +141,9 @@ class RobomimicPolicy:
 
     @torch.no_grad()
     def predict(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """What it would do in windows of a demo, each seen afresh: (B,T,A) of a recurrent policy, else (B,1,A).
+        """Predicts actions in windows of a demo, each from a fresh state: (B,T,A) if recurrent, else (B,1,A).
 
-        A recurrent policy is shown the demo's obs step by step; it is as after ``start_episode`` before and afterwards.
+        A recurrent policy gets the demo's obs step by step. The hidden state is reset before and after.
         """
         steps = next(iter(obs.values())).shape[1]
         seen = self.prepare(obs, steps)
@@ -155,20 +155,20 @@ class RobomimicPolicy:
         return torch.stack(actions, dim=1)
 
     def prepare(self, obs: Mapping[str, Tensor], steps: int) -> dict[str, Tensor]:
-        """Key → (B,T,…) as the networks take it: frames encoded, features flat, all normalised."""
+        """Converts obs to the input of the networks, key → (B,T,…): encodes frames, flattens features, normalises."""
         seen = {}
         for key, shape in self.shapes.items():
             if key not in obs:
                 raise ConfigError(f"the policy needs the obs {key!r}; {available(obs, key)}")
             if obs[key].shape[1] != steps:
-                raise ConfigError(f"{key} has {obs[key].shape[1]} obs steps; this policy sees {steps}")
+                raise ConfigError(f"{key} has {obs[key].shape[1]} obs steps; this policy takes {steps}")
             values = self._encoded(key, obs[key].to(self.device))
             values = values.float().reshape(*values.shape[:2], *shape)
             seen[key] = (values - self.mean[key]) / self.std[key] if self.mean else values
         return seen
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds: the networks and the statistics, not the frozen encoders."""
+        """Returns the tensors of a checkpoint: networks and statistics, without the frozen encoders."""
         return {
             **{NETS + name: value.detach() for name, value in self._own().items()},
             **{MEAN + key: value for key, value in self.mean.items()},
@@ -176,7 +176,7 @@ class RobomimicPolicy:
         }
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what ``tensors`` gave; raises CheckpointError if names or shapes do not fit."""
+        """Loads the tensors of ``tensors``; raises CheckpointError if names or shapes do not fit."""
         own = self.tensors()
         if odd := sorted(own.keys() ^ tensors.keys()):
             raise CheckpointError(f"the checkpoint does not fit the run's policy: {odd[0]} is in one of them only")
@@ -194,14 +194,14 @@ class RobomimicPolicy:
                 value.copy_(tensors[NETS + name])
 
     def _own(self) -> dict[str, Tensor]:
-        """The networks' tensors, those that robomimic has under several names only under the first."""
+        """Returns the tensors of the networks; a tensor with several names in robomimic only under the first."""
         named: dict[int, tuple[str, Tensor]] = {}
         for name, value in self.algo.nets.state_dict(keep_vars=True).items():
             named.setdefault(id(value), (name, value))
         return dict(named.values())
 
     def _ask(self, seen: Mapping[str, Tensor], step: int) -> Tensor:
-        """(B,A) for one step, or for the whole context of a transformer."""
+        """Returns (B,A) for one step, or for the whole context of a transformer."""
         obs = dict(seen) if self.config.transformer else {key: values[:, step] for key, values in seen.items()}
         actions: Tensor = self.algo.get_action(obs_dict=obs)
         return actions
@@ -211,13 +211,13 @@ class RobomimicPolicy:
             return values
         if not self.frozen_trunks:
             self.frozen_trunks = frozen_encoders(self.encoders, self.preprocessing, self.device, "fp32")
-        # What inference mode makes cannot take part in other modes; its copy can.
+        # A tensor of inference mode cannot be used in other modes; its copy can.
         features = self.frozen_trunks[key](values.flatten(0, 1)).clone()
         return features.view(*values.shape[:2], *features.shape[1:])
 
     @contextmanager
     def _drawing(self, generator: torch.Generator | None) -> Iterator[None]:
-        """robomimic draws from torch's own generator: it is seeded from ``generator`` and put back afterwards."""
+        """Seeds torch's global generator, which robomimic uses, from ``generator``, and restores it afterwards."""
         if generator is None:
             yield
             return
@@ -228,7 +228,7 @@ class RobomimicPolicy:
 
 
 def obs_shapes(spec: PolicySpec, features: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
-    """Obs key → shape of one row for the networks, in the order in which robomimic concatenates them."""
+    """Returns obs key → shape of one row, in the order in which robomimic concatenates them."""
     flat = {camera: (int(torch.Size(shape).numel()),) for camera, shape in features.items()}
     return dict(sorted({**spec.low_dim, **flat}.items()))
 
@@ -236,10 +236,10 @@ def obs_shapes(spec: PolicySpec, features: Mapping[str, tuple[int, ...]]) -> dic
 def build_robomimic_policy(
     spec: PolicySpec, encoders: Mapping[str, ImageEncoder], device: torch.device, seed: int = 0
 ) -> RobomimicPolicy:
-    """Builds the algorithm of ``spec.options["config"]``; its weights depend on ``seed`` alone.
+    """Builds the algorithm of ``spec.options["config"]``; its weights depend only on ``seed``.
 
     Raises:
-        ConfigError: robomimic does not take the config. MissingExtraError: robomimic is not installed.
+        ConfigError: robomimic does not accept the config. MissingExtraError: robomimic is not installed.
     """
     require_robomimic()
     features = {}
@@ -253,7 +253,7 @@ def build_robomimic_policy(
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(
-            f"robomimic does not take the config of {spec.name}: {' '.join(str(error).split())}"
+            f"robomimic does not accept the config of {spec.name}: {' '.join(str(error).split())}"
         ) from error
     return RobomimicPolicy(algo, config, spec, encoders, features)
 

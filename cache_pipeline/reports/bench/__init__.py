@@ -1,1 +1,1 @@
-"""Ours, peers and limits, measured side by side."""
+"""Benchmarks of this project, its peers and limits, measured side by side."""

@@ -1,4 +1,4 @@
-"""One comparison of a bench, and what its cases work on."""
+"""One comparison of a benchmark, and the settings of all cases."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ class BenchRow(NamedTuple):
     """One comparison.
 
     Attributes:
-        case: what is measured, with its unit, such as ``train resnet18 (steps/s)``.
-        ours, peer, limit: rates in that unit; None where there is no such contender.
-        peer_name: who the peer is and how it was set.
+        case: the measured quantity with its unit, such as ``train resnet18, steps/s``.
+        ours, peer, limit: rates in that unit, or None.
+        peer_name: name and settings of the peer.
     """
 
     case: str
@@ -36,21 +36,21 @@ class BenchRow(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class BenchSetup:
-    """What the cases work on."""
+    """Settings of all cases."""
 
     dataset: Path
     folder: Path
-    """A scratch folder that goes when the bench ends."""
+    """A temporary folder, removed at the end."""
     rgb_model_name: str = "resnet18"
     batch_size: int = 64
     seconds: float = 10.0
     device: str = "cpu"
     frames: int = 1024
-    """Frames that the encoder alone is timed on."""
+    """Number of frames for timing the encoder alone."""
     cached_steps: int = 200
-    """Training steps in one turn of a contender that encodes nothing: about as long as those of the others."""
+    """Training steps per turn of a contender without encoding; takes about as long as a turn of the others."""
     live_steps: int = 2
-    """Training steps in one turn of one that encodes frames."""
+    """Training steps per turn of a contender that encodes frames."""
 
 
 def _rounded(value: float | None) -> float | None:

@@ -1,4 +1,4 @@
-"""Bench cases of encoding and the cache: the encoder alone, a whole extraction, and loading what it wrote."""
+"""Benchmarks of the encoder alone, a whole extraction, and loading a cache."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from cache_pipeline.reports.bench.measure import Prepare, Work, side_by_side
 EAGER_BATCH = 64
 LARGE_CACHE_BYTES = 500_000_000
 EAGER_NAME = f"torchvision, eager, fp32, no_grad, batches of {EAGER_BATCH}"
-# Speeds are measured in each precision, whatever the features of random weights would need.
+# Every precision is measured, also if features of random weights exceed the default bound.
 BOUND = 1.0
 NUMPY_NAME = "numpy.load of the same float16 features, from the page cache"
 
 
 def encode(setup: BenchSetup) -> list[BenchRow]:
-    """The encoder alone on frames in memory, in the device's fastest precision and in fp32, beside an eager loop."""
+    """Measures the encoder alone on frames in memory, in the fastest precision and fp32; peer: an eager loop."""
     precisions = _precisions(setup)
     alone: dict[str, Prepare] = {name: partial(_encoder_alone, setup, name) for name in precisions}
     rates = side_by_side({"peer": partial(_eager_loop, setup), **alone}, setup.seconds)
@@ -47,7 +47,7 @@ def encode(setup: BenchSetup) -> list[BenchRow]:
 
 
 def extract(setup: BenchSetup) -> list[BenchRow]:
-    """A whole extraction from HDF5 to a finished cache, beside an eager loop and the encoder alone."""
+    """Measures an extraction from HDF5 to a finished cache; peer: an eager loop; limit: the encoder alone."""
     work: dict[str, Prepare] = {"peer": partial(_eager_loop, setup)}
     precisions = _precisions(setup)
     for precision in precisions:
@@ -67,7 +67,7 @@ def extract(setup: BenchSetup) -> list[BenchRow]:
 
 
 def load(setup: BenchSetup) -> list[BenchRow]:
-    """A whole cache into memory beside ``numpy.load``: avgpool features, and 500 MB of layer3 maps in views."""
+    """Measures loading a cache, avgpool features and 500 MB of layer3 maps; peer: ``numpy.load``."""
     small, large = setup.folder / "small.zarr", setup.folder / "large.zarr"
     _extraction(setup, small)
     one_view = _extraction_bytes(setup, large)
@@ -96,12 +96,12 @@ def _frames(setup: BenchSetup) -> NDArray[np.uint8]:
 
 
 def _precisions(setup: BenchSetup) -> tuple[str, ...]:
-    """The device's fastest precision, then fp32."""
+    """Returns the fastest precision of the device, then fp32."""
     return tuple(dict.fromkeys((resolve_precision("auto", torch.device(setup.device)), "fp32")))
 
 
 def _error(setup: BenchSetup, precision: str) -> float:
-    """Error of features stored as float16 over their variation; see ``error_over_variation``."""
+    """Returns ``error_over_variation`` of features stored as float16."""
     frames = _frames(setup)[:: max(1, setup.frames // EAGER_BATCH)]
     exact, encode = _frozen(setup, "fp32"), BatchEncoder(EAGER_BATCH, "float32")
     wanted, found = (torch.from_numpy(encode(frozen, frames)) for frozen in (exact, exact.in_precision(precision)))
@@ -152,7 +152,7 @@ def _extraction(setup: BenchSetup, out: Path, **options: Any) -> int:
 
 
 def _extraction_bytes(setup: BenchSetup, out: Path) -> int:
-    """Bytes of one view of layer3 features, both cameras; leaves a cache with that view in ``out``."""
+    """Extracts one view of layer3 features of both cameras to ``out`` and returns its size in bytes."""
     _extraction(setup, out, cut="layer3")
     return FeatureCache(out).nbytes()
 

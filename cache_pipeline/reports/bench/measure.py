@@ -1,7 +1,6 @@
-"""Timing that can be compared on a shared machine: contenders take turns, and medians are quoted.
+"""Timing on a shared machine: contenders take turns, and medians are reported.
 
-Each contender runs in a process of its own: threads, memory and settings of one are not those of another, and each
-meets the machine as it would alone.
+Each contender has its own process, so threads, memory and settings of one do not affect another.
 """
 
 from __future__ import annotations
@@ -22,33 +21,33 @@ MIN_ROUNDS = 3
 ENDING_S = 10.0
 
 Work = Iterator[float]
-"""Does some work whenever it is asked for the next number, which is how many items it did."""
+"""Each ``next`` does some work and returns the number of finished items."""
 
 Prepare = Callable[[], Work]
-"""Makes a contender ready, in the process that it will run in."""
+"""Prepares a contender in its process."""
 
 
 class Round(NamedTuple):
-    """What a contender did in one turn."""
+    """Work of a contender in one turn."""
 
     items: float
     seconds: float
 
 
 def side_by_side(contenders: Mapping[str, Prepare], seconds: float) -> dict[str, float]:
-    """Items per second of each contender, measured in turns so that a drift of the machine meets all alike.
+    """Measures items per second of each contender in turns, so that a drift of the machine affects all alike.
 
     Args:
-        contenders: name → a picklable function that prepares the contender's work, in its own process. Some work is
-            done once first, uncounted, to warm up.
-        seconds: least time that each contender runs in all; at least three rounds are made.
+        contenders: name → a picklable function that prepares the contender's work in its own process. One
+            uncounted piece of work warms up.
+        seconds: shortest total time of each contender; at least three rounds are run.
 
     Returns:
         Name → median over rounds.
 
     Raises:
-        CachePipelineError: a contender raised it.
-        RuntimeError: a contender failed otherwise; with its traceback.
+        CachePipelineError: raised by a contender.
+        RuntimeError: a contender failed with another error; contains its traceback.
     """
     rounds: dict[str, list[Round]] = {name: [] for name in contenders}
     with ExitStack() as stack:
@@ -65,7 +64,7 @@ def _lacks(rounds: list[Round], seconds: float) -> bool:
 
 
 class _Runner:
-    """A contender in its process."""
+    """A contender and its process."""
 
     def __init__(self, name: str, prepare: Prepare) -> None:
         context = multiprocessing.get_context("spawn")
@@ -87,7 +86,7 @@ class _Runner:
         self._process.join()
 
     def run(self) -> Round:
-        """One round; raises what the work raised."""
+        """Runs one round; raises the error of the work."""
         self._pipe.send(None)
         answer = self._answer()
         assert isinstance(answer, Round)
@@ -105,7 +104,7 @@ class _Runner:
 
 
 def _serve(pipe: Connection, prepare: Prepare) -> None:
-    """Prepares the work, does some, and then some for each message; ends when the pipe does."""
+    """Prepares the work, warms up, and works once per message until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         work = prepare()

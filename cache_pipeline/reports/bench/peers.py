@@ -1,8 +1,7 @@
-"""robomimic's own image pipeline as a peer: its SequenceDataset and its VisualCore feed the policy network of ours.
+"""robomimic's image pipeline as a peer: its SequenceDataset and VisualCore feed our policy network.
 
-Both sides then train the same projection and policy on the same windows; what differs is where features come from.
-The peer gets its fastest settings: frames held in memory (``hdf5_cache_mode="all"``) and only the obs steps that the
-policy sees are encoded.
+Both sides train the same projection and policy on the same windows; only the source of features differs. The peer has
+its fastest settings: frames in memory (``hdf5_cache_mode="all"``), and only the policy's obs steps are encoded.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ PEER_NAME = "robomimic 0.3.0 SequenceDataset + VisualCore(ResNet18Conv), all in 
 
 
 class RobomimicImages(nn.Module):
-    """Batches of frames from robomimic's dataset, encoded by its VisualCore, one per camera.
+    """Batches of frames from robomimic's dataset, encoded by one VisualCore per camera.
 
     Args:
         cameras: camera → (H, W, 3).
@@ -73,7 +72,7 @@ class RobomimicImages(nn.Module):
         self.requires_grad_(not frozen).train(not frozen)
 
     def batches(self) -> Iterator[Batch]:
-        """Windows with features of the obs steps: ``{camera: (B,To,D), key: (B,To,d)}``; without end."""
+        """Yields windows with features of the obs steps, ``{camera: (B,To,D), key: (B,To,d)}``, endlessly."""
         loader = torch.utils.data.DataLoader(
             self._dataset, batch_size=self._batch_size, shuffle=True, drop_last=True, num_workers=0
         )
@@ -98,7 +97,7 @@ class RobomimicImages(nn.Module):
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """robomimic prints its progress to stdout and uses deprecated names of torchvision's."""
+    """Hides robomimic's prints to stdout and its warnings about deprecated names of torchvision."""
     with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         yield

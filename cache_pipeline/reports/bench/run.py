@@ -1,7 +1,7 @@
-"""``bench``: ours, peers and limits side by side in one run.
+"""``bench``: measures this project, peers and limits side by side in one run.
 
-Each case returns rows: ours and a peer's rate measured in turns on the same data and, where there is one, the limit
-that no arrangement of ours could beat (the encoder alone, the bare policy step, ``numpy.load``).
+Each case returns rows: our rate and a peer's rate, measured in turns on the same data, and a limit that our code cannot
+exceed, if there is one (the encoder alone, the bare policy step).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cache_pipeline.reports.sample import sample_dataset
 
 
 class BenchResult(NamedTuple):
-    """All rows, and where they were measured."""
+    """All rows, and the device of the measurements."""
 
     device: str
     rows: tuple[BenchRow, ...]
@@ -69,7 +69,7 @@ def run_bench(
     device: str,
     overwrite: bool = False,
 ) -> BenchResult:
-    """Runs the named cases (all when empty) and returns their rows; keeps them as JSON in ``out`` where given."""
+    """Runs the named cases (default: all), returns their rows, and writes them as JSON to ``out`` if given."""
     from cache_pipeline.encoders.device import resolve_device
 
     chosen = _choose(cases)
@@ -97,7 +97,7 @@ def run_bench(
 
 
 def describe_device(device: str) -> str:
-    """The processor or GPU, and the versions that decide its speed."""
+    """Describes the processor or GPU and the versions of torch and Python."""
     import torch
 
     if device.startswith("cuda"):

@@ -1,4 +1,4 @@
-"""Bench cases of training: cached, live-frozen and unfrozen steps beside robomimic's pipeline and the bare step."""
+"""Benchmarks of training steps: cached, live with frozen encoder, and unfrozen; peer: robomimic's pipeline."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LIVE_NAME = "the same loop with the frozen encoder live, frames in memory, {prec
 
 
 def train(setup: BenchSetup) -> list[BenchRow]:
-    """Steps per second from the cache, beside the same policy fed live by us and by robomimic, and the bare step."""
+    """Measures steps/s on a cache; peers: our live loop and robomimic's; limit: the bare policy step."""
     cache = setup.folder / "train.zarr"
     spec = _spec(setup)
     extract = ExtractConfig(datasets=(setup.dataset,), out=cache, encoders=spec, device=setup.device)
@@ -65,7 +65,7 @@ def train(setup: BenchSetup) -> list[BenchRow]:
 
 
 def finetune(setup: BenchSetup) -> list[BenchRow]:
-    """Steps per second with the whole encoder learning, beside robomimic's loop with the same policy network."""
+    """Measures steps/s with the whole encoder trained; peer: robomimic's loop with the same policy network."""
     work: dict[str, Prepare] = {name: partial(_live, setup, name, frozen=False) for name in PRECISIONS}
     peer_name = None
     if _has_peer(setup):
@@ -84,7 +84,7 @@ def finetune(setup: BenchSetup) -> list[BenchRow]:
 
 
 def frontier(setup: BenchSetup) -> list[BenchRow]:
-    """Fine-tuning layer4 from a cache cut at layer3, beside the same run with everything live."""
+    """Measures fine-tuning of layer4 on a layer3 cache; peer: the same run with live frames."""
     caches = {cut: setup.folder / f"{cut}.zarr" for cut in ("avgpool", "layer3")}
     for cut, cache in caches.items():
         encoders = replace(_spec(setup), cut=cut)
@@ -111,7 +111,7 @@ def _cached(setup: BenchSetup, cache: Path) -> Work:
 
 
 def _bare(setup: BenchSetup, cache: Path) -> Work:
-    """The policy's step on one batch that lies in memory."""
+    """Runs the policy's step on one batch in memory."""
     session = _open(setup, cache=cache)
     return _steps(session.learner, repeat(next(_batches(session))), setup.cached_steps)
 
@@ -122,7 +122,7 @@ def _live(setup: BenchSetup, precision: str, *, frozen: bool) -> Work:
 
 
 def _robomimic(setup: BenchSetup, *, frozen: bool) -> Work:
-    """robomimic's frames and VisualCore, and the policy of ours on top."""
+    """Runs our policy on features of robomimic's frames and VisualCore."""
     session = _open_live(setup, "fp32", frozen=True)
     peer = RobomimicImages(
         setup.dataset,
@@ -185,7 +185,7 @@ def _batches(session: Session) -> Iterator[Batch]:
 
 
 def _steps(learner: PolicyLearner, batches: Iterator[Batch], steps: int) -> Work:
-    """``steps`` updates at a time, with memory kept as the training loop keeps it."""
+    """Runs ``steps`` updates at a time, with retained memory as in the training loop."""
     with retained_memory():
         yield from _updates(learner, batches, steps)
 
@@ -200,7 +200,7 @@ def _updates(learner: PolicyLearner, batches: Iterator[Batch], steps: int) -> Wo
 
 def _has_peer(setup: BenchSetup) -> bool:
     if setup.rgb_model_name != "resnet18":
-        logger.info("robomimic has no %s: its rows are left out", setup.rgb_model_name)
+        logger.info("robomimic has no %s, so its rows are left out", setup.rgb_model_name)
     elif importlib.util.find_spec("robomimic") is None:
         logger.info("robomimic is not installed, so its rows are left out; type %s", install_command("robomimic"))
     else:

@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 ABOVE_M = 0.06
-"""Height above the cube from which the gripper descends."""
+"""Height above the cube at which the descent starts, in metres."""
 NEAR_XY_M, NEAR_Z_M = 0.012, 0.02
-"""How close to the point above the cube the gripper must be before it descends."""
+"""Largest distance to the point above the cube at which the descent starts, in metres."""
 GRASP_Z_M = 0.006
-"""How close in height to the cube's centre the gripper closes."""
+"""Largest height above the cube's centre at which the gripper closes, in metres."""
 CLOSE_STEPS = 5
 GAIN_PER_M = 9.0
 """Action per metre of error; an action of 1 moves the controller's goal by 0.05 m."""
@@ -22,14 +22,14 @@ OPEN, CLOSED = -1.0, 1.0
 
 
 class Phase(NamedTuple):
-    """Where in the script the arm is, and for how many steps."""
+    """Phase of the script, and its number of steps so far."""
 
     name: Literal["reach", "descend", "close", "lift"] = "reach"
     steps: int = 0
 
 
 def lift_phase(obs: Mapping[str, NDArray], phase: Phase) -> Phase:
-    """The phase of the step to come, given what is seen and the last step's phase."""
+    """Returns the phase of the next step from the obs and the phase of the last step."""
     offset = _cube(obs) - obs["robot0_eef_pos"]
     aligned = float(np.linalg.norm(offset[:2])) < NEAR_XY_M
     done = {
@@ -49,7 +49,7 @@ def lift_phase(obs: Mapping[str, NDArray], phase: Phase) -> Phase:
 
 
 def lift_action(obs: Mapping[str, NDArray], phase: Phase, noise: NDArray | None = None) -> NDArray[np.float64]:
-    """The action (7,) of ``phase``: goal displacement xyz and rotation in [-1, 1], gripper -1 open and 1 closed.
+    """Returns the action (7,) of ``phase``: goal displacement xyz and rotation in [-1, 1]; gripper -1 open, 1 closed.
 
     Args:
         obs: ``robot0_eef_pos`` (3,) in metres and ``object`` (≥3,), which begins with the cube's position.
