@@ -43,6 +43,11 @@ def imagenet_state(name: str) -> dict[str, Tensor]:
         ) from error
 
 
+def has_imagenet_file(name: str) -> bool:
+    """Whether torchvision's IMAGENET1K_V1 file of a ResNet lies in torch's hub folder."""
+    return (Path(torch.hub.get_dir()) / "checkpoints" / os.path.basename(_imagenet_url(name))).is_file()
+
+
 def imagenet_sha256(name: str) -> str:
     """Returns the first digits of the SHA-256 of torchvision's IMAGENET1K_V1 file, from the file's name."""
     return Path(_imagenet_url(name)).stem.rpartition("-")[2]

@@ -7,6 +7,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +26,8 @@ from cache_pipeline.encoders.identity import collapse_warning, feature_statistic
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder
 from cache_pipeline.encoders.precision import error_over_variation, nearest_precision, resolve_precision
 from cache_pipeline.encoders.preprocess import Preprocess
-from cache_pipeline.encoders.saving import load_encoders, save_encoder
+from cache_pipeline.encoders.saving import load_encoder, load_encoders, save_encoder, saved_spec
+from cache_pipeline.encoders.weights import has_imagenet_file
 from cache_pipeline.errors import ConfigError, EncoderError, OptionError, available
 from cache_pipeline.extract.config import OTHERS, ExtractConfig
 from cache_pipeline.extract.encode import DTYPES, BatchEncoder
@@ -41,6 +43,9 @@ FLAGS = {
     "weights": "--weights or --no-pretrained-encoder",
     "rgb_model_name": "--rgb-model-name",
 }
+
+
+Built = dict[EncoderSpec, ImageEncoder]
 
 
 class CameraEncoder(NamedTuple):
@@ -63,10 +68,30 @@ class CameraEncoder(NamedTuple):
         return recorded if recorded != self.frozen.precision else None
 
 
-def build_encoders(config: ExtractConfig) -> dict[EncoderSpec, ImageEncoder]:
-    """Builds every encoder of the config once."""
+def build_encoders(config: ExtractConfig, cached: Mapping[Path, str | None], *, stand_in: bool = False) -> Built:
+    """Builds every encoder of the config once.
+
+    Args:
+        cached: weight file in the cache → its recorded digest. ImageNet weights are read from such a file if it is
+            intact, so they need not be downloaded again.
+        stand_in: use random weights instead of ImageNet weights that would have to be downloaded.
+    """
     specs = config.encoders.values() if isinstance(config.encoders, Mapping) else (config.encoders,)
-    return {spec: build_encoder(spec) for spec in dict.fromkeys(specs)}
+    return {spec: _build(spec, cached, stand_in=stand_in) for spec in dict.fromkeys(specs)}
+
+
+def _build(spec: EncoderSpec, cached: Mapping[Path, str | None], *, stand_in: bool) -> ImageEncoder:
+    if spec.weights != "imagenet" or spec.factory is not None:
+        return build_encoder(spec)
+    intact = [file for file, expected in cached.items() if file.is_file() and digest(file.read_bytes()) == expected]
+    for file in intact:
+        saved = saved_spec(file)
+        if saved is not None and replace(saved, cut=spec.cut, seed=spec.seed) == spec:
+            return load_encoder(spec, file)
+    if stand_in and not has_imagenet_file(spec.rgb_model_name):
+        logger.info("the plan uses random weights: a dry run does not download the ImageNet weights")
+        return build_encoder(replace(spec, weights="random"))
+    return build_encoder(spec)
 
 
 def for_cameras(

@@ -78,7 +78,9 @@ def prepare(config: ExtractConfig, out: Path, *, change: bool = True) -> Prepare
     old = None if anew else _manifest_so_far(path, mend_with_ledger=True)
     pending = read_pending(path) if old is None else None
     with ThreadPoolExecutor(1, thread_name_prefix="build") as background:
-        building = background.submit(build_encoders, config)
+        known = old or pending
+        cached = {path / file: known.metadata.get(file) for file in known.encoders.values()} if known else {}
+        building = background.submit(build_encoders, config, cached, stand_in=not change and known is None)
         dataset = _open_dataset(config, old)
     for line in dataset.choice.lines():
         logger.info("%s", line)
