@@ -93,16 +93,9 @@ def run_quickstart(
     _log(verify(cache, rows=64, seed=seed, device=device).lines())
 
     _say("4/5 train", f"train --from-cache {cache} --out {run} --steps {steps}")
+    saving = SavingConfig(eval_every=max(1, steps // 6), save_every=0)
     trained = train(
-        TrainConfig(
-            cache=cache,
-            out=run,
-            steps=steps,
-            seed=seed,
-            device=device,
-            overwrite=True,
-            saving=SavingConfig(eval_every=max(1, steps // 6), save_every=0),
-        )
+        TrainConfig(cache=cache, out=run, steps=steps, seed=seed, device=device, overwrite=True, saving=saving)
     )
     _log(trained.lines())
 
