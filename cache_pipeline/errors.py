@@ -98,3 +98,12 @@ def available(names: Iterable[str], asked: str | None = None, limit: int = 12) -
     shown = ", ".join(names[:limit]) + (f", … ({len(names) - limit} more)" if len(names) > limit else "")
     near = get_close_matches(asked, names, n=1) if asked is not None else []
     return f"available: {shown}" + (f" (did you mean {near[0]}?)" if near else "")
+
+
+def counted(count: int, noun: str) -> str:
+    """Returns the count with its noun in singular or plural.
+
+    >>> counted(1, "demo"), counted(2000, "image")
+    ('1 demo', '2000 images')
+    """
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -60,7 +60,7 @@ class Progress:
         rate = (self._done - self._initial) / max(time.monotonic() - self._started, 1e-9)
         left = (self._total - self._done) / rate if rate > 0 else float("inf")
         notes = "".join(f", {name} {value}" for name, value in self._notes.items())
-        return f"{self._label}: {self._done}/{self._total} {self._unit}, {rate:.1f}/s, {left:.0f} s left{notes}"
+        return f"{self._label}: {self._done}/{self._total} {self._unit}, {rate:.3g}/s, {left:.0f} s left{notes}"
 
     def __enter__(self) -> Progress:
         return self

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from cache_pipeline.errors import DatasetError, available
+from cache_pipeline.errors import DatasetError, available, counted
 
 TRAIN_KEY, VALID_KEY = "train", "valid"
 HELD_OUT = 0.1
@@ -121,7 +121,7 @@ def absent_demos(key: str, absent: Sequence[str], named: int) -> str:
 
 
 def _by_keys(train: tuple[int, ...], valid: tuple[int, ...], why: str) -> Split:
-    return Split(train, valid, f"{len(train)} demos to train on, {len(valid)} held out: {why}")
+    return Split(train, valid, f"{counted(len(train), 'demo')} to train on, {len(valid)} held out: {why}")
 
 
 def _seeded(demos: Sequence[int], seed: int, why: str) -> Split:

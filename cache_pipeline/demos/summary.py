@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from cache_pipeline.errors import counted
 from cache_pipeline.demos import checks
 from cache_pipeline.demos.dataset import Paths, distinct_paths
 from cache_pipeline.demos.layouts.robomimic import READ_ERRORS, DemoInfo, FileInfo, open_file, scan_file
@@ -69,7 +70,7 @@ class FileSummary:
         env = self.env_args or {}
         rows = [
             ("size", f"{self.bytes / 1e6:.1f} MB"),
-            ("demos", f"{self.demos}, {self.steps} steps, {low} / {middle:g} / {high} per demo (min / median / max)"),
+            ("demos", f"{self.demos}, {counted(self.steps, 'step')}, {low} / {middle:g} / {high} per demo (min / median / max)"),
             *(("camera", _camera_line(name, camera)) for name, camera in self.cameras.items()),
             ("low-dim", ", ".join(f"{key} {width}" for key, width in self.low_dim.items()) or "none"),
             *_action_lines(self.actions),
@@ -122,7 +123,7 @@ class DatasetSummary:
         lines = [line for file in self.files for line in file.lines()]
         lines += [f"PROBLEM  {problem}" for problem in self.problems] + [f"note  {note}" for note in self.notes]
         if len(self.files) > 1:
-            lines.append(f"together: {len(self.files)} files, {self.demos} demos, {self.steps} steps")
+            lines.append(f"together: {len(self.files)} files, {counted(self.demos, 'demo')}, {counted(self.steps, 'step')}")
         return [*lines, "sound" if self.sound else "NOT SOUND: see the problems above"]
 
 

@@ -31,7 +31,7 @@ from cache_pipeline.cache.manifest import PENDING, Manifest, is_complete, write_
 from cache_pipeline.cache.metadata import ROOT, complete_cache, metadata_files, root_file, write_metadata
 from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.encoders.views import ViewParameters, view_parameters
-from cache_pipeline.errors import CacheError, CorruptCacheError, DatasetError, EncoderError
+from cache_pipeline.errors import CacheError, CorruptCacheError, DatasetError, EncoderError, counted
 from cache_pipeline.extract.camera_encoders import save_weights
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.encode import BatchEncoder, Encoding, not_finite_row
@@ -80,9 +80,9 @@ class ExtractResult(NamedTuple):
         stages = f"read {self.read_s:.1f} s, encode {self.encode_s:.1f} s, write {self.write_s:.1f} s"
         return [
             f"{self.cache}: complete, {self.bytes / 1e6:.1f} MB, fingerprint {self.fingerprint}",
-            f"{self.images} images of {', '.join(self.cameras)} in {self.seconds:.1f} s, {self.images_per_s:.1f}/s",
+            f"{counted(self.images, 'image')} of {', '.join(self.cameras)} in {self.seconds:.1f} s, {self.images_per_s:.1f}/s",
             f"stages (in parallel): {stages}",
-            f"{self.units_encoded} units written, {self.units_reused} reused",
+            f"{counted(self.units_encoded, 'unit')} written, {self.units_reused} reused",
         ]
 
 

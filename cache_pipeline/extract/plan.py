@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from cache_pipeline.errors import counted
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.prepare import Prepared, planned_bytes, prepare
@@ -49,9 +50,9 @@ class ExtractionPlan(NamedTuple):
     def lines(self) -> list[str]:
         """For people."""
         lines = [
-            f"{self.cache}: {self.demos} demos, {', '.join(self.cameras)}, {self.views} views",
-            f"{self.images} images to encode, {self.images_reused} already in the cache",
-            f"{self.units} units to write, {self.units_reused} already in the cache",
+            f"{self.cache}: {counted(self.demos, 'demo')}, {', '.join(self.cameras)}, {counted(self.views, 'view')}",
+            f"{counted(self.images, 'image')} to encode, {self.images_reused} already in the cache",
+            f"{counted(self.units, 'unit')} to write, {self.units_reused} already in the cache",
             f"{self.bytes / 1e6:.1f} MB to write at most",
         ]
         if self.seconds is not None:
@@ -60,7 +61,7 @@ class ExtractionPlan(NamedTuple):
             names = getattr(self, what)
             if names:
                 shown = ", ".join(names[:10]) + (f", … ({len(names) - 10} more)" if len(names) > 10 else "")
-                lines.append(f"{len(names)} demos {what}: {shown}")
+                lines.append(f"{counted(len(names), 'demo')} {what}: {shown}")
         return lines
 
 

@@ -23,7 +23,7 @@ from cache_pipeline.encoders.precision import nearest_precision
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.encoders.views import view_parameters
-from cache_pipeline.errors import DatasetError
+from cache_pipeline.errors import DatasetError, counted
 from cache_pipeline.extract.camera_encoders import restore_encoders
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.freshness import require_same_demos
@@ -70,7 +70,7 @@ class VerifyResult(NamedTuple):
         seen = self.error_over_variation
         varied = "" if seen is None else f", {seen:.1e} of the variation over frames"
         line = (
-            f"{self.rows} rows: stored and live features differ by {self.max_rel:.2e} relative at most "
+            f"{counted(self.rows, 'row')}: stored and live features differ by {self.max_rel:.2e} relative at most "
             f"({self.max_abs:.2e} absolute{varied}, cosine at least {self.min_cosine:.6f}); tolerance "
             f"{self.tolerance:.0e}: {'ok' if self.ok else 'NOT ok'}"
         )

@@ -74,7 +74,7 @@ def write_report(
         overwrite = overwrite or is_ours(out)
     check_output(out, HTML, overwrite=overwrite)
     record, summary = read_record(folder), inspect_run(folder)
-    page = Page(f"Run {resolved(folder).name}", " · ".join(summary.lines()[:2]))
+    page = Page(f"Training run {folder}", " · ".join(summary.lines()[:2]))
     _figures(page, record, summary)
     _curves(page, folder, summary.mean_action_mse)
     found = _run_demos(record, cached=record.data.cache is not None and record.kind != "finetune")

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_pipeline.errors import CachePipelineError, ConfigError, available
+from cache_pipeline.errors import CachePipelineError, ConfigError, available, counted
 from cache_pipeline.files import FileKind, check_output, output_file
 from cache_pipeline.progress import Progress
 from cache_pipeline.sim.environment import (
@@ -116,7 +116,7 @@ class CollectResult(NamedTuple):
         """Returns the result as lines for a terminal."""
         megabytes = self.bytes / 1e6
         return [
-            f"{self.out}: {self.demos} demos of {self.attempts} episodes, {self.steps} steps, {megabytes:.1f} MB, "
+            f"{self.out}: {counted(self.demos, 'demo')} of {counted(self.attempts, 'episode')}, {counted(self.steps, 'step')}, {megabytes:.1f} MB, "
             f"in {self.seconds:.0f} s"
         ]
 

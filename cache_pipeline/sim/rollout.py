@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_pipeline.errors import ConfigError
+from cache_pipeline.errors import ConfigError, counted
 from cache_pipeline.files import FileKind, check_output, output_file, read_json, write_json
 from cache_pipeline.progress import Progress
 from cache_pipeline.sim.env_args import EnvArgs, read_env_args
@@ -143,7 +143,7 @@ class RolloutResult(NamedTuple):
         low, high = self.ci95
         rate = f"{self.success_rate:.0%} (95% interval {low:.0%} to {high:.0%})"
         videos = [f"video: {episode.video}" for episode in self.records if episode.video]
-        return [f"success: {self.successes} of {self.episodes} episodes, {rate}, in {self.seconds:.0f} s", *videos]
+        return [f"success: {self.successes} of {counted(self.episodes, 'episode')}, {rate}, in {self.seconds:.0f} s", *videos]
 
 
 def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolicy | None = None) -> RolloutResult:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cache_pipeline.errors import counted
 from cache_pipeline.training.journal import START_ERROR
 from cache_pipeline.training.loop import LoopResult
 
@@ -68,7 +69,7 @@ class TrainResult(NamedTuple):
     def lines(self) -> list[str]:
         """The figures as lines for a terminal."""
         lines = [
-            f"trained {self.steps} steps in {self.seconds:.1f} s ({self.steps_per_s:.1f} steps/s, {self.source})",
+            f"trained {counted(self.steps, 'step')} in {self.seconds:.1f} s ({self.steps_per_s:.1f} steps/s, {self.source})",
             f"loss {self.first_loss:.4g} → {self.final_loss:.4g}",
         ]
         if self.valid_action_mse is not None and self.mean_action_mse is not None:
