@@ -10,11 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from cache_pipeline.errors import counted
 from cache_pipeline.demos import checks
 from cache_pipeline.demos.dataset import Paths, distinct_paths
 from cache_pipeline.demos.layouts.robomimic import READ_ERRORS, DemoInfo, FileInfo, open_file, scan_file
 from cache_pipeline.demos.stillness import still_cameras
+from cache_pipeline.errors import counted
 
 SHOWN = 12
 
@@ -68,9 +68,10 @@ class FileSummary:
         """Returns the lines of a readable table."""
         low, middle, high = self.episode_length
         env = self.env_args or {}
+        steps = counted(self.steps, "step")
         rows = [
             ("size", f"{self.bytes / 1e6:.1f} MB"),
-            ("demos", f"{self.demos}, {counted(self.steps, 'step')}, {low} / {middle:g} / {high} per demo (min / median / max)"),
+            ("demos", f"{self.demos}, {steps}, {low} / {middle:g} / {high} per demo (min / median / max)"),
             *(("camera", _camera_line(name, camera)) for name, camera in self.cameras.items()),
             ("low-dim", ", ".join(f"{key} {width}" for key, width in self.low_dim.items()) or "none"),
             *_action_lines(self.actions),
@@ -123,7 +124,9 @@ class DatasetSummary:
         lines = [line for file in self.files for line in file.lines()]
         lines += [f"PROBLEM  {problem}" for problem in self.problems] + [f"note  {note}" for note in self.notes]
         if len(self.files) > 1:
-            lines.append(f"together: {len(self.files)} files, {counted(self.demos, 'demo')}, {counted(self.steps, 'step')}")
+            lines.append(
+                f"together: {len(self.files)} files, {counted(self.demos, 'demo')}, {counted(self.steps, 'step')}"
+            )
         return [*lines, "sound" if self.sound else "NOT SOUND: see the problems above"]
 
 

@@ -78,11 +78,6 @@ class FrozenEncoder:
             images = torch.as_tensor(frames).to(self.device, non_blocking=True)
             return self._trunk(preprocess(images, self.preprocess, view))
 
-    @property
-    def can_run_in_lanes(self) -> bool:
-        """Whether parallel calls from several threads are faster: for a ResNet on a CPU."""
-        return self.device.type == "cpu" and can_fold(self.encoder.net)
-
     def feature_shape(self, image_shape: tuple[int, ...]) -> tuple[int, ...]:
         """Returns the shape of a feature at the cut for frames of ``image_shape``, (H, W, 3)."""
         return self.encoder.feature_shape(*self.preprocess.output_shape(image_shape[0], image_shape[1]))

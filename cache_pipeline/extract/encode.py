@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
-from functools import partial
 
 import numpy as np
 import torch
@@ -14,7 +12,6 @@ from torch import Tensor
 
 from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.views import ViewParameters
-from cache_pipeline.extract.lanes import MAX_LANES, cpu_lanes
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -33,7 +30,11 @@ class BatchEncoder:
         self.dtype = DTYPES[dtype]
 
     def __call__(
-        self, encoder: FrozenEncoder, frames: NDArray[np.uint8], views: Sequence[ViewParameters] | None = None
+        self,
+        encoder: FrozenEncoder,
+        frames: NDArray[np.uint8],
+        views: Sequence[ViewParameters] | None = None,
+        advance: Callable[[int], None] = lambda count: None,
     ) -> NDArray:
         """Returns features (n, D) or (n, D, h, w) in the stored dtype.
 
@@ -41,94 +42,38 @@ class BatchEncoder:
             encoder: the frozen encoder.
             frames: (n, H, W, 3).
             views: one augmentation per frame; None: the clean view.
+            advance: called with the number of encoded frames after each batch.
         """
-        return self.start(encoder, frames, views).result()
-
-    def start(
-        self,
-        encoder: FrozenEncoder,
-        frames: NDArray[np.uint8],
-        views: Sequence[ViewParameters] | None = None,
-        advance: Callable[[int], None] = lambda count: None,
-    ) -> Encoding:
-        """Starts encoding, in lanes on a CPU; arguments as above.
-
-        Args:
-            advance: called with the number of encoded frames after each batch, while ``result`` waits.
-        """
-        return Encoding(self, encoder, frames, views, advance)
-
-    def halve(self, too_large: int) -> None:
-        """Sets half of a size that was too large, unless the current size is already smaller."""
-        if self.batch_size >= too_large:
-            self.batch_size = too_large // 2
-            logger.warning("out of memory: batches of %d frames from now on", self.batch_size)
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-class Encoding:
-    """Features of a unit that is being encoded; made by ``BatchEncoder.start``."""
-
-    def __init__(
-        self,
-        batches: BatchEncoder,
-        encoder: FrozenEncoder,
-        frames: NDArray[np.uint8],
-        views: Sequence[ViewParameters] | None,
-        advance: Callable[[int], None],
-    ) -> None:
-        self._batches, self._encoder, self._advance = batches, encoder, advance
-        self._images = torch.from_numpy(frames).to(encoder.device)
-        self._views = views
-        self._futures: list[Future[Tensor]] = []
-        self._waits = self._begin()
-
-    def result(self) -> NDArray:
-        """Waits for the features, (n, D) or (n, D, h, w) in the stored dtype."""
+        images = torch.from_numpy(frames).to(encoder.device)
         while True:
-            size, done = self._size, []
+            size, done = self.batch_size, []
             try:
-                for wait in self._waits:
-                    done.append(wait())
-                    self._advance(len(done[-1]))
+                for start in range(0, len(images), size):
+                    done.append(self._batch(encoder, images, views, start))
+                    advance(len(done[-1]))
                 return torch.cat(done).cpu().numpy()
             except BaseException as error:
-                self.cancel()
                 if not is_out_of_memory(error) or size == 1:
                     raise
-            self._advance(-sum(map(len, done)))
+            advance(-sum(map(len, done)))
             del done
-            self._batches.halve(size)
-            self._waits = self._begin()
+            self._halve()
 
-    @property
-    def batches(self) -> int:
-        """Number of batches that can run in parallel with those of other units; ``MAX_LANES`` without lanes."""
-        return len(self._futures) if self._encoder.can_run_in_lanes else MAX_LANES
-
-    def cancel(self) -> None:
-        """Drops batches that have not started, and waits for the others."""
-        for future in self._futures:
-            if not future.cancel():
-                future.exception()
-
-    def _begin(self) -> list[Callable[[], Tensor]]:
-        self._size = self._batches.batch_size
-        encode = [partial(self._encode, start, self._size) for start in range(0, len(self._images), self._size)]
-        if not self._encoder.can_run_in_lanes:
-            return list(encode)
-        lanes = cpu_lanes()
-        self._futures = [lanes.submit(batch) for batch in encode]
-        return [future.result for future in self._futures]
-
-    def _encode(self, start: int, size: int) -> Tensor:
-        total = len(self._images)
+    def _batch(
+        self, encoder: FrozenEncoder, images: Tensor, views: Sequence[ViewParameters] | None, start: int
+    ) -> Tensor:
+        size, total = self.batch_size, len(images)
         count = min(size, total - start)
         rows = torch.arange(start, start + size).clamp_(max=total - 1)
-        batch = self._images[start : start + size] if count == size else self._images[rows.to(self._images.device)]
-        views = None if self._views is None else [self._views[row] for row in rows.tolist()]
-        return self._encoder(batch, views)[:count].to(self._batches.dtype)
+        batch = images[start : start + size] if count == size else images[rows.to(images.device)]
+        chosen = None if views is None else [views[row] for row in rows.tolist()]
+        return encoder(batch, chosen)[:count].to(self.dtype)
+
+    def _halve(self) -> None:
+        self.batch_size //= 2
+        logger.warning("out of memory: batches of %d frames from now on", self.batch_size)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import replace
@@ -34,9 +33,8 @@ from cache_pipeline.encoders.views import ViewParameters, view_parameters
 from cache_pipeline.errors import CacheError, CorruptCacheError, DatasetError, EncoderError, counted
 from cache_pipeline.extract.camera_encoders import save_weights
 from cache_pipeline.extract.config import ExtractConfig
-from cache_pipeline.extract.encode import BatchEncoder, Encoding, not_finite_row
+from cache_pipeline.extract.encode import BatchEncoder, not_finite_row
 from cache_pipeline.extract.finish import finish, is_up_to_date
-from cache_pipeline.extract.lanes import MAX_LANES
 from cache_pipeline.extract.matching import array_digest, frame_digests
 from cache_pipeline.extract.prepare import Prepared, metadata_digests, planned_bytes, prepare
 from cache_pipeline.extract.stages import ReadAhead, WriteBehind
@@ -78,9 +76,10 @@ class ExtractResult(NamedTuple):
     def lines(self) -> list[str]:
         """For people."""
         stages = f"read {self.read_s:.1f} s, encode {self.encode_s:.1f} s, write {self.write_s:.1f} s"
+        images = counted(self.images, "image")
         return [
             f"{self.cache}: complete, {self.bytes / 1e6:.1f} MB, fingerprint {self.fingerprint}",
-            f"{counted(self.images, 'image')} of {', '.join(self.cameras)} in {self.seconds:.1f} s, {self.images_per_s:.1f}/s",
+            f"{images} of {', '.join(self.cameras)} in {self.seconds:.1f} s, {self.images_per_s:.1f}/s",
             f"stages (in parallel): {stages}",
             f"{counted(self.units_encoded, 'unit')} written, {self.units_reused} reused",
         ]
@@ -234,14 +233,6 @@ def _stored_block(
     return block if block[rows].tobytes() == values.astype(stored.dtype, copy=False).tobytes() else None
 
 
-def _may_wait(started: Sequence[tuple[_Read, Unit, Encoding | None]]) -> bool:
-    """Whether enough batches of later units are running to keep all lanes busy while the first unit is awaited."""
-    if started[0][2] is None:
-        return True
-    later = [encoding.batches for _, _, encoding in list(started)[1:] if encoding is not None]
-    return sum(later) >= MAX_LANES
-
-
 class _Run:
     """Runs the three stages over the jobs of one extraction."""
 
@@ -304,39 +295,22 @@ class _Run:
                 )
 
     def _encode(self, results: Iterator[_Read], writer: WriteBehind[_Write], advance: Callable[[int], None]) -> None:
-        """Encodes units in order; later units start before the first one is awaited."""
-        started: deque[tuple[_Read, Unit, Encoding | None]] = deque()
-        try:
-            for read in results:
-                for unit in read.job.units:
-                    started.append((read, unit, self._start(read, unit, advance)))
-                    while started and _may_wait(started):
-                        self._hand_over(*started.popleft(), writer)
-            while started:
-                self._hand_over(*started.popleft(), writer)
-        finally:
-            for _, _, encoding in started:
-                if encoding is not None:
-                    encoding.cancel()
+        for read in results:
+            for unit in read.job.units:
+                began = time.perf_counter()
+                values = self._values(read, unit, advance)
+                seconds = time.perf_counter() - began
+                self.encode_s += seconds if unit.kind == "features" else 0.0
+                writer.put(_Write(unit, read.job.segments, read.recorded[unit], values, seconds))
 
-    def _start(self, read: _Read, unit: Unit, advance: Callable[[int], None]) -> Encoding | None:
+    def _values(self, read: _Read, unit: Unit, advance: Callable[[int], None]) -> dict[str, NDArray]:
+        """Returns array name → rows of one unit."""
+        if unit.kind == "frames":
+            return {f"frame_digests/{unit.key}": read.digests}
         if unit.kind != "features":
-            return None
-        began = time.perf_counter()
-        encoder = self.prepared.encoders[unit.key].frozen
-        encoding = self._batches.start(encoder, read.frames, self._views(read, unit), advance)
-        self.encode_s += time.perf_counter() - began
-        return encoding
-
-    def _hand_over(self, read: _Read, unit: Unit, encoding: Encoding | None, writer: WriteBehind[_Write]) -> None:
-        began = time.perf_counter()
-        if encoding is not None:
-            values = {f"features/{unit.key}": encoding.result()}
-        else:
-            values = {f"frame_digests/{unit.key}": read.digests} if unit.kind == "frames" else read.rows
-        seconds = time.perf_counter() - began
-        self.encode_s += seconds if encoding is not None else 0.0
-        writer.put(_Write(unit, read.job.segments, read.recorded[unit], values, seconds))
+            return read.rows
+        encoder, views = self.prepared.encoders[unit.key].frozen, self._views(read, unit)
+        return {f"features/{unit.key}": self._batches(encoder, read.frames, views, advance)}
 
     def _views(self, read: _Read, unit: Unit) -> list[ViewParameters] | None:
         if unit.view == 0:

@@ -16,7 +16,7 @@ from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.split import Split
 from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.errors import CachePipelineError
-from cache_pipeline.files import check_output, read_json, resolved
+from cache_pipeline.files import check_output, read_json
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.progress import logger
 from cache_pipeline.reports import plots

@@ -115,8 +115,9 @@ class CollectResult(NamedTuple):
     def lines(self) -> list[str]:
         """Returns the result as lines for a terminal."""
         megabytes = self.bytes / 1e6
+        demos = counted(self.demos, "demo")
         return [
-            f"{self.out}: {counted(self.demos, 'demo')} of {counted(self.attempts, 'episode')}, {counted(self.steps, 'step')}, {megabytes:.1f} MB, "
+            f"{self.out}: {demos} of {self.attempts} attempts, {self.steps} steps, {megabytes:.1f} MB, "
             f"in {self.seconds:.0f} s"
         ]
 

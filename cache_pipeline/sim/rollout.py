@@ -143,7 +143,10 @@ class RolloutResult(NamedTuple):
         low, high = self.ci95
         rate = f"{self.success_rate:.0%} (95% interval {low:.0%} to {high:.0%})"
         videos = [f"video: {episode.video}" for episode in self.records if episode.video]
-        return [f"success: {self.successes} of {counted(self.episodes, 'episode')}, {rate}, in {self.seconds:.0f} s", *videos]
+        return [
+            f"success: {self.successes} of {counted(self.episodes, 'episode')}, {rate}, in {self.seconds:.0f} s",
+            *videos,
+        ]
 
 
 def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolicy | None = None) -> RolloutResult:

@@ -68,8 +68,9 @@ class TrainResult(NamedTuple):
 
     def lines(self) -> list[str]:
         """The figures as lines for a terminal."""
+        rate = f"{self.steps_per_s:.1f} steps/s, {self.source}"
         lines = [
-            f"trained {counted(self.steps, 'step')} in {self.seconds:.1f} s ({self.steps_per_s:.1f} steps/s, {self.source})",
+            f"trained {counted(self.steps, 'step')} in {self.seconds:.1f} s ({rate})",
             f"loss {self.first_loss:.4g} → {self.final_loss:.4g}",
         ]
         if self.valid_action_mse is not None and self.mean_action_mse is not None:

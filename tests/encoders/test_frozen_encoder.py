@@ -4,7 +4,7 @@ from torch import nn
 
 from cache_pipeline.encoders.cut import CUTS
 from cache_pipeline.encoders.device import resolve_device
-from cache_pipeline.encoders.folded import can_fold, folded_conv, max_pool, onednn_fuses
+from cache_pipeline.encoders.folded import can_fold, folded_conv, onednn_fuses
 from cache_pipeline.encoders.frozen import FrozenEncoder, preferred_batch_size
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder
 from cache_pipeline.encoders.precision import error_over_variation, nearest_precision, resolve_precision
@@ -67,16 +67,6 @@ def test_the_plain_convolution_equals_the_fused_one():
                         (conv.weight * (norm.weight / (norm.running_var + norm.eps).sqrt())[:, None, None, None]),
                     )
                 torch.testing.assert_close(plain(x, relu, residual), wanted, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_pooling_gives_the_same_bits_as_torch(dtype):
-    generator = torch.Generator().manual_seed(0)
-    for height in range(1, 9):
-        for width in (1, 2, 5, 8):
-            x = torch.randn(2, 8, height, width, generator=generator).relu().to(dtype)
-            x = x.contiguous(memory_format=torch.channels_last)
-            assert torch.equal(max_pool(x), torch.max_pool2d(x, 3, 2, 1)), (height, width)
 
 
 def test_trying_the_fused_convolution_gives_an_answer():

@@ -283,13 +283,13 @@ def test_batches_halve_when_memory_does_not_suffice(dataset, out, monkeypatch, c
 
 
 def test_a_file_that_changes_while_it_is_read_leaves_no_complete_cache(dataset, out, monkeypatch):
-    real = BatchEncoder.start
+    real = BatchEncoder.__call__
 
     def touch(self, *args):
         os.utime(dataset, ns=(time.time_ns(), time.time_ns()))
         return real(self, *args)
 
-    monkeypatch.setattr(BatchEncoder, "start", touch)
+    monkeypatch.setattr(BatchEncoder, "__call__", touch)
     with pytest.raises(DatasetError, match="has changed since it was opened"):
         extract(out, dataset)
     assert not (out / MANIFEST).exists()
