@@ -16,7 +16,7 @@ from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.split import Split
 from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.errors import CachePipelineError
-from cache_pipeline.files import check_output, read_json
+from cache_pipeline.files import check_output, read_json, resolved
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.progress import logger
 from cache_pipeline.reports import plots
@@ -74,7 +74,8 @@ def write_report(
         overwrite = overwrite or is_ours(out)
     check_output(out, HTML, overwrite=overwrite)
     record, summary = read_record(folder), inspect_run(folder)
-    page = Page(f"Training run {folder}", " · ".join(summary.lines()[:2]))
+    place = resolved(folder)
+    page = Page(f"Training run {place.parent.name}/{place.name}", " · ".join(summary.lines()[:2]))
     _figures(page, record, summary)
     _curves(page, folder, summary.mean_action_mse)
     found = _run_demos(record, cached=record.data.cache is not None and record.kind != "finetune")

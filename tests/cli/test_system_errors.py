@@ -100,7 +100,7 @@ def test_the_folder_one_is_in_is_a_path_like_any_other(tmp_path, made, monkeypat
     for command in (["inspect", "."], ["report", "."]):
         result = run(*command)
         assert result.exit_code == 0, result.output
-    assert "Run copy" in (copy / "report.html").read_text()
+    assert f"Training run {tmp_path.name}/copy" in (copy / "report.html").read_text()
     result = run("finetune", "--checkpoint", ".", "--live-encoder", *TRAIN)
     assert (tmp_path / "copy_finetune/run.json").is_file(), result.output
     assert "no cache" in the_error(run("cache", "compact", "."))
