@@ -61,7 +61,7 @@ def probe(
 
 def bench(
     cases: Annotated[
-        list[str] | None, typer.Argument(help="encode, extract, load, train or finetune; all by default.")
+        list[str] | None, typer.Argument(help="encode, extract, load, train, finetune or frontier; all by default.")
     ] = None,
     dataset: Annotated[
         Path | None, typer.Option("--dataset", help="A robomimic HDF5 file; the sample by default.")
