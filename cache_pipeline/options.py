@@ -2,8 +2,8 @@
 
     steps: Annotated[int, Option("Optimiser steps.", OPTIMISATION, least=1)] = 4000
 
-``check`` holds a config to the bounds, ``to_json`` and ``from_json`` keep it with a run, and the command line makes one
-option of each such field (cli/generated.py). A field whose type is a config itself adds that config's options.
+``check`` enforces the bounds. ``to_json`` and ``from_json`` save a config with a run. The command line has one option
+per such field (cli/generated.py). A field whose type is itself a config adds the options of that config.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ Config = TypeVar("Config")
 
 @dataclass(frozen=True)
 class Option:
-    """What a field says about itself.
+    """Help, bounds and command-line flag of a config field.
 
     Attributes:
         help: one line for ``--help``.
-        group: the heading under which ``--help`` lists it.
-        flag: on the command line; by default the field's name. ``--x/--no-x`` for a switch with two sides.
-        least, most: bounds of a number; ``above`` is a bound that it must exceed.
-        choices: all values that a text may have.
-        parse: makes the value of what was typed: of text, or of ``typed``.
-        typed: the type of what is typed, where it is not that of the field.
+        group: heading in ``--help``.
+        flag: flag on the command line, by default from the field's name; ``--x/--no-x`` for a switch.
+        least, most: inclusive bounds of a number; ``above`` is an exclusive lower bound.
+        choices: all allowed values of a text.
+        parse: converts the typed value to the value of the field.
+        typed: type of the typed value, if it differs from the field's.
     """
 
     help: str
@@ -54,13 +54,13 @@ class Option:
 
 
 def option_of(item: Field[Any]) -> Option | None:
-    """The ``Option`` of a dataclass field, if it has one."""
+    """Returns the ``Option`` of a dataclass field, or None."""
     marks = get_args(item.type)[1:] if get_origin(item.type) is Annotated else ()
     return next((mark for mark in marks if isinstance(mark, Option)), None)
 
 
 def options_of(cls: Any) -> Iterator[tuple[Field[Any], Option]]:
-    """The fields of a config that have an option, without those of nested configs."""
+    """Yields the fields of a config that have an option, without those of nested configs."""
     for item in fields(cls):
         option = option_of(item)
         if option is not None:
@@ -68,12 +68,12 @@ def options_of(cls: Any) -> Iterator[tuple[Field[Any], Option]]:
 
 
 def flag_of(item: Field[Any], option: Option) -> str:
-    """``--batch-size`` of ``batch_size``, unless the option names its flag."""
+    """Returns the flag, such as ``--batch-size`` for ``batch_size``, unless the option names its flag."""
     return option.flag or f"--{item.name.replace('_', '-')}"
 
 
 def check(config: Any) -> None:
-    """Raises ConfigError for the first value of a config outside of its bounds or choices."""
+    """Raises ConfigError for the first value of a config outside its bounds or choices."""
     for item, option in options_of(config):
         value = getattr(config, item.name)
         if value is None:
@@ -95,7 +95,7 @@ def _check_number(name: str, value: float, option: Option) -> None:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-    """A config as a JSON object."""
+    """Converts a config to a JSON object."""
     return {item.name: _plain(getattr(config, item.name)) for item in fields(config)}
 
 
@@ -112,10 +112,10 @@ def _plain(value: Any) -> Any:
 
 
 def from_json(cls: type[Config], value: Any, nested: Mapping[str, Callable[[Any], Any]] | None = None) -> Config:
-    """Reads what ``to_json`` gave.
+    """Reads the value of ``to_json``.
 
     Args:
-        nested: field → function that reads its value, for values that are no config of this kind.
+        nested: field → function that reads its value, for values that are not configs of this kind.
 
     Raises:
         CheckpointError: a field is unknown, or a value does not fit.
@@ -129,7 +129,7 @@ def from_json(cls: type[Config], value: Any, nested: Mapping[str, Callable[[Any]
 
 
 def read_fields(cls: Any, value: Any, nested: Mapping[str, Callable[[Any], Any]] | None = None) -> dict[str, Any]:
-    """The fields that a JSON object has, as the config takes them; arguments and errors as in ``from_json``."""
+    """Reads the fields of a JSON object as values of the config; arguments and errors as in ``from_json``."""
     items = {item.name: item for item in fields(cls)}
     if not isinstance(value, dict) or not items.keys() >= value.keys():
         unknown = sorted(set(value) - set(items)) if isinstance(value, dict) else value
@@ -157,7 +157,7 @@ def _revived(item: Field[Any], value: Any, read: Callable[[Any], Any] | None) ->
 
 
 def plain_type(item: Field[Any]) -> Any:
-    """The type of a field without its ``Annotated`` and without ``None``."""
+    """Returns the type of a field without ``Annotated`` and ``None``."""
     kind = get_args(item.type)[0] if get_origin(item.type) is Annotated else item.type
     if get_origin(kind) in (Union, types.UnionType):
         kinds = [part for part in get_args(kind) if part is not type(None)]
@@ -174,7 +174,7 @@ def image_shape(text: str) -> tuple[int, int]:
     """Reads ``76,76`` or ``76x76`` as (height, width) in pixels; raises ConfigError."""
     match = re.fullmatch(r"(\d+)[,x](\d+)", text.strip())
     if match is None or "0" in match.groups():
-        raise ConfigError(f"{text!r} is no image shape; write height and width in pixels, such as 76,76")
+        raise ConfigError(f"{text!r} is not an image shape; give height and width in pixels, such as 76,76")
     return int(match[1]), int(match[2])
 
 
@@ -182,7 +182,7 @@ def byte_count(text: str) -> int:
     """Reads ``512MiB``, ``2g`` or ``1000000`` as a number of bytes; raises ConfigError."""
     match = re.fullmatch(r"([\d.]+)\s*([kmg]?i?)b?", text.strip().lower())
     if match is None or match[2] not in BYTE_UNITS:
-        raise ConfigError(f"{text!r} is no size; write bytes or a unit, such as 800MB or 2GiB")
+        raise ConfigError(f"{text!r} is not a size; give bytes or a unit, such as 800MB or 2GiB")
     return int(float(match[1]) * BYTE_UNITS[match[2]])
 
 
@@ -191,26 +191,26 @@ def number_or_none(text: str) -> float | None:
     try:
         return None if text.strip().lower() == "none" else float(text)
     except ValueError as error:
-        raise ConfigError(f"{text!r} is no number; write one such as 0.5, or none") from error
+        raise ConfigError(f"{text!r} is not a number; give one such as 0.5, or none") from error
 
 
 def slices(text: str) -> tuple[tuple[int, int], ...]:
     """Reads ``3:6`` or ``3:6,10:13`` as pairs of start and stop; raises ConfigError."""
     pairs = [item.split(":") for item in text.split(",")]
     if any(len(pair) != 2 or not all(part.strip().isdecimal() for part in pair) for pair in pairs):
-        raise ConfigError(f"rotation_6d {text!r} is not START:STOP; write 3:6, or 3:6,10:13 for two rotations")
+        raise ConfigError(f"rotation_6d {text!r} is not START:STOP; give 3:6, or 3:6,10:13 for two rotations")
     return tuple((int(start), int(stop)) for start, stop in pairs)
 
 
 def assignments(texts: list[str]) -> dict[str, Any]:
-    """Reads ``NAME=VALUE``, the values as JSON where they are some, else as text; raises ConfigError."""
+    """Reads ``NAME=VALUE``; a value that is not JSON stays text. Raises ConfigError."""
     found: dict[str, Any] = {}
     for text in texts:
         name, mark, value = text.partition("=")
         if not mark or not name:
-            raise ConfigError(f"{text!r} is not NAME=VALUE; write for instance hidden=[512,512]")
+            raise ConfigError(f"{text!r} is not NAME=VALUE; give for instance hidden=[512,512]")
         if name in found:
-            raise ConfigError(f"{name} is given twice and only one would count: give it once")
+            raise ConfigError(f"{name} is given twice, but only one counts; give it once")
         try:
             found[name] = json.loads(value)
         except ValueError:

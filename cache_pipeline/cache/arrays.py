@@ -1,4 +1,4 @@
-"""The zarr v3 arrays of a cache: what they are called, how they are laid out, how shards are written and read."""
+"""The zarr v3 arrays of a cache: their names, their layout, and how their shards are read and written."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ from cache_pipeline.errors import CorruptCacheError
 from cache_pipeline.files import DIGEST_BYTES
 
 READ_THREADS = max(1, min(8, os.cpu_count() or 1))
-THREADED_BYTES = 2 << 20  # less is read sooner than threads start
-PIECE_BYTES = 4 << 20  # that one thread reads at once
-LONG_RUN = 16  # rows in a run, on average, from which each run is read straight into its place
+THREADED_BYTES = 2 << 20  # smaller reads run in the calling thread, which is faster than starting threads
+PIECE_BYTES = 4 << 20  # bytes that one thread reads per call
+LONG_RUN = 16  # mean rows per run from which each run is read directly into the output
 Item = TypeVar("Item")
 DECODE_ERRORS = (ValueError, RuntimeError, TypeError, KeyError, OSError)
-"""What zarr and its codecs raise for bytes that are not what was written."""
+"""Exceptions that zarr and its codecs raise for damaged bytes."""
 
 
 class ArraySpec(NamedTuple):
-    """What decides the metadata of one array.
+    """Values that determine the metadata of one array.
 
     Attributes:
         dtype: of the stored values.
@@ -47,7 +47,7 @@ class ArraySpec(NamedTuple):
 
     @property
     def fill(self) -> float | int:
-        """NaN shows a row that was never written; integers have no such value."""
+        """The fill value: NaN for floats, which marks a row that was never written; 0 for integers."""
         return float("nan") if self.dtype.startswith("float") else 0
 
     @property
@@ -57,7 +57,7 @@ class ArraySpec(NamedTuple):
 
 
 def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
-    """Path inside the cache → spec, for every array of the cache."""
+    """Returns the spec of every array of the cache, by its path inside the cache."""
     specs = {}
     for camera, entry in manifest.cameras.items():
         specs[f"features/{camera}"] = ArraySpec(manifest.dtype, entry.feature_shape, entry.views)
@@ -70,12 +70,12 @@ def array_specs(manifest: Manifest) -> dict[str, ArraySpec]:
 
 
 def array_names(manifest: Manifest) -> list[str]:
-    """Paths of all arrays inside the cache."""
+    """Returns the paths of all arrays inside the cache."""
     return list(array_specs(manifest))
 
 
 def unit_arrays(manifest: Manifest, unit: Unit) -> list[str]:
-    """The arrays of which a unit writes one shard, in the order in which its digest takes them."""
+    """Returns the arrays of which a unit writes one shard, in the order in which its digest covers them."""
     if unit.kind == "features":
         return [f"features/{unit.key}"]
     if unit.kind == "frames":
@@ -87,11 +87,11 @@ def unit_arrays(manifest: Manifest, unit: Unit) -> list[str]:
     return sorted(name for name in array_specs(manifest) if not name.startswith(("features/", "frame_digests/")))
 
 
-MEND = "run the extract-features command of this cache again: it makes anew what is missing or damaged"
+MEND = "run the extract-features command of this cache again; it writes missing or damaged parts again"
 
 
 class _Piece(NamedTuple):
-    """Rows of one shard, from ``row`` on, to be read into ``out``."""
+    """Rows of one shard, starting at ``row``, to read into ``out``."""
 
     view: int
     block: int
@@ -124,13 +124,13 @@ class StoredArray:
         self.fill = float("nan") if self.dtype.kind == "f" else 0
 
     def spans(self, spans: Sequence[tuple[int, int]], view: int | None = None) -> NDArray[Any]:
-        """Rows of several spans (start, stop), one after another, (n, …)."""
+        """Reads the rows of several spans (start, stop) and joins them, (n, …)."""
         out = np.empty((sum(stop - start for start, stop in spans), *self.row_shape), self.dtype)
         _in_threads(self._read_piece, list(self._pieces(_merged(spans), view or 0, out)), out.nbytes)
         return out
 
     def views(self, spans: Sequence[tuple[int, int]], count: int) -> NDArray[Any]:
-        """Rows of several spans of the first ``count`` views, (count, n, …)."""
+        """Reads the rows of several spans of the first ``count`` views, (count, n, …)."""
         out = np.empty((count, sum(stop - start for start, stop in spans), *self.row_shape), self.dtype)
         merged = _merged(spans)
         pieces = [piece for view in range(count) for piece in self._pieces(merged, view, out[view])]
@@ -138,7 +138,7 @@ class StoredArray:
         return out
 
     def gather(self, rows: NDArray[np.integer], n_rows: int, view: int | None = None) -> NDArray[Any]:
-        """Rows in the order asked for, (n, …); each chunk that holds one is read once."""
+        """Reads rows in the requested order, (n, …), and each chunk once."""
         if rows.size == 0:
             return np.empty((*rows.shape, *self.row_shape), self.dtype)
         ascending = rows.ndim == 1 and bool((np.diff(rows) > 0).all())
@@ -156,11 +156,11 @@ class StoredArray:
         return found if inverse is None else found[inverse.reshape(rows.shape)]
 
     def block(self, block: int, view: int | None = None) -> NDArray[Any]:
-        """A whole shard with its dead rows, (shard_rows, …)."""
+        """Reads a whole shard with its dead rows, (shard_rows, …)."""
         return self.spans([(block * self.shard_rows, (block + 1) * self.shard_rows)], view)
 
     def has_block(self, block: int, view: int | None = None) -> bool:
-        """Whether the file of a shard is there, whatever it holds."""
+        """Whether the file of a shard exists; its contents are not checked."""
         return self._shard_file(block, view or 0).is_file()
 
     def write_block(self, block: int, values: NDArray[Any], view: int | None = None) -> None:
@@ -175,7 +175,7 @@ class StoredArray:
         return None
 
     def _pieces(self, spans: Sequence[tuple[int, int]], view: int, out: NDArray[Any]) -> Iterator[_Piece]:
-        """Cuts spans to be read into ``out`` at the bounds of shards, and these into what one thread reads at once."""
+        """Splits spans at shard bounds, then into pieces that one thread reads per call."""
         chunk_rows = self.shard_rows // self._layout.chunks if self._layout else self.shard_rows
         chunks_at_once = max(1, PIECE_BYTES // self._layout.chunk_bytes) if self._layout else 1
         step = min(self.shard_rows, chunk_rows * chunks_at_once)
@@ -198,7 +198,7 @@ class StoredArray:
                     shard.read_span(row, _row_bytes(out))
 
     def _read_rows(self, rows: NDArray[np.integer], view: int, out: NDArray[Any]) -> None:
-        """Scattered rows in ascending order into ``out``, shard by shard."""
+        """Reads scattered rows in ascending order into ``out``, shard by shard."""
         blocks = rows // self.shard_rows
         cuts = (np.flatnonzero(np.diff(blocks)) + 1).tolist()
 
@@ -221,10 +221,10 @@ class StoredArray:
 
     @cached_property
     def _array(self) -> zarr.Array[ArrayV3Metadata]:
-        """For arrays with a compressor; opened on first use."""
+        """The zarr array, opened on first use; only compressed arrays need it."""
         store = LocalStore(self.path / self.name, read_only=self._read_only)
         array = zarr.open_array(store, mode="r" if self._read_only else "r+")
-        # A chunk that equals the fill value is stored too: a shard that is not there was never written.
+        # Chunks of fill values are stored too, so a missing shard file means that the shard was never written.
         config: Any = {"order": "C", "write_empty_chunks": True}
         metadata = cast(ArrayV3Metadata, array.metadata)
         return zarr.Array(zarr.AsyncArray(metadata, array.async_array.store_path, config))
@@ -238,7 +238,7 @@ class StoredArray:
             yield
         except (*DECODE_ERRORS, zarr.errors.BaseZarrError) as error:
             raise CorruptCacheError(
-                f"{self.path / self.name} holds bytes that are not what was written ({error}); "
+                f"{self.path / self.name} is damaged ({error}); "
                 f"find the damaged units with verify {self.path} --integrity, then {MEND}"
             ) from error
 
@@ -248,7 +248,7 @@ class StoredArray:
 
 
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Spans that follow one another made one, empty ones left out."""
+    """Joins adjacent spans and drops empty ones."""
     merged: list[tuple[int, int]] = []
     for start, stop in spans:
         if merged and merged[-1][1] == start:
@@ -259,12 +259,12 @@ def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _row_bytes(values: NDArray[Any]) -> NDArray[np.uint8]:
-    """(n, …) as (n, bytes of a row), the same memory."""
+    """Views (n, …) as uint8 (n, bytes of a row), without a copy."""
     return values.reshape(len(values), -1).view(np.uint8)
 
 
 def _in_threads(read: Callable[[Item], None], items: Sequence[Item], size: int) -> None:
-    """Reads items of ``size`` bytes in all, in threads where that pays."""
+    """Reads items of ``size`` bytes in total, in threads if they are large enough."""
     if len(items) < 2 or size < THREADED_BYTES:
         for item in items:
             read(item)

@@ -1,4 +1,4 @@
-"""Gives back the space of rows whose demos left: live rows are copied to a new cache, which is then swapped in."""
+"""Frees the space of rows whose demos were removed: copies live rows to a new cache, then swaps it in."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from cache_pipeline.files import digest
 
 
 class CompactResult(NamedTuple):
-    """Sizes of all files before and after, and the rows that were dead."""
+    """Total file size before and after in bytes, and the number of dead rows that were freed."""
 
     cache: str
     bytes_before: int
@@ -36,24 +36,24 @@ class CompactResult(NamedTuple):
     rows_freed: int
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object of the fields."""
+        """Returns the fields as a JSON object."""
         return self._asdict()
 
     def lines(self) -> list[str]:
         """For people."""
         return [
-            f"{self.cache}: {self.rows_freed} dead rows given back, "
+            f"{self.cache}: freed {self.rows_freed} dead rows, "
             f"{self.bytes_before / 1e6:.1f} MB before, {self.bytes_after / 1e6:.1f} MB now"
         ]
 
 
 def compact(path: str | Path) -> CompactResult:
-    """Rewrites a complete cache without dead rows; its fingerprint stays. An unfinished extension of it is dropped.
+    """Rewrites a complete cache without dead rows and keeps its fingerprint. Drops an unfinished extension.
 
     Raises:
-        NotACacheError, IncompleteCacheError, CorruptCacheError: there is no sound cache; it is left as it was.
+        NotACacheError, IncompleteCacheError, CorruptCacheError: there is no complete, undamaged cache; nothing changes.
         CacheLockedError: another process is writing it.
-        CacheError: the disk is full; the cache is left as it was.
+        CacheError: the disk is full; the cache is unchanged.
     """
     with writer_lock(path) as real:
         finish_swap(real)
@@ -113,7 +113,7 @@ def _copy_block(
 def _record(
     target: Manifest, unit: Unit, segments: Sequence[Segment], sink: Mapping[str, StoredArray], output: str
 ) -> LedgerRecord:
-    """The record that an extraction would have written: what went in is told by the copied digests and rows."""
+    """Builds the record that an extraction would have written, from the copied digests and rows."""
     by_frame = unit.kind in ("features", "frames")
     inputs = [f"frame_digests/{unit.key}"] if by_frame else unit_arrays(target, unit)
     recorded = []

@@ -1,4 +1,4 @@
-"""Features for other tools: a robomimic HDF5 whose low-dim obs are the features, or one .npz file."""
+"""Exports features for other tools: as low-dim obs of a robomimic HDF5 file, or as one .npz file."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FEATURE_NPZ = FileKind("an .npz file that cache export wrote", _is_feature_npz)
 
 
 class ExportResult(NamedTuple):
-    """What was written.
+    """Result of an export.
 
     Attributes:
         keys: obs key or array → shape of one row.
@@ -50,7 +50,7 @@ class ExportResult(NamedTuple):
     keys: dict[str, tuple[int, ...]]
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object of the fields."""
+        """Returns the fields as a JSON object."""
         return {**self._asdict(), "keys": {key: list(shape) for key, shape in self.keys.items()}}
 
     def lines(self) -> list[str]:
@@ -62,7 +62,7 @@ class ExportResult(NamedTuple):
 
 
 def feature_key(camera: str, view: int = 0) -> str:
-    """The obs key of a camera's features: ``agentview_image`` → ``agentview_feature``, views apart."""
+    """Returns the obs key of one view of a camera's features: ``agentview_image`` → ``agentview_feature``."""
     stem = camera.removesuffix("_image")
     return f"{stem}_feature" if view == 0 else f"{stem}_feature_view{view}"
 
@@ -73,17 +73,17 @@ def export_robomimic(
     """Writes a robomimic HDF5 with the demos of a cache: features, flattened to float32, as low-dim obs.
 
     Any robomimic script trains on it with these keys under ``observation.modalities.obs.low_dim``. ``next_obs`` is
-    ``obs`` shifted by one step; the last step, where ``dones`` ends the demo, repeats its own.
+    ``obs`` shifted by one step; the last step of a demo repeats its own obs.
 
     Args:
         cache_path: a complete cache.
         out_path: the HDF5 file.
-        views: write every view, not the clean one alone.
+        views: write every view; by default only the clean one is written.
         overwrite: replace an existing file.
 
     Raises:
         ConfigError: the file exists already, or is none that an export wrote.
-        CacheError: two obs would share a key; or the disk is full.
+        CacheError: two obs would share a key, or the disk is full.
     """
     cache, out = FeatureCache(cache_path), Path(out_path)
     sources = _sources(cache)
@@ -97,7 +97,7 @@ def export_robomimic(
     clash = [key for key in features if key in cache.low_dim or keys.count(key) > 1]
     if clash:
         raise CacheError(f"{cache.path}: two obs would share the key {clash[0]}; export as .npz keeps them apart")
-    # h5py tells of a full disk many times over, while its objects are freed: look before.
+    # On a full disk h5py reports the error once per object that it frees, so free space is checked first.
     widths = [int(np.prod(cache.cameras[camera].feature_shape)) for camera, _ in features.values()]
     widths += [int(np.prod(shape)) for shape in cache.low_dim.values()]
     needed = 4 * int(cache.lengths.sum()) * (2 * sum(widths) + cache.action_dim)
@@ -153,13 +153,13 @@ def export_npz(cache_path: str | Path, out_path: str | Path, *, overwrite: bool 
 
 
 def _sources(cache: FeatureCache) -> list[str]:
-    """Files that no export may replace."""
+    """Returns the source files of the cache, which no export may replace."""
     files = cache.manifest.files
     return [source.path for source in files] + [path for source in files for path, _, _ in source.linked]
 
 
 def _demo_names(cache: FeatureCache) -> list[str]:
-    """The demos' own names; numbered anew where two files share one."""
+    """Returns the names of the demos; all are renumbered if two files share a name."""
     names = [demo.name for demo in cache.demos]
     return names if len(set(names)) == len(names) else [f"demo_{number}" for number in range(len(names))]
 

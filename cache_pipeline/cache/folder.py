@@ -1,4 +1,4 @@
-"""The folder of a cache: what may be made, replaced or removed there. Contents decide what is ours, never names."""
+"""Creates, replaces and removes cache folders. Recognises a folder as a cache by its contents, never by its name."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from cache_pipeline.errors import CacheError, NotACacheError
 from cache_pipeline.files import NO_SPACE, json_digest, read_json, sync_folder, write_json
 
 Role = Literal["new", "compact", "old"]
-"""What a folder beside the cache is: the cache being made anew, being compacted, or what was swapped out."""
+"""Role of a folder beside the cache: a new cache being written, one being compacted, or an old one swapped out."""
 
 MARKER = ".cache_pipeline.json"
-"""Lies in each folder beside a cache and says, with its own digest, which folder it is in, of which cache, and why."""
+"""File in each folder beside a cache. It records the folder, the cache, the role and its own digest."""
 
 CONTENTS = ("zarr.json", "encoder", "features", "frame_digests", "low_dim", "actions", "rewards", "dones", "ledger")
-"""What a cache consists of, besides its manifests, in the order in which it is removed."""
+"""Contents of a cache besides its manifests, in the order in which they are removed."""
 
 PARTIAL = re.compile(r"\..+\.\d+\.partial")
 WEIGHTS = re.compile(r"[0-9a-f]{32}\.safetensors")
 
 
 def unused_name(path: Path, role: Role) -> Path:
-    """A hidden path next to the cache at which nothing is."""
+    """Returns an unused hidden path beside the cache."""
     while True:
         folder = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{role}")
         if not os.path.lexists(folder):
@@ -37,14 +37,14 @@ def unused_name(path: Path, role: Role) -> Path:
 
 
 def make_beside(folder: Path, path: Path, role: Role) -> None:
-    """Makes ``folder``, beside the cache at ``path``, and marks it as ours."""
+    """Creates ``folder`` beside the cache at ``path`` and writes the marker file into it."""
     folder.mkdir(parents=True, exist_ok=True)
     if not _is_marked(folder, path, role):
         _mark(folder, folder.name, path, role)
 
 
 def folders_beside(path: Path, role: Role) -> list[Path]:
-    """The folders beside a cache that runs of ours left there."""
+    """Returns the marked folders of this role that earlier commands left beside a cache."""
     if not path.parent.is_dir():
         return []
     names = [entry.name for entry in os.scandir(path.parent) if entry.name.startswith(f".{path.name}.")]
@@ -53,22 +53,22 @@ def folders_beside(path: Path, role: Role) -> list[Path]:
 
 
 def check_target(path: Path) -> None:
-    """Refuses a path that holds something else than a cache, or that lies inside one.
+    """Raises NotACacheError if a path holds anything but a cache, or lies inside one.
 
     Raises:
-        NotACacheError: it is a file, or a folder with other contents; nothing there is touched.
+        NotACacheError: the path is a file, a folder with other contents, or inside a cache. Nothing is changed.
     """
     if os.path.lexists(path) and not path.is_dir():
-        raise NotACacheError(f"{path} is a file, a cache is a folder; choose another --out")
+        raise NotACacheError(f"{path} is a file, but a cache is a folder; choose another --out")
     if path.is_dir() and not is_cache(path) and any(not _is_partial(item) for item in path.iterdir()):
-        raise NotACacheError(f"{path} is a folder with other contents, which is left alone; choose another --out")
+        raise NotACacheError(f"{path} is a folder with other contents, which are not replaced; choose another --out")
     around = next((folder for folder in path.parents if is_cache(folder)), None)
     if around is not None:
         raise NotACacheError(f"{path} lies inside the cache {around}; choose another --out")
 
 
 def finish_swap(path: Path) -> None:
-    """Ends a swap that was cut off: the new cache is put into place, or the old one is cleared away."""
+    """Finishes an interrupted swap: moves the new cache into place, or removes the old one."""
     for folder in folders_beside(path, "compact"):
         remove_cache(folder)
     new = [folder for folder in folders_beside(path, "new") if is_complete(folder)]
@@ -85,7 +85,7 @@ def finish_swap(path: Path) -> None:
 
 
 def swap(new: Path, path: Path) -> None:
-    """Puts the complete cache ``new`` in the place of ``path``; a kill in between is mended by :func:`finish_swap`."""
+    """Replaces ``path`` by the complete cache ``new``; :func:`finish_swap` completes an interrupted swap."""
     assert (new / MANIFEST).is_file(), new
     old = None
     if path.exists():
@@ -100,8 +100,8 @@ def swap(new: Path, path: Path) -> None:
 
 
 def remove_cache(path: Path) -> None:
-    """Removes what a cache consists of; other files in its folder stay. A kill on the way leaves an unfinished cache
-    or a marked folder, which the next run removes.
+    """Removes the contents of a cache; other files in its folder stay. A kill leaves an unfinished cache or a marked
+    folder, which the next run removes.
     """
     if not (is_cache(path) or _read_marker(path) is not None):
         return
@@ -120,14 +120,14 @@ def remove_cache(path: Path) -> None:
 
 
 def remove_partial_files(path: Path) -> None:
-    """Clears away what a killed writer left half-written."""
+    """Removes partial files of a killed writer."""
     for file in path.rglob(".*.partial"):
         if _is_partial(file):
             file.unlink(missing_ok=True)
 
 
 def remove_other_weights(path: Path, kept: Iterable[str]) -> None:
-    """Clears away the weights in a cache that are not among ``kept``, paths inside it."""
+    """Removes the weights in a cache that are not among ``kept``, which are paths inside it."""
     names = {Path(file).name for file in kept}
     for file in (path / "encoder").iterdir():
         if WEIGHTS.fullmatch(file.name) and file.name not in names:
@@ -136,11 +136,11 @@ def remove_other_weights(path: Path, kept: Iterable[str]) -> None:
 
 @contextmanager
 def told_when_full(path: Path, needed: int) -> Iterator[None]:
-    """Turns a full disk into one line that says how much is needed.
+    """Turns a full-disk error into a CacheError that says how many bytes are needed.
 
     Args:
-        path: where is being written.
-        needed: bytes that the whole work writes at most.
+        path: the folder that is written.
+        needed: upper bound of the bytes to write.
     """
     try:
         yield
@@ -148,18 +148,18 @@ def told_when_full(path: Path, needed: int) -> Iterator[None]:
         if error.errno not in NO_SPACE:
             raise
         raise CacheError(
-            f"no space left for {path}: {needed / 1e6:.1f} MB were to be written in all; "
-            "free some and run the same command again, it goes on where it stopped"
+            f"no space left for {path}: it needs {needed / 1e6:.1f} MB in total; "
+            "free some space and run the same command again, which continues where it stopped"
         ) from error
 
 
 def folder_bytes(path: Path) -> int:
-    """Bytes of all files in a folder."""
+    """Returns the total size of all files in a folder in bytes."""
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _clear_away(old: Path, path: Path) -> None:
-    """Removes a cache that was swapped out; what others put into its folder goes into that of the new one."""
+    """Removes a cache that was swapped out; moves other files in its folder to the folder of the new cache."""
     known = {MANIFEST, PENDING, MARKER, *CONTENTS}
     for item in list(old.iterdir()):
         if item.name not in known and not _is_partial(item) and not os.path.lexists(path / item.name):
@@ -168,13 +168,13 @@ def _clear_away(old: Path, path: Path) -> None:
 
 
 def _mark(folder: Path, name: str, path: Path, role: Role) -> None:
-    """Marks a folder that is, or is about to be, called ``name``."""
+    """Writes the marker file of a folder that is named ``name`` or will be."""
     value = {"format": 1, "role": role, "cache": path.name, "folder": name}
     write_json(folder / MARKER, {**value, "digest": json_digest(value)})
 
 
 def _read_marker(folder: Path) -> dict[str, str] | None:
-    """What the marker in a folder says; None when there is none of ours."""
+    """Reads the marker file of a folder; returns None if it has no valid one."""
     try:
         value = read_json(folder / MARKER)
         claimed = value.pop("digest")

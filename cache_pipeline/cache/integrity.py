@@ -1,4 +1,4 @@
-"""Reads every stored byte of a cache again and names the units that are not what was written."""
+"""Reads every stored byte of a cache and lists the damaged units."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ THREADS = 4
 
 
 class IntegrityResult(NamedTuple):
-    """What a check of every stored byte found.
+    """Result of checking every stored byte.
 
     Attributes:
         units: units checked.
@@ -36,21 +36,21 @@ class IntegrityResult(NamedTuple):
     ok: bool
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object of the fields."""
+        """Returns the fields as a JSON object."""
         return {**self._asdict(), "broken": list(self.broken)}
 
     def lines(self) -> list[str]:
         """For people."""
         if self.ok:
-            return [f"{self.cache}: all {self.units} units are as they were written"]
+            return [f"{self.cache}: all {self.units} units are intact"]
         return [f"{self.cache}: {len(self.broken)} damaged", *(f"  {name}" for name in self.broken)]
 
 
 def check_integrity(cache_path: str | Path) -> IntegrityResult:
-    """Holds every file of a complete cache against its recorded digest.
+    """Compares every file of a complete cache with its recorded digest.
 
-    Damaged units are struck from the ledger, where the folder can be written, so that the next extraction makes just
-    these anew.
+    Records of damaged units are removed from the ledger if the folder is writable. The next extraction then
+    writes only these units again.
 
     Raises:
         NotACacheError, IncompleteCacheError: there is no complete cache.
@@ -72,12 +72,12 @@ def check_integrity(cache_path: str | Path) -> IntegrityResult:
 
 
 def _is_hidden(manifest: Manifest, unit: Unit, broken: list[str]) -> bool:
-    """Whether damaged metadata keeps a unit from being read: it may be sound, and is checked once that is mended."""
+    """Whether damaged metadata prevents reading a unit. It is checked after the metadata is repaired."""
     return any(f"{name}/zarr.json" in broken for name in unit_arrays(manifest, unit))
 
 
 def is_sound(path: Path, manifest: Manifest, unit: Unit) -> bool:
-    """Whether a unit's record is there and its stored bytes have the recorded digest."""
+    """Whether a unit has a record and its stored bytes have the recorded digest."""
     record = read_record(path, unit)
     if record is None or record.output != manifest.units[unit.name]:
         return False
@@ -105,4 +105,4 @@ def _strike(path: Path, units: list[str]) -> None:
             for name in units:
                 strike_record(path, Unit.parse(name))
     except (OSError, CacheLockedError) as error:
-        logger.warning("damaged units stay in the ledger of %s: %s", path, error)
+        logger.warning("cannot remove damaged units from the ledger of %s: %s", path, error)

@@ -1,7 +1,7 @@
-"""Where rows lie: a pure function of the demos that are kept, the demos that are new, and the shard size.
+"""Row layout of a cache: a pure function of the kept demos, the new demos and the shard size.
 
 Demos are laid one after another. A run that adds demos starts at the next shard boundary, so that a finished shard is
-never written again; rows of demos that left the table stay dead until the cache is compacted.
+never written again. Rows of removed demos stay dead until the cache is compacted.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MIN_CHUNK_ROWS = 4
 
 
 class Unit(NamedTuple):
-    """One shard of one array, or of actions, rewards and dones together: what is written whole and then recorded.
+    """One shard of one array, or of actions, rewards and dones together. It is written whole, then recorded.
 
     Each low-dim key is a unit of its own, so that a cache that gets another key keeps every finished shard.
 
@@ -25,7 +25,7 @@ class Unit(NamedTuple):
         kind: ``features``, ``frames`` (the frame digests of a camera), ``steps`` (actions, rewards and dones),
             ``low_dim``, or ``rows`` (steps and all low-dim keys in one: only in caches of earlier versions).
         key: rgb obs key or low-dim key, empty for ``steps`` and ``rows``.
-        view: which fixed augmentation; 0 but for ``features``.
+        view: number of the fixed augmentation; always 0 unless kind is ``features``.
         block: rows ``[block * shard_rows, (block + 1) * shard_rows)``.
     """
 
@@ -44,7 +44,7 @@ class Unit(NamedTuple):
 
     @classmethod
     def parse(cls, name: str) -> Unit:
-        """The unit of a :attr:`name`; ``ValueError`` for any other text."""
+        """Parses a :attr:`name`; raises ValueError for any other text."""
         kind, *parts = name.split("/")
         if kind in ("steps", "rows") and len(parts) == 1:
             return cls(kind, "", 0, int(parts[0]))
@@ -52,16 +52,16 @@ class Unit(NamedTuple):
             return cls(kind, "/".join(parts[:-1]), 0, int(parts[-1]))
         if kind == "features" and len(parts) >= 3:
             return cls(kind, "/".join(parts[:-2]), int(parts[-2]), int(parts[-1]))
-        raise ValueError(f"{name!r} names no unit")
+        raise ValueError(f"{name!r} is not the name of a unit")
 
 
 class Segment(NamedTuple):
-    """A run of one demo's frames inside one block.
+    """Consecutive frames of one demo inside one block.
 
     Attributes:
         demo: index into the demo table.
         start, stop: rows of the cache.
-        offset: the frame of the demo that lies at ``start``.
+        offset: index within the demo of the frame at ``start``.
     """
 
     demo: int
@@ -78,12 +78,12 @@ class Placement(NamedTuple):
 
 
 def align_up(row: int, shard_rows: int) -> int:
-    """The first shard boundary at or after ``row``."""
+    """Returns the first shard boundary at or after ``row``."""
     return -(-row // shard_rows) * shard_rows
 
 
 def place_demos(lengths: Sequence[int], kept: Sequence[int | None], end: int, shard_rows: int) -> Placement:
-    """Gives each demo its rows.
+    """Assigns rows to each demo.
 
     Args:
         lengths: frames of each demo, in table order.
@@ -102,7 +102,7 @@ def place_demos(lengths: Sequence[int], kept: Sequence[int | None], end: int, sh
 
 
 def block_segments(rows: Sequence[int], lengths: Sequence[int], shard_rows: int) -> dict[int, tuple[Segment, ...]]:
-    """The live segments of every block that has any, blocks and segments in ascending order of rows."""
+    """Returns the live segments of each block that has live rows, in ascending order of rows."""
     blocks: dict[int, list[Segment]] = {}
     for demo in sorted(range(len(rows)), key=rows.__getitem__):
         first, last = rows[demo], rows[demo] + lengths[demo]
@@ -114,7 +114,7 @@ def block_segments(rows: Sequence[int], lengths: Sequence[int], shard_rows: int)
 
 
 def choose_shard_rows(row_bytes: int) -> int:
-    """Rows of a shard, a power of two: about 32 MB, at most 1024 rows so that a kill costs little.
+    """Returns the rows of a shard, a power of two: about 32 MB, at most 1024 rows so that a kill loses little work.
 
     Args:
         row_bytes: stored bytes of one row of the widest camera.
@@ -126,7 +126,7 @@ def choose_shard_rows(row_bytes: int) -> int:
 
 
 def choose_chunk_rows(row_bytes: int, shard_rows: int) -> int:
-    """Rows of a chunk inside a shard, a divisor of ``shard_rows``: about 256 kB, the least that a row costs to read.
+    """Returns the rows of a chunk, a divisor of ``shard_rows``: about 256 kB, the least that one read transfers.
 
     Args:
         row_bytes: stored bytes of one row of this array.

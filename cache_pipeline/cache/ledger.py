@@ -1,4 +1,4 @@
-"""One small record per finished unit: what went in, what came out. Only a record proves that a unit was written."""
+"""One record per finished unit, with digests of inputs and output. Only a record proves that a unit was written."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import Any, NamedTuple
 from cache_pipeline.cache.layout import Unit
 from cache_pipeline.files import json_digest, read_json, write_json
 
-LOOKED_AT = 1000  # records, in search of a sound one
+LOOKED_AT = 1000  # most records to try when looking for a valid one
 
 
 class RecordedSegment(NamedTuple):
-    """A run of one demo's frames inside a unit.
+    """Consecutive frames of one demo inside a unit.
 
     Attributes:
         file, size, mtime_ns: the source file as it was when the frames were read.
-        demo, offset: name of the demo, and its frame at ``start``.
+        demo, offset: name of the demo, and index of its frame at ``start``.
         start, stop: rows of the cache.
-        view_key: what the demo's view parameters are drawn from.
+        view_key: seed of the demo's view parameters.
         digest: of the frames' digests, or of the low-dim rows.
     """
 
@@ -40,8 +40,8 @@ class LedgerRecord(NamedTuple):
     Attributes:
         unit: its name.
         rows: first row and the row after the last.
-        segments: what was read for it.
-        inputs: digest of what made it: the camera's identity and view.
+        segments: the frames that were read for it.
+        inputs: digest of the camera's identity and view.
         output: digest of the stored array's bytes, dead rows included.
         seconds: time spent encoding.
     """
@@ -55,12 +55,12 @@ class LedgerRecord(NamedTuple):
 
 
 def record_file(path: Path, unit: Unit) -> Path:
-    """Where the record of a unit lies."""
+    """Returns the path of a unit's record."""
     return path / "ledger" / f"{unit.name}.json"
 
 
 def write_record(path: Path, unit: Unit, record: LedgerRecord) -> None:
-    """Records a unit as finished, atomically; its shard must be on the disk already."""
+    """Records a unit as finished, atomically; its shard must be on disk already."""
     value = {**record._asdict(), "segments": [list(segment) for segment in record.segments]}
     file = record_file(path, unit)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -68,13 +68,13 @@ def write_record(path: Path, unit: Unit, record: LedgerRecord) -> None:
 
 
 def read_record(path: Path, unit: Unit) -> LedgerRecord | None:
-    """The record of a unit; None when there is none or it is damaged, which means the same: the unit is not done."""
+    """Reads the record of a unit; returns None if it is missing or damaged, since the unit is unfinished either way."""
     record = _read(record_file(path, unit))
     return record if record is not None and record.unit == unit.name else None
 
 
 def has_records(path: Path) -> bool:
-    """Whether a folder holds a sound record of any unit: what only a cache has, though its manifest be damaged."""
+    """Whether a folder holds a valid record of any unit. Only a cache has one, even if its manifest is damaged."""
     files = islice((path / "ledger").rglob("*.json"), LOOKED_AT)
     return any(_read(file) is not None for file in files)
 
@@ -92,5 +92,5 @@ def _read(file: Path) -> LedgerRecord | None:
 
 
 def strike_record(path: Path, unit: Unit) -> None:
-    """Takes a unit's record away, so that the next extraction makes the unit anew."""
+    """Removes a unit's record, so that the next extraction writes the unit again."""
     record_file(path, unit).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""One writer at a time on a local folder: a lock that the system lets go when its process dies."""
+"""Locks a local folder for one writer; the system releases the lock when the process dies."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from cache_pipeline.files import resolved
 
 
 def lock_file(path: str | Path) -> Path:
-    """The lock of a cache or run lies beside it, so that the folder can be swapped for a new one under it."""
+    """Returns the lock file of a cache or run. It lies beside the folder, so that the folder can be swapped."""
     real = resolved(path)
     if not real.name:
-        raise ConfigError(f"{path} is the root folder, which holds no cache or run of its own; choose another path")
+        raise ConfigError(f"{path} is the root folder and cannot be a cache or run; choose another path")
     return real.with_name(f".{real.name}.lock")
 
 
 @contextmanager
 def writer_lock(path: str | Path, refusal: type[CachePipelineError] = CacheLockedError) -> Iterator[Path]:
-    """Holds the one writer's lock of the folder at ``path`` and gives its real path, for all that follows.
+    """Holds the writer lock of the folder at ``path``; yields its real path, which the caller uses from then on.
 
     Args:
-        refusal: the error that is raised if another live process holds it; the message names that process.
+        refusal: the error type to raise if another live process holds the lock; the message names that process.
 
     Raises:
-        OSError: the folder around it cannot be written.
+        OSError: the parent folder cannot be written.
     """
     real = resolved(path)
     file = lock_file(real)
@@ -51,13 +51,13 @@ def _acquire(file: Path, path: str | Path, refusal: type[CachePipelineError]) ->
             holder = _holder(descriptor)
             os.close(descriptor)
             raise refusal(
-                f"{path} is being written by {holder}; wait until it ends, or stop it, and run the command again"
+                f"{path} is being written by {holder}; wait for it or stop it, then run the command again"
             ) from error
         if _is_same_file(descriptor, file):
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
             return descriptor
-        os.close(descriptor)  # the last holder removed the file between our open and our lock
+        os.close(descriptor)  # the previous holder removed the file between open and lock
 
 
 def _holder(descriptor: int) -> str:

@@ -1,7 +1,7 @@
-"""What a cache is and what made it: one JSON value that carries its own digest and is written last.
+"""The manifest of a cache: one JSON value with contents, origin and its own digest, written last.
 
-``pending.json`` has the same form and stands beside it while units are being written. A folder with a pending manifest
-alone is an unfinished cache; with both, a complete cache whose extension is unfinished.
+``pending.json`` has the same form and exists while units are being written. A folder with only a pending manifest is
+an unfinished cache. A folder with both is a complete cache with an unfinished extension.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STORE_DTYPES = ("float16", "float32")
 
 
 class SourceRecord(NamedTuple):
-    """A source file as it was when its frames were last read, and those that it reads by links: (path, size, time)."""
+    """A source file, and the files that it links to, as (path, size, time) when their frames were last read."""
 
     path: str
     size: int
@@ -33,12 +33,12 @@ class SourceRecord(NamedTuple):
     linked: tuple[tuple[str, int, int], ...] = ()
 
     def to_json(self) -> list[Any]:
-        """A list, without ``linked`` where there is none."""
+        """Returns a list; it leaves out an empty ``linked``."""
         return [*self[:3], [list(item) for item in self.linked]] if self.linked else list(self[:3])
 
     @classmethod
     def from_json(cls, value: Any) -> SourceRecord:
-        """The inverse of ``to_json``."""
+        """Reads the value of ``to_json``."""
         path, size, mtime_ns, *linked = value
         return cls(path, size, mtime_ns, tuple((p, s, t) for p, s, t in linked[0]) if linked else ())
 
@@ -49,10 +49,10 @@ class CameraEntry(NamedTuple):
     Attributes:
         feature_shape: (D,) or (D, h, w) at the cut.
         image_shape: (H, W, 3) of its frames.
-        identity: everything that decides the values of view 0, as opaque JSON.
+        identity: all settings that determine the values of view 0, as opaque JSON.
         views: number of views K.
-        view_spec: everything that decides the views from 1 on, as opaque JSON; None when there are none.
-        measured: what was measured on some of its frames when it was added; no part of what decides values.
+        view_spec: all settings that determine views 1 and above, as opaque JSON; None without such views.
+        measured: measurements on some of its frames when it was added; they do not affect values.
     """
 
     feature_shape: tuple[int, ...]
@@ -63,18 +63,18 @@ class CameraEntry(NamedTuple):
     measured: dict[str, Any] | None = None
 
     def unit_identity(self, view: int) -> str:
-        """Digest of what decides the values of one view."""
+        """Returns the digest of all settings that determine the values of one view."""
         return json_digest([self.decisive] if view == 0 else [self.decisive, self.view_spec, view])
 
     @property
     def decisive(self) -> dict[str, Any]:
-        """The identity without the name of the weights' source, which decides nothing."""
+        """Returns the identity without the name of the weights' source, which does not affect values."""
         weights = {key: item for key, item in self.identity.get("weights", {}).items() if key != "source"}
         return {**self.identity, "weights": weights}
 
 
 class DemoRows(NamedTuple):
-    """One line of the demo table.
+    """One row of the demo table.
 
     Attributes:
         file: index into ``Manifest.files``.
@@ -82,7 +82,7 @@ class DemoRows(NamedTuple):
         length: frames.
         row: first row in every array of the cache.
         digests: camera → digest of its frames, and ``rows`` → digest of its low-dim obs and actions.
-        view_key: what its view parameters are drawn from; its first name, kept when it is renamed.
+        view_key: seed of its view parameters: its first name, kept when it is renamed.
     """
 
     file: int
@@ -123,7 +123,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what the cache holds: the same for the same frames, encoder and views, wherever its rows lie."""
+        """Digest of the contents: equal for equal frames, encoder and views, whatever the row layout."""
         cameras = {
             name: [entry.decisive, entry.views, entry.view_spec if entry.views > 1 else None]
             for name, entry in self.cameras.items()
@@ -132,11 +132,11 @@ class Manifest:
         return json_digest([self.format, self.dtype, cameras, sorted(self.low_dim), demos])
 
     def block_segments(self) -> dict[int, tuple[Segment, ...]]:
-        """The live segments of every block that has any."""
+        """Returns the live segments of each block that has live rows."""
         return block_segments([d.row for d in self.demos], [d.length for d in self.demos], self.shard_rows)
 
     def unit_inputs(self, unit: Unit) -> str:
-        """Digest of everything but frames and rows that decides what a unit holds."""
+        """Returns the digest of all settings, besides frames and rows, that determine the contents of a unit."""
         if unit.kind == "features":
             return self.cameras[unit.key].unit_identity(unit.view)
         if unit.kind == "steps":
@@ -148,7 +148,7 @@ class Manifest:
         return json_digest(["frame digests"])
 
     def live_units(self) -> Iterator[Unit]:
-        """Every unit that a complete cache must hold, block by block."""
+        """Returns every unit that a complete cache must hold, block by block."""
         for block in self.block_segments():
             yield Unit("steps", "", 0, block)
             for key in self.low_dim:
@@ -159,7 +159,7 @@ class Manifest:
                     yield Unit("features", camera, view, block)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value with its own digest under ``digest``."""
+        """Returns a JSON value with its own digest under ``digest``."""
         value = {
             "format": self.format,
             "fingerprint": self.fingerprint,
@@ -195,12 +195,12 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: Any) -> Manifest:
-        """The manifest of :meth:`to_json`; ``ValueError`` when the digest is not that of the rest."""
+        """Reads the value of :meth:`to_json`; raises ValueError if the digest does not match."""
         if not isinstance(value, dict):
-            raise ValueError("no JSON object")
+            raise ValueError("it is not a JSON object")
         rest = {key: item for key, item in value.items() if key != "digest"}
         if not _digest_fits(rest, value):
-            raise ValueError("its digest does not fit its contents")
+            raise ValueError("its digest does not match its contents")
         cameras = {
             name: CameraEntry(
                 tuple(entry["feature_shape"]),
@@ -232,7 +232,7 @@ def _digest_fits(rest: dict[str, Any], value: dict[str, Any]) -> bool:
 
 
 def _is_ours(file: Path) -> bool:
-    """Whether a file is a manifest, of whatever format, that carries its own digest."""
+    """Whether a file is a manifest, of any format version, with a valid digest."""
     try:
         return _carries_digest(read_json(file))
     except (OSError, ValueError, RecursionError):
@@ -246,12 +246,12 @@ def _carries_digest(value: Any) -> bool:
 
 
 def read_manifest(path: str | Path) -> Manifest:
-    """The manifest of a complete cache.
+    """Reads the manifest of a complete cache.
 
     Raises:
-        NotACacheError: the path holds no cache at all, or one of another version's format.
-        IncompleteCacheError: a cache was begun there and not finished.
-        CorruptCacheError: the manifest is not what was written.
+        NotACacheError: the path holds no cache, or a cache in the format of another version.
+        IncompleteCacheError: the cache is unfinished.
+        CorruptCacheError: the manifest is damaged.
     """
     path = Path(path)
     if not (path / MANIFEST).is_file():
@@ -260,7 +260,7 @@ def read_manifest(path: str | Path) -> Manifest:
 
 
 def read_pending(path: str | Path) -> Manifest | None:
-    """The manifest that an unfinished extraction is working towards; None when there is none or it is damaged."""
+    """Reads the target manifest of an unfinished extraction; returns None if it is missing or damaged."""
     try:
         return _read(Path(path) / PENDING)
     except CacheError:
@@ -268,9 +268,9 @@ def read_pending(path: str | Path) -> Manifest | None:
 
 
 def is_cache(path: str | Path) -> bool:
-    """Whether the folder holds a cache, complete or not: a manifest or, should that be damaged, a ledger record.
+    """Whether the folder holds a cache, complete or not: a valid manifest, or else a valid ledger record.
 
-    Contents decide, never names: each of these carries its own digest.
+    Each of these carries its own digest; names are not trusted.
     """
     path = Path(path)
     return any(_is_ours(path / name) for name in (MANIFEST, PENDING)) or has_records(path)
@@ -286,12 +286,12 @@ def is_complete(path: str | Path) -> bool:
 
 
 def _read(file: Path) -> Manifest:
-    mend = "run the extract-features command again, with --overwrite, to make the cache anew"
+    mend = "run the extract-features command again with --overwrite to replace the cache"
     try:
         value = read_json(file)
         if isinstance(value, dict) and value.get("format") != FORMAT and _carries_digest(value):
             raise NotACacheError(
-                f"{file} has format {value['format']}, this version reads format {FORMAT}; use the version that made it"
+                f"{file} has format {value['format']}; this version reads format {FORMAT}; use the version that made it"
             )
         return Manifest.from_json(value)
     except OSError as error:
@@ -303,7 +303,7 @@ def _read(file: Path) -> Manifest:
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         if not is_cache(file.parent):
             raise NotACacheError(
-                f"{file.parent} is no cache: its {file.name} is none that extract-features wrote; choose another path"
+                f"{file.parent} is not a cache: extract-features did not write its {file.name}; choose another path"
             ) from error
         raise CorruptCacheError(f"{file} is damaged: {error}; {mend}") from error
 
@@ -314,24 +314,22 @@ def _no_manifest(path: Path) -> Exception:
         done = sum(1 for _ in (path / "ledger").rglob("*.json"))
         share = f"{done} of {len(list(pending.live_units()))} units are done" if pending else f"{done} units are done"
         return IncompleteCacheError(
-            f"{path} is unfinished: {share}; run the same extract-features command again to go on"
+            f"{path} is unfinished: {share}; run the same extract-features command again to continue"
         )
     if path.is_file():
         return NotACacheError(f"{path} is a file, not a cache; a cache is the folder that extract-features --out makes")
     if not path.exists():
         return NotACacheError(f"{path} does not exist; make a cache with: extract-features DATASET.hdf5 --out {path}")
-    return NotACacheError(
-        f"{path} holds no {MANIFEST}, so it is no cache; make one with: extract-features … --out PATH"
-    )
+    return NotACacheError(f"{path} is not a cache: it has no {MANIFEST}; make one with: extract-features … --out PATH")
 
 
 def write_manifest(path: str | Path, manifest: Manifest) -> None:
-    """Makes the cache complete, in one step: what is pending becomes the manifest."""
+    """Completes the cache in one atomic step: the pending manifest becomes the manifest."""
     write_pending(path, manifest)
     os.replace(Path(path) / PENDING, Path(path) / MANIFEST)
     sync_folder(Path(path))
 
 
 def write_pending(path: str | Path, manifest: Manifest) -> None:
-    """Records what is being worked towards."""
+    """Writes the target manifest of an extraction."""
     write_json(Path(path) / PENDING, manifest.to_json())

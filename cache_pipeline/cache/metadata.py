@@ -1,8 +1,8 @@
-"""The ``zarr.json`` files of a cache: what zarr, xarray and tensorstore know of it without this package.
+"""The ``zarr.json`` files of a cache, through which zarr, xarray and tensorstore read it without this package.
 
-Those of the arrays are written before the first unit. That of the root group is written after the last unit and just
-before the manifest: its attributes name the demos, and its consolidated metadata hold the shapes. Until then it says
-what the cache held before, which is still stored, or that nothing is complete.
+Array metadata is written before the first unit. Root metadata is written after the last unit, just before the
+manifest: its attributes list the demos, its consolidated metadata the shapes. Until then it describes the earlier
+contents of the cache, which are still stored, or says that the extraction is unfinished.
 """
 
 from __future__ import annotations
@@ -53,16 +53,16 @@ AXES = {
 
 
 def metadata_files(manifest: Manifest) -> dict[str, bytes]:
-    """Path → bytes of every ``zarr.json`` but that of the root group."""
+    """Returns the bytes of every ``zarr.json`` by path, without the root group's."""
     return {f"{path}/zarr.json": _json(node) for path, node in _nodes(manifest).items()}
 
 
 def root_file(manifest: Manifest, *, complete: bool = True) -> bytes:
-    """The ``zarr.json`` of the root group, with the metadata of all arrays.
+    """Returns the ``zarr.json`` of the root group, with the metadata of all arrays.
 
     Args:
         manifest: what the cache holds, or is to hold.
-        complete: whether all its rows are stored; without that the attributes name no demo.
+        complete: whether all its rows are stored; if not, the attributes list no demo.
     """
     nodes = {path: _consolidated(node) for path, node in _nodes(manifest).items()}
     metadata = {"kind": "inline", "must_understand": False, "metadata": nodes}
@@ -70,10 +70,10 @@ def root_file(manifest: Manifest, *, complete: bool = True) -> bytes:
 
 
 def complete_cache(path: Path, manifest: Manifest) -> None:
-    """Makes a cache complete whose units are all recorded: the root group's metadata, then the manifest.
+    """Completes a cache whose units are all recorded: writes the root group's metadata, then the manifest.
 
-    After a kill in between, the manifest names the old demos and the attributes the new ones. Rows of both are stored,
-    and the next run writes the rest.
+    After a kill in between, the manifest lists the old demos and the attributes the new ones. Rows of both are stored,
+    and the next run writes the manifest.
     """
     content = root_file(manifest)
     manifest = replace(manifest, metadata={ROOT: digest(content), **manifest.metadata})
@@ -83,7 +83,7 @@ def complete_cache(path: Path, manifest: Manifest) -> None:
 
 
 def write_metadata(path: Path, files: dict[str, bytes]) -> None:
-    """Writes each metadata file that is missing or differs; shards are left alone."""
+    """Writes each metadata file that is missing or differs; shards are not changed."""
     for name, content in files.items():
         file = path / name
         if file.is_file() and file.read_bytes() == content:
@@ -94,7 +94,7 @@ def write_metadata(path: Path, files: dict[str, bytes]) -> None:
 
 
 def check_metadata(path: Path, name: str, manifest: Manifest) -> None:
-    """Refuses an array whose ``zarr.json`` does not hold what the manifest tells."""
+    """Raises CorruptCacheError if the ``zarr.json`` of an array does not match the manifest."""
     file = path / name / "zarr.json"
     spec, lead = array_specs(manifest)[name], array_specs(manifest)[name].views
     try:
@@ -112,11 +112,11 @@ def check_metadata(path: Path, name: str, manifest: Manifest) -> None:
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise CorruptCacheError(f"{file} is missing or damaged ({error}); {MEND}") from error
     if not fits:
-        raise CorruptCacheError(f"{file} tells another shape or type than the manifest; {MEND}")
+        raise CorruptCacheError(f"{file} has another shape or type than the manifest; {MEND}")
 
 
 def dimension_names(manifest: Manifest) -> dict[str, tuple[str, ...]]:
-    """Array → name of each axis. Axes of one name have one length, and no axis is named as an array is."""
+    """Returns the axis names of each array. Axes of one name have one length, and no axis has the name of an array."""
     taken = {"actions", "rewards", "dones", *manifest.cameras, *manifest.low_dim}
 
     def free(name: str) -> str:
@@ -138,7 +138,7 @@ def dimension_names(manifest: Manifest) -> dict[str, tuple[str, ...]]:
 
 
 def _nodes(manifest: Manifest) -> dict[str, dict[str, Any]]:
-    """Path → metadata of every array and group but the root group, in the order in which zarr consolidates them."""
+    """Returns the metadata of every array and group by path, without the root, in zarr's consolidation order."""
     nodes, names = {}, dimension_names(manifest)
     for path, spec in array_specs(manifest).items():
         group, _, _ = path.rpartition("/")
@@ -150,7 +150,7 @@ def _nodes(manifest: Manifest) -> dict[str, dict[str, Any]]:
 
 
 def _array(spec: ArraySpec, names: tuple[str, ...], n_rows: int, shard_rows: int) -> dict[str, Any]:
-    """What zarr writes for an array: a pure function, so that it can be compared and written again."""
+    """Returns the metadata that zarr writes for an array; pure, so that files can be compared or rewritten."""
     rows = max(align_up(n_rows, shard_rows), shard_rows)
     lead = () if spec.views is None else (1,)
     stored: dict[str, Buffer] = {}
@@ -218,7 +218,7 @@ def _group(attributes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _consolidated(node: dict[str, Any]) -> dict[str, Any]:
-    """A node as zarr consolidates it: the root group lists all nodes, groups inside it list none."""
+    """Returns a node in zarr's consolidated form: the root group lists all nodes, groups inside it list none."""
     if node["node_type"] == "array":
         return node
     return {**node, "consolidated_metadata": {"kind": "inline", "must_understand": False, "metadata": {}}}

@@ -1,4 +1,4 @@
-"""Reading a complete cache: whole, by rows, by demo, in any process."""
+"""Reads a complete cache: whole, by rows or by demo, in any process."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Rows = slice | NDArray[np.integer] | NDArray[np.bool_] | None
 
 
 class _Identity(NamedTuple):
-    """Tells one manifest in one folder from any other: inode of the folder, then inode, time and size of the file.
+    """Identifies one manifest file in one folder: inode of the folder, then inode, time and size of the file.
 
-    No device number: it differs between machines that share a disk.
+    The device number is left out, since it differs between machines that share a disk.
     """
 
     folder: int
@@ -33,7 +33,7 @@ class _Identity(NamedTuple):
 
 
 def _identity(path: Path) -> _Identity | None:
-    """None where there is no manifest."""
+    """Returns the identity of a manifest; None if there is none."""
     try:
         status = os.stat(path / MANIFEST)
         return _Identity(os.stat(path).st_ino, status.st_ino, status.st_mtime_ns, status.st_size)
@@ -42,7 +42,7 @@ def _identity(path: Path) -> _Identity | None:
 
 
 def _open(path: Path) -> tuple[_Identity, Manifest]:
-    """A manifest whose arrays are there, and its identity; looks again where the cache was swapped meanwhile."""
+    """Reads the manifest and checks its arrays; tries again if the cache was swapped meanwhile."""
     while True:
         before = _identity(path)
         try:
@@ -61,12 +61,12 @@ class FeatureCache:
     """A complete feature cache.
 
     Rows are those of the demo table: demo ``i`` lies at ``demos[i].row`` and has ``demos[i].length`` rows.
-    ``rows=None`` gives all live rows, demo after demo in table order, without the dead rows of demos that left; there
-    demo ``i`` begins at ``packed_starts[i]``.
+    ``rows=None`` returns all live rows, demo after demo in table order, without the dead rows of removed demos. In that
+    result demo ``i`` begins at ``packed_starts[i]``.
 
-    A cache may be extended while it is open; what was open keeps its demos and rows. Once it is compacted, made anew or
-    moved away, every read raises ``StaleCacheError``: each looks, after the last byte, whether the manifest is still
-    the one that was opened.
+    A cache may be extended while it is open; the open object keeps its demos and rows. After the cache is compacted,
+    made anew or moved away, every read raises ``StaleCacheError``: each read checks, after the last byte, that the
+    manifest is still the one that was opened.
 
     Safe to pickle and to use in forked and spawned workers: arrays are opened on first use in each process.
 
@@ -75,7 +75,7 @@ class FeatureCache:
     (5100, 512)
 
     Raises:
-        NotACacheError, IncompleteCacheError, CorruptCacheError: what is wrong at ``path`` and what mends it.
+        NotACacheError, IncompleteCacheError, CorruptCacheError: what is wrong at ``path`` and how to repair it.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -126,7 +126,7 @@ class FeatureCache:
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what the cache holds, independent of where it lies and of how its rows are laid out."""
+        """Digest of the contents of the cache, independent of its path and row layout."""
         return self.manifest.fingerprint
 
     @property
@@ -141,7 +141,7 @@ class FeatureCache:
 
     @property
     def packed_starts(self) -> NDArray[np.int64]:
-        """(E,) first row of each demo in what ``rows=None`` returns."""
+        """(E,) first row of each demo in the result of ``rows=None``."""
         return np.cumsum(self.lengths) - self.lengths
 
     @property
@@ -151,7 +151,7 @@ class FeatureCache:
         return np.concatenate(rows) if rows else np.zeros(0, np.int64)
 
     def features(self, camera: str, rows: Rows = None, view: int = 0) -> NDArray[Any]:
-        """Features at the cut, (n, D) or (n, D, h, w), in the stored dtype.
+        """Reads features at the cut, (n, D) or (n, D, h, w), in the stored dtype.
 
         Args:
             rows: None for all live rows, a slice of row numbers, an integer array in any order, or a boolean array
@@ -162,9 +162,9 @@ class FeatureCache:
         return self._read(f"features/{camera}", rows, view)
 
     def views(self, camera: str, count: int | None = None) -> NDArray[Any]:
-        """All live rows of the first ``count`` views, or of all, (K, N, D) or (K, N, D, h, w), in the stored dtype.
+        """Reads all live rows of the first ``count`` views or all: (K, N, D) or (K, N, D, h, w), in the stored dtype.
 
-        One array filled in place: for a whole cache the fastest way, and no more memory than it returns.
+        The result is filled in place: the fastest way to read a whole cache, without further memory.
         """
         self._check_view(camera, 0 if count is None else count - 1)
         spans = [(demo.row, demo.row + demo.length) for demo in self.demos]
@@ -173,27 +173,27 @@ class FeatureCache:
             return stored.views(spans, self.cameras[camera].views if count is None else count)
 
     def array(self, name: str, rows: Rows = None) -> NDArray[Any]:
-        """``actions`` (n, A), ``rewards`` (n,), ``dones`` (n,) or ``low_dim/<key>`` (n, …) in float32."""
+        """Reads ``actions`` (n, A), ``rewards`` (n,), ``dones`` (n,) or ``low_dim/<key>`` (n, …) in float32."""
         names = [name for name in self._names() if not name.startswith(("features/", "frame_digests/"))]
         if name not in names:
             raise CacheError(f"{self.path} has no array {name!r}; {available(names, name)}")
         return self._read(name, rows, None)
 
     def frame_digests(self, camera: str, rows: Rows = None) -> NDArray[np.uint8]:
-        """(n, 16) blake2b of each frame."""
+        """Reads the blake2b digest of each frame, (n, 16) uint8."""
         if camera not in self.cameras:
             raise CacheError(f"{self.path} has no camera {camera!r}; {available(self.cameras, camera)}")
         return self._read(f"frame_digests/{camera}", rows, None)
 
     def encoder_file(self, camera: str) -> Path:
-        """The frozen encoder's weights (safetensors) that the cache carries for this camera."""
+        """Returns the path of the frozen encoder's weights (safetensors) inside the cache for this camera."""
         if camera not in self.cameras:
             raise CacheError(f"{self.path} has no camera {camera!r}; {available(self.cameras, camera)}")
         with self._same_cache():
             return self.path / self.manifest.encoders[camera]
 
     def nbytes(self, views: int | None = None) -> int:
-        """Bytes of all live features once loaded, of the first ``views`` views or of all."""
+        """Returns the bytes of all live features in memory, of the first ``views`` views or all."""
         itemsize = np.dtype(self.manifest.dtype).itemsize
         width = sum(
             int(np.prod(entry.feature_shape)) * (entry.views if views is None else min(views, entry.views))
@@ -232,21 +232,21 @@ class FeatureCache:
             return stored.gather(self._row_numbers(np.asarray(rows)), self.manifest.n_rows, view)
 
     def _row_numbers(self, rows: NDArray[Any]) -> NDArray[np.integer]:
-        """Integer arrays as they are, a boolean one as the rows that it chooses."""
+        """Returns an integer array unchanged, and a boolean array as the row numbers that it selects."""
         if rows.dtype.kind in "iu" or rows.size == 0:
             return rows.astype(np.int64, copy=False)
         if rows.dtype.kind == "b" and rows.shape == (self.manifest.n_rows,):
             return np.flatnonzero(rows)
         if rows.dtype.kind == "b":
             raise CacheError(
-                f"a boolean array chooses among all {self.manifest.n_rows} rows of {self.path}, dead ones included; "
-                f"this one has shape {rows.shape}; for one value per live row, give live_rows[mask]"
+                f"a boolean array selects from all {self.manifest.n_rows} rows of {self.path}, dead ones included; "
+                f"this one has shape {rows.shape}; with one value per live row, pass live_rows[mask]"
             )
-        raise CacheError(f"rows of {self.path} are integers, a boolean array or a slice; these are {rows.dtype}")
+        raise CacheError(f"rows of {self.path} must be integers, a boolean array or a slice, not {rows.dtype}")
 
     @contextmanager
     def _same_cache(self) -> Iterator[None]:
-        """Reads, then looks whether the cache is still there that was opened: only then is it right what was read."""
+        """Checks, after the reads inside the ``with`` block, that the cache is still the one that was opened."""
         try:
             yield
         except (CorruptCacheError, OSError):
@@ -262,7 +262,7 @@ class FeatureCache:
             seen, now = _open(self.path)
         except (OSError, CacheError) as error:
             raise self._stale(None, "it was moved away, or is being replaced,") from error
-        extended = seen.folder == self._seen.folder  # then a unit that it names no longer is still there, untouched
+        extended = seen.folder == self._seen.folder  # units that the new manifest no longer lists stay stored
         for name, output in self.manifest.units.items():
             if now.units.get(name, output if extended else None) != output:
                 raise self._stale(now, "it was compacted or made anew")
@@ -273,7 +273,7 @@ class FeatureCache:
         if was == wanted:
             assert now is not None
             field, was, wanted = "layout", f"{self.manifest.n_rows} rows", f"{now.n_rows} rows"
-        command = "open it again; for training, run the same command again, with --resume where steps were saved"
+        command = "open it again; for training, run the same command again, with --resume if it saved steps"
         return StaleCacheError(field, was, wanted, f"{what} while {self.path} was open", command)
 
     def __getstate__(self) -> dict[str, Any]:

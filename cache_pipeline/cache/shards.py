@@ -1,9 +1,9 @@
-"""Reading and writing uncompressed zarr shards directly into the caller's array, checksums on the way.
+"""Reads uncompressed zarr shards directly into the caller's array, and writes them; checks every checksum.
 
-zarr reads the same files; it takes a task and a copy for each chunk, which costs ten times the reading itself.
-Layout of a shard as in the zarr v3 specification of ``sharding_indexed``: chunks (values, then their CRC-32C), at the
-end an index of (offset, bytes) per chunk, then the index's CRC-32C. A chunk of fill values alone, such as one whose
-rows are all dead, is marked as empty in the index and takes no bytes.
+zarr reads the same files, but needs a task and a copy for each chunk, which take ten times as long as the read itself.
+A shard has the layout of zarr v3's ``sharding_indexed``: chunks (values, then their CRC-32C), then an index of
+(offset, bytes) per chunk, then the CRC-32C of the index. A chunk that holds only fill values, such as one whose rows
+are all dead, is marked as empty in the index and takes no bytes.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from cache_pipeline.files import atomic_path
 CRC_BYTES = 4
 EMPTY = (1 << 64) - 1  # offset and size of an empty chunk
 MAX_PIECES = 500  # half of IOV_MAX
-CALL_BYTES = 1 << 20  # of one system call: what was read is still in the processor's cache when its checksum is taken
+CALL_BYTES = 1 << 20  # bytes per system call: small enough to be in the CPU cache when the checksum is computed
 
 
 class ShardLayout(NamedTuple):
-    """Chunks of a shard, along the rows alone.
+    """Layout of a shard that is split into chunks along the rows only.
 
     Attributes:
-        chunks: in a shard.
-        chunk_bytes: of one chunk, its checksum left out.
+        chunks: number of chunks.
+        chunk_bytes: size of one chunk without its checksum.
         fill: bytes of one fill value.
     """
 
@@ -40,7 +40,7 @@ class ShardLayout(NamedTuple):
     fill: bytes
 
     def fill_chunk(self, chunk: NDArray[np.uint8]) -> None:
-        """Fills one chunk."""
+        """Fills one chunk with the fill value."""
         chunk.reshape(-1, len(self.fill))[...] = np.frombuffer(self.fill, np.uint8)
 
     @property
@@ -50,7 +50,7 @@ class ShardLayout(NamedTuple):
 
 
 def uncompressed_layout(metadata: dict[str, Any]) -> ShardLayout | None:
-    """The layout of an array's shards when they can be read by :func:`open_shard`, else None.
+    """Returns the layout of an array's shards if :func:`open_shard` can read them, else None.
 
     Args:
         metadata: the array's ``zarr.json``.
@@ -69,11 +69,11 @@ def uncompressed_layout(metadata: dict[str, Any]) -> ShardLayout | None:
 
 
 class OpenShard:
-    """A shard open for reading. Every method checks the checksum of each chunk that it touches.
+    """A shard open for reading. Every method checks the checksum of each chunk that it reads.
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: a checksum, an offset or the file's size is not what was written.
+        ValueError: a checksum, an offset or the file's size is wrong.
     """
 
     def __init__(self, descriptor: int, layout: ShardLayout) -> None:
@@ -81,7 +81,7 @@ class OpenShard:
         self._offsets = _read_index(descriptor, layout)
 
     def read_span(self, start: int, out: NDArray[np.uint8]) -> None:
-        """Rows from ``start`` on into ``out``, (n, bytes of a row); whole chunks without a copy."""
+        """Reads rows from ``start`` on into ``out``, (n, bytes of a row); whole chunks without a copy."""
         size = self._layout.chunk_bytes // out.shape[1]
         stop = start + len(out)
         first, last = start // size, -(-stop // size)
@@ -103,7 +103,7 @@ class OpenShard:
             wanted[...] = read
 
     def read_rows(self, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
-        """Rows in ascending order into ``out``, (n, bytes of a row); each chunk that holds one is read once."""
+        """Reads rows in ascending order into ``out``, (n, bytes of a row), and each chunk once."""
         size = self._layout.chunk_bytes // out.shape[1]
         chunks = rows // size
         cuts = np.flatnonzero(np.diff(chunks) > 1) + 1
@@ -159,26 +159,26 @@ def write_shard(file: Path, layout: ShardLayout, values: NDArray[np.uint8]) -> N
 
 
 def _read_index(descriptor: int, layout: ShardLayout) -> list[int]:
-    """The offset of each chunk."""
+    """Reads the index and returns the offset of each chunk; raises ValueError if it is damaged."""
     size = os.fstat(descriptor).st_size
     index = os.pread(descriptor, layout.index_bytes, max(0, size - layout.index_bytes))
     if len(index) != layout.index_bytes or crc32c.crc32c(index[:-CRC_BYTES]) != _crc(index[-CRC_BYTES:]):
-        raise ValueError("the checksum of the shard's index does not fit")
+        raise ValueError("the checksum of the shard's index does not match")
     entries = np.frombuffer(index[:-CRC_BYTES], "<u8").reshape(layout.chunks, 2)
     stored = entries[entries[:, 0] != EMPTY]
     if (stored[:, 1] != layout.chunk_bytes + CRC_BYTES).any() or (stored[:, 0] >= size).any():
-        raise ValueError("the shard's index names a chunk of another size or place")
+        raise ValueError("the shard's index has a chunk with a wrong size or offset")
     return entries[:, 0].tolist()
 
 
 def _read_run(descriptor: int, offset: int, chunks: Sequence[NDArray[np.uint8]]) -> None:
-    """Chunks that lie one after another in the file, each into its own array."""
+    """Reads chunks that are adjacent in the file, each into its own array."""
     checksums = np.empty((len(chunks), CRC_BYTES), np.uint8)
     targets: Sequence[Any] = [part for pair in zip(chunks, checksums, strict=True) for part in pair]
     if os.preadv(descriptor, targets, offset) != len(chunks) * (chunks[0].size + CRC_BYTES):
-        raise ValueError("the shard ends too early")
+        raise ValueError("the shard file is too short")
     if [crc32c.crc32c(chunk.data) for chunk in chunks] != checksums.view("<u4").ravel().tolist():
-        raise ValueError("the checksum of a chunk does not fit")
+        raise ValueError("the checksum of a chunk does not match")
 
 
 def _crc(stored: bytes) -> int:

@@ -1,4 +1,4 @@
-"""Cameras that are black or frozen through a whole demo, told by the stored digests of their frames."""
+"""Finds cameras that are black or frozen through a whole demo, from the stored digests of their frames."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ NAMED = 5
 
 
 def still_cameras(path: Path, manifest: Manifest) -> tuple[str, ...]:
-    """One sentence for each camera that is black or frozen through whole demos, with the demos' names.
+    """Returns one sentence for each camera that is black or frozen through whole demos, with the names of the demos.
 
-    Frames are equal where their digests are. Digests that cannot be read are left to the integrity check.
+    Frames with equal digests count as equal. Unreadable digests are skipped; the integrity check reports them.
     """
     sentences: list[str] = []
     if not manifest.demos:

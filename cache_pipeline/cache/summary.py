@@ -1,4 +1,4 @@
-"""What a cache holds, what made it and whether it is complete, without raising for a cache that is not sound."""
+"""Summarises a cache: contents, origin and state. A damaged cache is reported, not raised."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ State = Literal["complete", "incomplete", "corrupt"]
 
 
 class CacheSummary(NamedTuple):
-    """A cache at a glance.
+    """Summary of a cache.
 
     Attributes:
-        state: ``complete``, ``incomplete`` (a first extraction was cut off) or ``corrupt``.
-        problem: what is wrong and what mends it, empty when nothing is.
-        units_done, units: finished units of all, of an unfinished extension where there is one.
-        bytes: of all files.
-        dead_rows: rows that ``cache compact`` gives back.
-        manifest: of the complete cache, or what an unfinished one is to become; None when it cannot be read.
-        notes: what is odd and allowed, such as a camera that is black through a demo.
+        state: ``complete``, ``incomplete`` (the first extraction is unfinished) or ``corrupt``.
+        problem: what is wrong and how to repair it; empty if nothing is.
+        units_done, units: numbers of finished and of all units; those of the extension if one is unfinished.
+        bytes: total size of all files.
+        dead_rows: rows that ``cache compact`` frees.
+        manifest: the manifest, or the target manifest of an unfinished cache; None if neither can be read.
+        notes: unusual but allowed findings, such as a camera that is black through a demo.
     """
 
     path: str
@@ -40,11 +40,11 @@ class CacheSummary(NamedTuple):
 
     @property
     def problems(self) -> tuple[str, ...]:
-        """What makes the cache unsound; an unfinished extension does not, for what was there is whole."""
+        """Problems of the cache. An unfinished extension is none, since the earlier contents are complete."""
         return () if self.state == "complete" else (self.problem,)
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object: state, sizes, cameras with their identity, demos."""
+        """Returns a JSON object: state, sizes, cameras with their identity, demos."""
         value: dict[str, Any] = {**self._asdict(), "notes": list(self.notes), "kind": "cache"}
         manifest = value.pop("manifest")
         if manifest is None:
@@ -76,7 +76,7 @@ class CacheSummary(NamedTuple):
         }
 
     def lines(self) -> list[str]:
-        """For people."""
+        """Returns the summary as lines for a terminal."""
         lines = [f"cache {self.path}: {self.state}, {self.bytes / 1e6:.1f} MB"]
         if self.problem:
             lines.append(f"  {self.problem}")
@@ -88,10 +88,10 @@ class CacheSummary(NamedTuple):
 
 
 def inspect_cache(path: str | Path) -> CacheSummary:
-    """Looks at a cache; whatever is wrong with it is told, not raised.
+    """Summarises a cache; reports its problems instead of raising them.
 
     Raises:
-        NotACacheError: the path holds no cache at all.
+        NotACacheError: the path holds no cache.
     """
     path = Path(path)
     state: State = "complete"
@@ -110,10 +110,10 @@ def inspect_cache(path: str | Path) -> CacheSummary:
     units = _units(target, manifest) if target else []
     done = sum(read_record(path, unit) is not None for unit in units)
     if state == "complete" and target is not manifest:
-        problem = "an extension is unfinished; run the same extract-features command again to go on"
+        problem = "an extension is unfinished; run the same extract-features command again to continue"
     elif state == "complete" and done < len(units):
         state = "corrupt"
-        problem = "units are missing from the ledger; run the extract-features command again to make them anew"
+        problem = "units are missing from the ledger; run the extract-features command again to write them again"
     shown = manifest or target
     dead = _dead_rows(manifest) if manifest else 0
     notes = still_cameras(path, manifest) if manifest and state == "complete" else ()
@@ -121,14 +121,14 @@ def inspect_cache(path: str | Path) -> CacheSummary:
 
 
 def _units(target: Manifest, manifest: Manifest | None) -> list[Unit]:
-    """Units that the ledger must hold: of a complete cache those of its manifest, else those that are wanted."""
+    """Returns the units that the ledger must hold: those of the manifest, or those of an unfinished extraction."""
     if target is manifest:
         return [Unit.parse(name) for name in manifest.units]
     return list(target.live_units())
 
 
 def _dead_rows(manifest: Manifest) -> int:
-    """Rows of shards that no live demo needs, and dead rows between live ones."""
+    """Returns the number of rows that belong to no live demo."""
     return manifest.n_rows - sum(demo.length for demo in manifest.demos)
 
 
@@ -140,7 +140,7 @@ def _manifest_lines(manifest: Manifest, dead_rows: int) -> list[str]:
         f"{len(manifest.demos)} demos, {rows} rows in {blocks} blocks of {manifest.shard_rows}, {manifest.dtype}",
     ]
     if dead_rows:
-        lines.append(f"{dead_rows} rows are dead; cache compact gives them back")
+        lines.append(f"{dead_rows} rows are dead; cache compact frees them")
     for name, entry in manifest.cameras.items():
         identity = entry.identity
         weights, precision = identity.get("weights", {}), identity.get("precision", {})

@@ -1,4 +1,4 @@
-"""The commands: each parses, calls one function of the package and prints. Heavy imports happen inside the commands."""
+"""The commands: each parses options, calls one function of the package and prints. Heavy imports are inside them."""
 
 from cache_pipeline.cli.app import app
 

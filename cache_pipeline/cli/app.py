@@ -1,4 +1,4 @@
-"""The Typer application: exit codes, logging, and the commands in the order in which a user meets them."""
+"""The Typer application: exit codes, logging, and the list of commands in the order of a typical workflow."""
 
 from __future__ import annotations
 
@@ -22,22 +22,22 @@ EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130
 
 
 def told(error: OSError) -> str:
-    """What the system refused, where, and what to do, in one line."""
+    """Describes an operating-system error in one line: where, what, and what to do."""
     where = " → ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     what = (error.strerror or str(error) or type(error).__name__).lower()
     if error.errno in NO_SPACE:
         hint = "; free some space and run the same command again"
     elif error.errno in NOT_ALLOWED:
-        hint = "; ask for the right to it, or give a path that you may use"
+        hint = "; get permission for this path, or give another path"
     else:
-        hint = "; check the path, and the disk or network behind it"
+        hint = "; check the path and its disk or network"
     return f"{where}: {what}{hint}" if where else f"{what}{hint}"
 
 
 class ErrorGroup(TyperGroup):
-    """Turns our errors, and the system's, into one line on stderr and an exit code.
+    """Turns errors of this package and of the operating system into one line on stderr and an exit code.
 
-    Anything else is a defect and keeps its traceback.
+    Any other exception is a bug and keeps its traceback.
     """
 
     def invoke(self, ctx: Any) -> Any:
@@ -49,12 +49,12 @@ class ErrorGroup(TyperGroup):
             raise typer.Exit(_exit_code(error)) from error
         except OSError as error:
             if error.errno == errno.EPIPE:
-                raise  # whoever read our output has gone; click ends without a word
+                raise  # the reader closed the pipe; click exits silently
             typer.echo(f"error: {' '.join(told(error).split())}", err=True)
             raise typer.Exit(EXIT_ERROR) from error
         except KeyboardInterrupt as interrupt:
-            if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks
-                said = str(interrupt) or "the same command goes on where this one stopped"
+            if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process prints
+                said = str(interrupt) or "run the same command again to continue"
                 typer.echo(f"interrupted: {said}", err=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
@@ -95,7 +95,7 @@ def configure(
     logger.handlers[:] = [handler]
     logger.propagate = False
     logger.setLevel(logging.WARNING if quiet else logging.INFO)
-    # SIGTERM then leaves by the same road as Ctrl-C: what is open is closed, what is finished is kept.
+    # SIGTERM is handled like Ctrl-C: open files are closed, finished work is kept.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 

@@ -19,7 +19,7 @@ from cache_pipeline.options import DATA, ENCODER, OUTPUT, RUNNING
 if TYPE_CHECKING:
     from cache_pipeline.reports.inspection import Inspection
 
-cache_app = typer.Typer(help="Look after a cache.", no_args_is_help=True)
+cache_app = typer.Typer(help="Inspect, compact or export a cache.", no_args_is_help=True)
 
 
 @generated(EncoderOptions, ExtractConfig)
@@ -102,7 +102,7 @@ def inspect(
 
 
 def _tell(path: Path, found: Inspection, json: bool) -> None:
-    """Prints what was found; exits with 3 where it is not sound."""
+    """Prints the summary; exits with 3 if it has problems."""
     o.emit(json, found.to_json(), found.lines())
     if found.problems:
         more = f" (and {len(found.problems) - 1} more)" if len(found.problems) > 1 else ""
@@ -131,7 +131,7 @@ def verify(
             raise CheckFailedError(
                 f"{cache}: {len(checked.broken)} of {checked.units} units are damaged: "
                 f"{', '.join(checked.broken[:5])}; "
-                "run the extract-features command again to make just these anew"
+                "run the extract-features command again to write only these again"
             )
         return
     from cache_pipeline.extract.verify import verify
@@ -144,7 +144,7 @@ def verify(
         raise CheckFailedError(
             f"{cache}: stored features differ from live ones by {result.max_rel:.2e} relative, "
             f"more than the tolerance {result.tolerance:.0e}; "
-            "check verify --integrity, then extract again with --overwrite"
+            "run verify --integrity, then extract again with --overwrite"
         )
 
 
@@ -160,7 +160,7 @@ def cache_inspect(path: Annotated[Path, typer.Argument(help="A cache.")], json: 
 
 @cache_app.command("compact", cls=CheckedCommand)
 def cache_compact(path: Annotated[Path, typer.Argument(help="A cache.")], json: o.Json = False) -> None:
-    """Give back the space of rows whose demos were removed or changed."""
+    """Free the space of rows whose demos were removed or changed."""
     from cache_pipeline.cache.compact import compact
 
     result = compact(path)
@@ -178,7 +178,7 @@ def cache_export(
     from cache_pipeline.cache.export import export_npz, export_robomimic
 
     if out.suffix not in (".hdf5", ".h5", ".npz"):
-        raise ConfigError(f"{out}: the ending chooses the format; write .hdf5 (robomimic) or .npz")
+        raise ConfigError(f"{out}: the suffix is not an export format; give .hdf5 (robomimic) or .npz")
     write = export_npz if out.suffix == ".npz" else export_robomimic
     result = write(path, out, overwrite=overwrite)
     o.emit(json, result.to_json(), result.lines())

@@ -1,7 +1,7 @@
-"""Options that would have no effect beside others: refused before any work, with the reason.
+"""Rejects options that have no effect beside other options, before any work, with the reason.
 
-``RULES`` says it for each command; ``CheckedCommand`` looks at what was typed, so a value that equals the default is
-told too. What follows from values alone is checked by the configs, for Python as well.
+``RULES`` lists the cases of each command. ``CheckedCommand`` checks the options on the command line, even those whose
+value equals the default. The configs check conflicts between values, for Python callers too.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Values = Mapping[str, Any]
 
 
 class Rule(NamedTuple):
-    """``options`` (names of parameters) have no effect ``when`` the command's values are so, because of ``why``."""
+    """``options`` (parameter names) have no effect if ``when`` is true of the values; ``why`` is the reason."""
 
     options: tuple[str, ...]
     when: Callable[[Values], Any]
@@ -53,7 +53,7 @@ def _robomimic(values: Values) -> bool:
 
 ENCODER = (
     Rule(NETWORK, lambda v: v["encoder"], "--encoder brings its own network and weights"),
-    Rule(("cut",), lambda v: v["encoder"] and v["cut"] != "output", "only ResNets are cut, --encoder gives its output"),
+    Rule(("cut",), lambda v: v["encoder"] and v["cut"] != "output", "only ResNets are cut; --encoder gives its output"),
     Rule(
         ("pretrained_encoder",),
         lambda v: v["weights"] and not v["pretrained_encoder"],
@@ -66,11 +66,11 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             (*NETWORK, *PREPROCESSING, "camera_encoder"),
             lambda v: v["encoder_from"],
-            "--encoder-from takes encoder and preprocessing of a run",
+            "--encoder-from takes encoder and preprocessing from a run",
         ),
         *ENCODER,
         Rule(("deep",), lambda v: v["overwrite"], "--overwrite reads every frame anyway"),
-        Rule(VIEWS, lambda v: v["views"] == 1, "only views beyond the first are augmented; --views 4 makes some"),
+        Rule(VIEWS, lambda v: v["views"] == 1, "only views beyond the first are augmented; --views 4 adds three"),
     ),
     "verify": (
         Rule(
@@ -84,13 +84,13 @@ RULES: dict[str, tuple[Rule, ...]] = {
             (*NETWORK, *PREPROCESSING, "cut"),
             lambda v: v["from_cache"],
             "a cache holds the output of the frozen encoder that extract-features was given; "
-            "encode live with --dataset alone, or extract again",
+            "encode live with only --dataset, or extract again",
         ),
         *ENCODER,
         Rule(
             ("share_rgb_model", "encoder_lr"),
             lambda v: v["freeze_encoder"],
-            "the encoder is frozen, and the same for all cameras; --no-freeze-encoder trains it",
+            "the encoder is frozen and the same for all cameras; --no-freeze-encoder trains it",
         ),
         Rule(
             VIEWS,
@@ -111,17 +111,17 @@ RULES: dict[str, tuple[Rule, ...]] = {
         Rule(
             ("precision",),
             lambda v: _robomimic(v) and v["from_cache"] and v["precision"] not in ("auto", "fp32"),
-            "robomimic's networks compute in fp32, and nothing is encoded",
+            "robomimic's networks compute in fp32, and a cache needs no encoding",
         ),
     ),
     "finetune": (
         Rule(
             ("live_encoder",),
             lambda v: v["from_cache"],
-            "--from-cache trains on the features of a cache while it can; give one of the two",
+            "--from-cache reads features from a cache as far as possible; give one of the two",
         ),
         Rule(VIEWS, lambda v: not v["augment"], "frames are changed with --augment only"),
-        Rule(("unfreeze",), lambda v: v["unfreeze_schedule"], "--unfreeze-schedule says which layers learn from when"),
+        Rule(("unfreeze",), lambda v: v["unfreeze_schedule"], "--unfreeze-schedule sets layers and first steps"),
     ),
     "bench": (
         Rule(
@@ -134,12 +134,12 @@ RULES: dict[str, tuple[Rule, ...]] = {
     # ``cache inspect`` has the same name and draws nothing.
     "inspect": (Rule(("overwrite",), lambda v: not v.get("views"), "no file is written without --views FILE"),),
     "probe": (Rule(("overwrite",), lambda v: not v["out"], "no file is written without --out FILE"),),
-    "rollout": (Rule(("videos", "overwrite"), lambda v: not v["video"], "nothing is filmed without --video FOLDER"),),
+    "rollout": (Rule(("videos", "overwrite"), lambda v: not v["video"], "no video is written without --video FOLDER"),),
 }
 
 
 class CheckedCommand(TyperCommand):
-    """A command that refuses options given twice and options without effect; its help lists options by group."""
+    """A command that rejects duplicate options and options without effect, and lists options by group in its help."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {group: [] for group in ("Arguments", *GROUPS, "Options")}
@@ -158,7 +158,7 @@ class CheckedCommand(TyperCommand):
         counts = Counter(parameter for parameter in order if not _repeatable(parameter))
         for parameter, count in counts.items():
             if count > 1:
-                raise OptionError(f"{parameter.opts[0]} is given {count} times and only one would count: give it once")
+                raise OptionError(f"{parameter.opts[0]} is given {count} times, but only one counts; give it once")
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
@@ -183,6 +183,6 @@ def _repeatable(parameter: Any) -> bool:
 
 
 def _flag(parameter: Any, value: Any) -> str:
-    """As it was typed: ``--no-augment`` of a flag that was switched off."""
+    """Returns the flag as typed, such as ``--no-augment`` for a switch that is off."""
     flags = parameter.secondary_opts if value is False and parameter.secondary_opts else parameter.opts
     return str(flags[0])

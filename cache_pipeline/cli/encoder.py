@@ -1,4 +1,4 @@
-"""The options that describe an image encoder, and the encoders that they give."""
+"""Options of an image encoder, and the encoders that they define."""
 
 import re
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderOptions:
-    """One image encoder for all cameras, and what happens to frames before it."""
+    """One image encoder for all cameras, and the preprocessing of its frames."""
 
     rgb_model_name: Annotated[str, Option("resnet18, resnet34 or resnet50.", ENCODER)] = "resnet18"
     pretrained_encoder: Annotated[
@@ -42,10 +42,10 @@ class EncoderOptions:
     ] = None
 
     def spec(self, seed: int) -> "EncoderSpec":
-        """The encoder; ``weights`` wins over ``pretrained_encoder``.
+        """Returns the encoder; ``weights`` overrides ``pretrained_encoder``.
 
         Args:
-            seed: of random weights.
+            seed: seed of random weights.
         """
         from cache_pipeline.encoders.image_encoder import EncoderSpec
 
@@ -57,7 +57,7 @@ class EncoderOptions:
         )
 
     def preprocess(self, spec: "EncoderSpec") -> "Preprocess":
-        """The preprocessing before an encoder; ImageNet normalisation is on unless its weights are random."""
+        """Returns the preprocessing of an encoder; ImageNet normalisation is on unless its weights are random."""
         from cache_pipeline.encoders.preprocess import Preprocess
 
         norm = spec.weights != "random" if self.imagenet_norm is None else self.imagenet_norm
@@ -66,9 +66,9 @@ class EncoderOptions:
     def for_cameras(
         self, chosen: list[str] | None, seed: int
     ) -> "tuple[EncoderSpec | dict[str, EncoderSpec], Preprocess | dict[str, Preprocess]]":
-        """``CAMERA=MODEL[@WEIGHTS]`` for some cameras, the encoder of the options for all others.
+        """Reads ``CAMERA=MODEL[@WEIGHTS]`` for some cameras; all others get the encoder of the options.
 
-        ``WEIGHTS`` is a file, ``imagenet`` or ``random``; without it, ``imagenet``.
+        ``WEIGHTS`` is a file, ``imagenet`` or ``random``; the default is ``imagenet``.
         """
         spec = self.spec(seed)
         preprocess = self.preprocess(spec)
@@ -81,7 +81,7 @@ class EncoderOptions:
                 raise ConfigError(f"--camera-encoder {text!r}: write CAMERA=MODEL or CAMERA=MODEL@WEIGHTS")
             camera, model, weights = match.groups()
             if camera in specs:
-                raise OptionError(f"--camera-encoder names {camera} twice and only one would count: give it once")
+                raise OptionError(f"--camera-encoder names {camera} twice, but only one counts; give it once")
             specs[camera] = replace(
                 spec, rgb_model_name=model, weights=weights or "imagenet", cut=self.cut, factory=None
             )

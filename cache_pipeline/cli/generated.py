@@ -1,4 +1,4 @@
-"""Options of a command that are made from the fields of config dataclasses."""
+"""Generates the options of a command from the fields of config dataclasses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Given:
 
     Args:
         values: parameter name → value.
-        typed: names of the parameters that are on the command line.
+        typed: names of the parameters on the command line.
     """
 
     def __init__(self, values: Mapping[str, Any], typed: Collection[str]) -> None:
@@ -35,11 +35,11 @@ class Given:
         return any(parameter.name in self._typed for parameter in _parameters(cls, ()))
 
     def config(self, cls: type[Config], **others: Any) -> Config:
-        """Makes a config of the given values and of ``others``, its fields without an option."""
+        """Makes a config from the given values and from ``others``, its fields without an option."""
         return cls(**self._fields(cls, lambda name: True), **others)
 
     def over(self, cls: type[Config], saved: Mapping[str, Any], **others: Any) -> Config:
-        """Makes a config of saved fields with what was typed in their place."""
+        """Makes a config from saved fields; options on the command line override them."""
         found = {**saved, **self._typed_fields(cls), **others}
         for item in fields(cls):  # type: ignore[arg-type]
             if _nested(item) and (typed := self._typed_fields(item.type)):
@@ -83,7 +83,7 @@ def generated(*configs: Any, without: Collection[str] = ()) -> Callable[[Command
     """Adds an option for each field of the configs to a command, which gets them as ``given``.
 
     Args:
-        without: names of parameters that the command has of its own.
+        without: names of parameters that the command defines itself.
     """
 
     def decorate(function: Command) -> Command:
@@ -149,7 +149,7 @@ def _default(item: Field[Any], option: Option) -> Any:
 
 
 def _name(item: Field[Any], option: Option) -> str:
-    """The parameter's name: that of its flag."""
+    """Returns the parameter name that belongs to the flag."""
     return flag_of(item, option).split("/")[0].removeprefix("--").replace("-", "_")
 
 

@@ -18,7 +18,7 @@ _results: Any = None
 
 @contextmanager
 def results_alone_on_stdout() -> Iterator[None]:
-    """Sends everything but what ``emit`` prints to stderr: libraries print to stdout too, as torch does."""
+    """Sends all output except that of ``emit`` to stderr, since libraries such as torch print to stdout."""
     global _results
     before, _results = _results, sys.stdout
     try:
@@ -35,16 +35,16 @@ def emit(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
 
 
 Json = Annotated[
-    bool, typer.Option("--json", help="One JSON object on stdout and nothing else there.", rich_help_panel=OUTPUT)
+    bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.", rich_help_panel=OUTPUT)
 ]
 Datasets = Annotated[list[Path] | None, typer.Option("--dataset", help="A robomimic HDF5 file; may be repeated.")]
 Cameras = Annotated[str | None, typer.Option("--cameras", help="Cameras, comma-separated; all by default.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:0.")]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is random.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there once the new is complete.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output once the new one is complete.")]
 RgbModelName = Annotated[str, typer.Option("--rgb-model-name", help="resnet18, resnet34 or resnet50.")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="Encoder weights from a .pth or .safetensors file.")]
 StoredEncoder = Annotated[
     str | None,
-    typer.Option("--encoder", help="The encoder's factory, for those made by one: it runs only if it is named here."),
+    typer.Option("--encoder", help="The factory that made the encoder, if any; it runs only if it is named here."),
 ]

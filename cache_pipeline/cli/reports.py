@@ -1,4 +1,4 @@
-"""quickstart, report, probe and bench: what happened, whether it will do, and how fast it is."""
+"""The commands quickstart, report, probe and bench."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def probe(
     device: o.Device = "auto",
     json: o.Json = False,
 ) -> None:
-    """Say whether these frozen features will do, beside proprioception alone and random weights (a heuristic)."""
+    """Say whether frozen features suffice, compared with proprioception alone and random weights (a heuristic)."""
     from cache_pipeline.reports.probe import probe_cache
 
     result = probe_cache(cache, picture=out, overwrite=overwrite, seed=seed, device=device)
@@ -69,12 +69,12 @@ def bench(
     rgb_model_name: o.RgbModelName = "resnet18",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows per training step.")] = 64,
     seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Least seconds per measurement.")] = 10.0,
-    out: Annotated[Path | None, typer.Option("--out", help="Keep the figures as JSON in this file.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the results as JSON to this file.")] = None,
     overwrite: o.Overwrite = False,
     device: o.Device = "auto",
     json: o.Json = False,
 ) -> None:
-    """Measure ours, peers and limits side by side in one run."""
+    """Measure this package, other packages and hardware limits side by side in one run."""
     from cache_pipeline.reports.bench.run import run_bench
 
     result = run_bench(

@@ -1,4 +1,4 @@
-"""collect and rollout: the simulator at both ends."""
+"""The commands collect and rollout, which need a simulator."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ def rollout(
     episodes: Annotated[int, typer.Option("--episodes", min=1, help="Episodes, one seed each.")] = 20,
     horizon: Annotated[int | None, typer.Option("--horizon", min=1, help="Most steps of an episode.")] = None,
     action_steps: Annotated[
-        int | None, typer.Option("--action-steps", min=1, help="Steps of each action chunk that are carried out.")
+        int | None, typer.Option("--action-steps", min=1, help="Steps of each action chunk to execute.")
     ] = None,
     video: Annotated[Path | None, typer.Option("--video", help="Folder for videos.")] = None,
-    videos: Annotated[int, typer.Option("--videos", min=1, help="Episodes that are filmed, with --video.")] = 3,
+    videos: Annotated[int, typer.Option("--videos", min=1, help="Episodes to record, with --video.")] = 3,
     overwrite: o.Overwrite = False,
     env_args: Annotated[
-        Path | None, typer.Option("--env-args", help="JSON of the environment, for datasets that carry none.")
+        Path | None, typer.Option("--env-args", help="JSON of the environment, for datasets without one.")
     ] = None,
     encoder: o.StoredEncoder = None,
     device: o.Device = "auto",

@@ -1,4 +1,4 @@
-"""train, finetune and export: from a cache or a dataset to a policy, and back to a live encoder."""
+"""The commands train, finetune and export."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from cache_pipeline.training.config import NESTED, FinetuneConfig, TrainConfig
 if TYPE_CHECKING:
     from cache_pipeline.training.result import TrainResult
 
-# Settings of a run.json that hold for that run alone.
+# Settings of a run.json that apply only to that run.
 OF_ONE_RUN = ("out", "resume", "overwrite")
 Chosen = TypeVar("Chosen", TrainConfig, FinetuneConfig)
 ConfigFile = Annotated[
     Path | None,
-    typer.Option("--config", help="Settings from a run.json; options that are typed win.", rich_help_panel=DATA),
+    typer.Option("--config", help="Settings from a run.json; typed options override them.", rich_help_panel=DATA),
 ]
 
 
@@ -62,7 +62,7 @@ def finetune(
 
     if not live_encoder and given["from_cache"] is None:
         raise ConfigError(
-            "say where features come from: --live-encoder, or --from-cache with a cache cut below --unfreeze"
+            "the source of features is missing; give --live-encoder, or --from-cache with a cache cut below --unfreeze"
         )
     _emit(partial(run, given.config(FinetuneConfig)), json)
 
@@ -74,7 +74,7 @@ def export(
     overwrite: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
-    """Write one file that takes raw images and low-dim obs and gives the action chunk."""
+    """Write the policy to one file that takes raw images and low-dim obs and returns the action chunk."""
     from cache_pipeline.runs.export import export_policy
 
     result = export_policy(run, out, overwrite=overwrite, encoder=encoder)
@@ -82,19 +82,19 @@ def export(
 
 
 def _emit(run: Callable[[], TrainResult], json: bool) -> None:
-    """Runs and prints the result, under torchrun in the first process alone."""
+    """Runs and prints the result; under torchrun only the first process prints."""
     from cache_pipeline.training.update.distributed import launched
 
     try:
         result = run()
     except RunStopped as stopped:
-        raise KeyboardInterrupt(f"{stopped}; go on with: {resuming_command()}") from None
+        raise KeyboardInterrupt(f"{stopped}; continue with: {resuming_command()}") from None
     if launched().first:
         o.emit(json, result.to_json(), result.lines())
 
 
 def resuming_command() -> str:
-    """This command line with --resume."""
+    """Returns this command line with --resume."""
     program, *words = sys.argv
     named = ["-m", "cache_pipeline"] if Path(program).name == "__main__.py" else [program]
     if "LOCAL_WORLD_SIZE" in os.environ:
@@ -109,7 +109,7 @@ def resuming_command() -> str:
 
 
 def _chosen(cls: type[Chosen], given: Given, file: Path | None, others: dict[str, Any]) -> Chosen:
-    """The config of the options, or of a file with what was typed in place of what it says."""
+    """Makes the config from the options, or from a file whose settings the typed options override."""
     if file is None:
         return given.config(cls, **others)
     from cache_pipeline.runs.record import read_object

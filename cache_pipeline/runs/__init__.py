@@ -1,1 +1,1 @@
-"""What a run folder holds, and what can be done with it without training code."""
+"""Reads and writes run folders; needs no training code."""

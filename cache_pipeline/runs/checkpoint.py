@@ -1,10 +1,10 @@
 """Checkpoints of a run on disk.
 
     runs/lift/checkpoints/
-      index.json       latest, best by held-out action error, and the names of all checkpoints that were made here
+      index.json       latest, best by held-out action error, and the names of all checkpoints of this run
       step_0004000/    model.safetensors  ema.safetensors  resume/optimizer.safetensors  checkpoint.json
 
-A checkpoint is written beside its place and renamed when it is whole; ``checkpoint.json`` lists its files' digests.
+A checkpoint is written to a hidden folder and renamed when complete; ``checkpoint.json`` lists its files' digests.
 """
 
 from __future__ import annotations
@@ -41,17 +41,17 @@ class State(NamedTuple):
     resume: dict[str, Tensor]
 
     def by_file(self) -> dict[str, dict[str, Tensor]]:
-        """File name → its tensors."""
+        """Returns the tensors of each file, by file name."""
         return {MODEL: self.model, EMA: self.ema, RESUME: self.resume}
 
 
 class Checkpoint(NamedTuple):
-    """One checkpoint folder, its tensors read.
+    """One checkpoint, with its tensors in memory.
 
     Attributes:
-        step: updates made before it was saved.
-        metrics: figures at that step, as in metrics.csv.
-        progress: figures that the training loop continues from.
+        step: number of updates before it was saved.
+        metrics: metrics at that step, as in metrics.csv.
+        progress: state of the training loop, from which it continues.
     """
 
     path: Path
@@ -64,12 +64,12 @@ class Checkpoint(NamedTuple):
 class CheckpointFolder:
     """The ``checkpoints`` folder of a run.
 
-    Its index records every folder that is made here, and nothing else is ever removed.
+    Its index records every checkpoint of this run; no other folder is ever removed.
 
     Args:
         run: the run folder.
-        keep_best: how many checkpoints with the least held-out action error are kept beside the latest.
-        saved: called after each save with its step; where the run lies from then on.
+        keep_best: number of checkpoints with the lowest held-out action error to keep beside the latest.
+        saved: called after each save with its step; returns the path of the run from then on.
     """
 
     def __init__(self, run: Path, keep_best: int, saved: Callable[[int], Path] | None = None) -> None:
@@ -78,27 +78,27 @@ class CheckpointFolder:
 
     @property
     def best(self) -> dict[str, Any] | None:
-        """``{name, step, valid_action_mse}`` of the checkpoint with the least held-out action error, if any."""
+        """``{name, step, valid_action_mse}`` of the checkpoint with the lowest held-out action error, if any."""
         return self._index["best"][0] if self._index["best"] else None
 
     @property
     def latest(self) -> Path | None:
-        """The checkpoint that was saved last."""
+        """Folder of the last saved checkpoint; None if there is none."""
         name = self._index["latest"]
         return None if name is None else self._run / CHECKPOINTS / name
 
     def is_among_best(self, error: float) -> bool:
-        """Whether a checkpoint of this held-out action error would be kept as one of the best."""
+        """Whether a checkpoint with this held-out action error would be kept as one of the best."""
         best = self._index["best"]
         return self._keep > 0 and (len(best) < self._keep or error < best[-1]["valid_action_mse"])
 
     def save(
         self, step: int, state: State, metrics: dict[str, Any], progress: dict[str, Any], error: float | None
     ) -> Path:
-        """Saves the state after ``step`` updates; ``error`` is its held-out action error if it was measured there.
+        """Saves the state after ``step`` updates; ``error`` is its held-out action error, if measured at that step.
 
         Raises:
-            CheckpointError: a value is not finite, or it cannot be written; earlier checkpoints are whole.
+            CheckpointError: a value is not finite, or the files cannot be written; earlier checkpoints stay intact.
         """
         self.check_finite(step, state)
         folder, value = self._run / CHECKPOINTS, {"format": FORMAT, "step": step, "metrics": metrics}
@@ -122,23 +122,23 @@ class CheckpointFolder:
         return self._run / CHECKPOINTS / name
 
     def check_finite(self, step: int, state: State) -> None:
-        """Raises CheckpointError if a tensor holds a value that is not finite."""
+        """Raises CheckpointError if a value of a tensor is not finite."""
         for file, values in state.by_file().items():
             name = first_not_finite(values)
             if name is not None:
                 raise CheckpointError(
-                    f"{name} of {file} is not finite after step {step}, so it is not saved; {self.kept()}; lower --lr, "
-                    f"or look at the actions with inspect"
+                    f"{name} of {file} is not finite after step {step}, so step {step} is not saved; {self.kept()}; "
+                    f"lower --lr, or check the actions with inspect"
                 )
 
     def kept(self) -> str:
-        """What there is to go on from, for an error."""
+        """Returns the part of an error message that names the last checkpoint."""
         if self.latest is None:
             return "no checkpoint was saved before"
         return f"the last checkpoint is {self.latest}"
 
     def _name(self, step: int) -> str:
-        """A name for the checkpoint that nobody else's folder has."""
+        """Returns a name for the checkpoint that no foreign folder has."""
         path = self._run / CHECKPOINTS / f"step_{step:07d}"
         return path.name if path.name in self._index["made"] else free_path(path).name
 
@@ -165,7 +165,7 @@ class CheckpointFolder:
 
 
 def read_index(run: Path) -> dict[str, Any]:
-    """``{"latest": name or None, "best": [{name, step, valid_action_mse}, …], "made": [name, …]}``, the best first."""
+    """Reads {"latest": name or None, "best": [{name, step, valid_action_mse}, …], "made": [name, …]}, best first."""
     path = run / CHECKPOINTS / INDEX
     if not path.is_file():
         return {"latest": None, "best": [], "made": []}
@@ -174,7 +174,7 @@ def read_index(run: Path) -> dict[str, Any]:
     names = [*([] if latest is None else [latest]), *(entry.get("name") for entry in best)]
     made = value.get("made", names)
     if not all(isinstance(name, str) and Path(name).name == name for name in [*names, *made]):
-        raise CheckpointError(f"{path} is not what was written; remove it and resume from a checkpoint folder")
+        raise CheckpointError(f"{path} is damaged: it has invalid names; remove it and resume from a checkpoint folder")
     return {"latest": latest, "best": best, "made": made}
 
 
@@ -187,7 +187,7 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def remove_checkpoints(run: Path) -> None:
-    """Removes the checkpoints that a run's index records; any other folder among them stays."""
+    """Removes the checkpoints that a run's index records; other folders stay."""
     folder = run / CHECKPOINTS
     try:
         made = read_index(run)["made"]
@@ -202,10 +202,10 @@ def remove_checkpoints(run: Path) -> None:
 
 
 def find_checkpoint(path: Path, *, latest: bool = False) -> tuple[Path, Path]:
-    """(run folder, checkpoint folder) of a run or of one of its checkpoints; of a run the best, else the latest.
+    """Finds (run folder, checkpoint folder) of a run or checkpoint; for a run the best checkpoint, else the latest.
 
     Raises:
-        CheckpointError: there is no run, or it has no checkpoint.
+        CheckpointError: the path is no run, or the run has no checkpoint.
     """
     if (path / CHECKPOINT_JSON).is_file():
         return path.resolve().parent.parent, path
@@ -220,14 +220,14 @@ def find_checkpoint(path: Path, *, latest: bool = False) -> tuple[Path, Path]:
 
 
 def read_checkpoint(path: Path) -> Checkpoint:
-    """Reads one checkpoint folder and checks every file's digest; raises CheckpointError."""
+    """Reads one checkpoint folder and checks the digest of every file; raises CheckpointError."""
     value = _described(path)
     read = [read_tensors(path / file, str(value["files"].get(file))) for file in (MODEL, EMA, RESUME)]
     return Checkpoint(path, value["step"], value.get("metrics", {}), value.get("progress", {}), State(*read))
 
 
 def check_checkpoint(path: Path) -> None:
-    """Checks every file's digest without building tensors; raises CheckpointError."""
+    """Checks the digest of every file without building tensors; raises CheckpointError."""
     value = _described(path)
     for file in (MODEL, EMA, RESUME):
         check_tensors(path / file, str(value["files"].get(file)))
@@ -245,5 +245,5 @@ def _described(path: Path) -> dict[str, Any]:
 
 
 def _partial(checkpoint: Path) -> Path:
-    """Where a checkpoint is written before it is whole."""
+    """Returns the hidden folder in which a checkpoint is written before it is complete."""
     return checkpoint.with_name(f".{checkpoint.name}.partial")

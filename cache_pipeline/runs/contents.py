@@ -1,4 +1,4 @@
-"""What a run's demos hold, as digests: the run finds them again whatever files, order and names they have by then."""
+"""Digests of a run's demos, by which the run finds them again if files, order or names have changed."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ Known = Mapping[tuple[SourceRecord, str], Digests]
 
 
 class Contents:
-    """Digests of all frames, low-dim obs and actions of demos, the same for a cache and for its files.
+    """Digests of all frames, low-dim obs and actions of demos, equal for a cache and for its files.
 
-    Those of a cache are in its manifest. Those of files are taken by reading every frame once, unless an earlier run
-    recorded them and the file has its recorded size and time.
+    Digests of a cache are in its manifest. Digests of files are computed by reading every frame once, unless an earlier
+    run recorded them and the file still has the recorded size and time.
 
     Args:
         data: a cache or a dataset.
-        cameras, low_dim: what of a demo is counted, besides actions, rewards and dones.
+        cameras, low_dim: the keys to include besides actions, rewards and dones.
         known: (file, demo) → digests that an earlier run recorded.
     """
 
@@ -46,11 +46,11 @@ class Contents:
 
     @property
     def files(self) -> tuple[SourceRecord, ...]:
-        """The files as they are, or as they were when the cache was made."""
+        """The files as they are now; those of a cache as they were at extraction."""
         return self._files
 
     def at_hand(self, number: int) -> Digests | None:
-        """The digests of a demo if they can be had without reading frames."""
+        """Returns the digests of a demo if they are known without reading frames, else None."""
         if number not in self._taken and isinstance(self._data, FeatureCache):
             digests = self._data.demos[number].digests
             self._taken[number] = {name: digests.get(name) for name in (*self._cameras, *self._rows)}
@@ -58,14 +58,14 @@ class Contents:
         return self._taken.get(number) or self._known.get((self._files[demo.file], demo.name))
 
     def digests(self, numbers: Sequence[int]) -> tuple[Digests, ...]:
-        """The digests of some demos."""
+        """Returns the digests of demos; reads the frames of those whose digests are unknown."""
         unread = [number for number in numbers if self.at_hand(number) is None]
         if unread:
             started = time.monotonic()
             with ThreadPoolExecutor(READERS, thread_name_prefix="contents") as readers:
                 self._taken |= dict(zip(unread, readers.map(self._read, unread), strict=True))
             seconds = time.monotonic() - started
-            logger.info("read %d demos once to know them by their content, in %.1f s", len(unread), seconds)
+            logger.info("read %d demos once to compute their digests, in %.1f s", len(unread), seconds)
         return tuple(self.at_hand(number) or {} for number in numbers)
 
     def _read(self, number: int) -> Digests:
@@ -79,35 +79,35 @@ class Contents:
 
 
 def recorded_contents(recorded: DataRecord) -> Known:
-    """(file, demo) → the digests that a run recorded."""
+    """Returns the digests that a run recorded, by (file, demo)."""
     return {
         (recorded.files[demo.file], demo.name): demo.contents for demo in recorded.demos if demo.contents is not None
     }
 
 
 def split_of_run(data: FeatureCache | Dataset, contents: Contents, recorded: DataRecord, where: str) -> Split:
-    """The split of an earlier run, its demos found by what they hold.
+    """Returns the split of an earlier run; finds its demos by their contents.
 
     Args:
-        data: where the demos are to be.
-        contents: of ``data``.
-        recorded: the data of that run.
-        where: that run, for messages.
+        data: the cache or dataset in which the demos are looked up.
+        contents: digests of ``data``.
+        recorded: the data record of that run.
+        where: name of that run, for messages.
 
     Raises:
-        CheckpointError: a demo of that run is not in the data; the message says what of it differs.
+        CheckpointError: a demo of that run is not in the data; the message says which part differs.
     """
     if all(demo.contents is not None for demo in recorded.demos):
         chosen = _by_content(data, contents, recorded.demos, where)
     else:
-        logger.warning("%s does not record what its demos hold: they are found by file number and name", where)
+        logger.warning("%s has no digests of its demos: they are found by file number and name", where)
         chosen = _by_name(data, recorded.demos, where)
     train, valid = chosen[: len(recorded.train)], chosen[len(recorded.train) :]
     return Split(tuple(train), tuple(valid), f"the split of {where}: {len(train)} demos, {len(valid)} held out")
 
 
 def _by_content(data: FeatureCache | Dataset, contents: Contents, demos: Sequence[DemoRecord], where: str) -> list[int]:
-    """The number of each demo; frames are read only if the digests at hand do not suffice."""
+    """Returns the number of each demo; reads frames only if the known digests do not suffice."""
     numbers = range(len(data.demos))
     wanted = {_key(demo.contents) for demo in demos}
     if not wanted <= {_key(contents.at_hand(number)) for number in numbers}:
@@ -122,7 +122,7 @@ def _by_content(data: FeatureCache | Dataset, contents: Contents, demos: Sequenc
         if not found:
             raise _not_there(demo.name, where, _difference(data, contents, demo.name, demo.contents or {}))
         chosen.append(next((number for number in found if names[number] == demo.name), found[0]))
-        found.remove(chosen[-1])  # each demo once, of several with one content the one of this name first
+        found.remove(chosen[-1])  # use each demo once; among demos with equal contents prefer the one of this name
     return chosen
 
 
@@ -135,16 +135,16 @@ def _by_name(data: FeatureCache | Dataset, demos: Sequence[DemoRecord], where: s
 
 
 def _difference(data: FeatureCache | Dataset, contents: Contents, name: str, digests: Digests) -> str:
-    """What of a demo is not as recorded in the demo of that name that is most like it."""
+    """Says which parts of a demo differ from the record, in the most similar demo of the same name."""
     alike = [contents.at_hand(number) or {} for number, (_, other, *_) in enumerate(data.demos) if other == name]
     if not alike:
-        return "no demo has its name and none its content"
+        return "no demo has its name or its contents"
     nearest = max(alike, key=lambda found: sum(found.get(part) == digest for part, digest in digests.items()))
     differ = [part for part, digest in digests.items() if nearest.get(part) != digest]
     for part in differ:
         was = next((key for key in differ if key != part and nearest.get(part) == digests[key]), None)
         if was is not None:
-            return f"its {part} is what {was} was: the two were exchanged"
+            return f"its {part} is the recorded {was}: the two were exchanged"
     return f"its {', '.join(differ)} {'differs' if len(differ) == 1 else 'differ'}"
 
 

@@ -1,14 +1,14 @@
-"""One self-contained file from raw images and low-dim obs to an action chunk, for robots without this package.
+"""Exports a policy to one self-contained file, from raw images and low-dim obs to actions, for robots.
 
     obs (B,To,…), noise → preprocessing → encoder → normalisers → projection → action head → actions (B,Ta,A)
 
-Inputs by name: ``{camera: uint8 (B,To,H,W,3)}``, ``{low-dim key: float32 (B,To,…)}`` and, for policies that draw,
-``noise``: float32, standard normal, fresh for each call. For flow it is (B,Ta,A); for gmm (B, M + Ta·A), of which zeros
-give the means of the most likely of M components. Equal inputs give equal actions. The output ``actions`` (B,Ta,A) is
-in the units of the dataset. The batch size is free, but for encoders of the user's own that fix it: then it is 1.
+Inputs by name: ``{camera: uint8 (B,To,H,W,3)}``, ``{low-dim key: float32 (B,To,…)}`` and, for stochastic policies,
+``noise``: float32, standard normal, fresh for each call. Its shape is (B,Ta,A) for flow and (B, M + Ta·A) for gmm; with
+zeros, gmm returns the mean of the most likely of M components. Equal inputs give equal actions. The output ``actions``
+(B,Ta,A) is in dataset units. Any batch size works, unless the user's own encoder fixes it: then it is 1.
 
-``.pt2`` is a ``torch.export`` program: ``torch.export.load(file).module()(obs, noise=noise)`` with ``obs`` the dict of
-all other inputs. ``.onnx`` takes each input by its name, in any ONNX runtime.
+``.pt2`` is a ``torch.export`` program: ``torch.export.load(file).module()(obs, noise=noise)``, where ``obs`` is the
+dict of all other inputs. ``.onnx`` takes each input by its name, in any ONNX runtime.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ LATENCY_CALLS = 10
 
 
 def _is_exported(path: Path) -> bool:
-    """Whether a file carries the :func:`metadata` of an exported policy: both formats store it as plain bytes."""
+    """Whether a file contains the :func:`metadata` of an exported policy; both formats store it as plain bytes."""
     content = path.read_bytes()
     return all(f"{key}".encode() in content for key in ("low_dim_keys", "obs_horizon", "action_horizon"))
 
@@ -53,7 +53,7 @@ POLICY_FILE = FileKind("a policy that export wrote", _is_exported)
 
 
 class Inputs(NamedTuple):
-    """What an exported file is called with; ``noise`` is ``None`` for a policy that draws nothing."""
+    """Inputs of an exported file; ``noise`` is ``None`` for a deterministic policy."""
 
     obs: dict[str, Tensor]
     noise: Tensor | None
@@ -69,11 +69,11 @@ class ExportResult(NamedTuple):
     """An exported file.
 
     Attributes:
-        bytes: its size.
-        batch: ``None`` if any batch size will do, else the one that it takes.
-        inputs, outputs: name → ``uint8 (B, 2, 84, 84, 3)``.
+        bytes: size of the file.
+        batch: the only batch size that works; ``None`` if any does.
+        inputs, outputs: name → type and shape, such as ``uint8 (B, 2, 84, 84, 3)``.
         max_abs_error: largest difference from the run's own ``act`` on the same inputs and noise, in dataset units.
-        latency_ms: median time of one call at batch 1.
+        latency_ms: median time of one call at batch size 1.
     """
 
     run: Path
@@ -106,18 +106,18 @@ def export_policy(
     """Writes the policy of ``run`` to ``out``, loads the file again and compares its actions with the run's.
 
     Args:
-        run: a run, of which the best checkpoint is taken, or one checkpoint.
-        out: the file; its ending is the format.
-        overwrite: replace a file that is there.
+        run: a run, whose best checkpoint is exported, or one checkpoint.
+        out: the file; its suffix chooses the format.
+        overwrite: replace an existing file.
         device: where a ``.pt2`` program runs; ``.onnx`` files are checked on the CPU and run anywhere.
         encoder: as in ``load_policy``.
 
     Raises:
-        ConfigError: an unknown ending, a file that is there, or a policy that cannot be exported.
+        ConfigError: an unknown suffix, an existing file, or a policy that cannot be exported.
         MissingExtraError: ``.onnx`` without the packages of the extra ``onnx``.
         CheckpointError: ``run`` cannot be loaded.
-        CheckFailedError: the file's actions differ by more than 1e-4, or 1e-4 of the largest action beyond 1. Nothing
-            is written then.
+        CheckFailedError: the file's actions differ by more than 1e-4, or by 1e-4 of the largest action if that exceeds
+            1. No file is written.
     """
     run, out = Path(run), Path(out)
     check_target(out)
@@ -150,27 +150,27 @@ def export_policy(
 
 
 def check_target(out: Path) -> None:
-    """Refuses, before any work, a format that cannot be written here."""
+    """Raises, before any work, if the format is unknown or its packages are not installed."""
     if out.suffix not in FORMATS:
-        raise ConfigError(f"{out} has the ending {out.suffix!r}, which is no export format; {available(FORMATS)}")
+        raise ConfigError(f"{out} has the suffix {out.suffix!r}, which is not an export format; {available(FORMATS)}")
     missing = [name for name in ("onnx", "onnxscript", "onnxruntime") if importlib.util.find_spec(name) is None]
     if out.suffix == ".onnx" and missing:
         raise MissingExtraError(
-            f"ONNX files need {missing[0]}, which is not installed: {install_command('onnx')}, or take .pt2"
+            f"ONNX files need {missing[0]}, which is not installed: {install_command('onnx')}, or write a .pt2 file"
         )
 
 
 def check_policy(policy: Any, run: Path) -> None:
-    """Refuses policies that have no exportable form."""
+    """Raises ConfigError for policies that cannot be exported."""
     if not isinstance(policy, VisuomotorPolicy):
         raise ConfigError(f"{run} is a robomimic run; only flow, mlp and gmm policies can be exported")
     taken = [key for key in (NOISE, ACTIONS) if key in policy.cameras or key in policy.low_dim]
     if taken:
-        raise ConfigError(f"{run} has an obs {taken[0]!r}, a name that the exported file has for something else")
+        raise ConfigError(f"{run} has an obs named {taken[0]!r}, which the exported file uses for another input")
 
 
 class ActingModule(nn.Module):
-    """``act`` as a ``forward``."""
+    """Module whose ``forward`` is the policy's ``act``."""
 
     def __init__(self, policy: VisuomotorPolicy) -> None:
         super().__init__()
@@ -181,10 +181,10 @@ class ActingModule(nn.Module):
 
 
 def trace(policy: VisuomotorPolicy) -> tuple[torch.export.ExportedProgram, int | None]:
-    """The policy as a graph, and its batch size: ``None`` if free, 1 if the encoder's code fixes it.
+    """Traces the policy; returns the graph and its batch size: ``None`` if free, 1 if the encoder's code fixes it.
 
     Raises:
-        ConfigError: it cannot be traced, as when the user's own encoder looks at values.
+        ConfigError: the policy cannot be traced, for instance if the user's own encoder branches on values.
     """
     for size in (2, 1):
         obs, noise = example_inputs(policy, size)
@@ -202,7 +202,7 @@ def trace(policy: VisuomotorPolicy) -> tuple[torch.export.ExportedProgram, int |
 
 
 def example_inputs(policy: VisuomotorPolicy, batch: int, seed: int = 0) -> Inputs:
-    """Inputs such as the policy may see: smooth random images, low-dim obs from the distribution of the train split."""
+    """Makes realistic inputs: smooth random images, and low-dim obs with the statistics of the train split."""
     generator = torch.Generator().manual_seed(seed)
     steps, obs = policy.obs_horizon, {}
     for camera, size in policy.cameras.items():
@@ -220,7 +220,7 @@ def example_inputs(policy: VisuomotorPolicy, batch: int, seed: int = 0) -> Input
 
 
 def metadata(policy: VisuomotorPolicy) -> dict[str, Any]:
-    """What a caller has to know, as JSON in the file."""
+    """Returns the description of inputs and outputs that is stored in the file as JSON."""
     return {
         "cameras": list(policy.cameras),
         "low_dim_keys": list(policy.low_dim),
@@ -253,7 +253,7 @@ def read_pt2(path: Path) -> Function:
 
 
 def write_onnx(program: torch.export.ExportedProgram, path: Path, inputs: Inputs, values: dict[str, Any]) -> None:
-    """Writes an ONNX model whose metadata properties are ``values``, each as JSON; raises ConfigError if it cannot."""
+    """Writes an ONNX model with ``values`` as metadata properties in JSON; raises ConfigError if it cannot."""
     try:
         with _third_party_warnings():
             converted = torch.onnx.export(
@@ -269,7 +269,7 @@ def write_onnx(program: torch.export.ExportedProgram, path: Path, inputs: Inputs
 
 
 def _name_batch(graph: Any) -> None:
-    """Calls the free size of the inputs ``batch`` in all shapes of an ONNX graph, also as a factor: ``2*batch``."""
+    """Names the free dimension ``batch`` in all shapes of an ONNX graph, also in products such as ``2*batch``."""
     symbols = {value.type.tensor_type.shape.dim[0].dim_param for value in graph.input} - {""}
     for value in (*graph.input, *graph.output, *graph.value_info):
         for size in value.type.tensor_type.shape.dim:
@@ -291,7 +291,7 @@ def read_onnx(path: Path) -> Function:
 
 
 def compare(policy: VisuomotorPolicy, function: Function, batches: tuple[int, ...], out: Path) -> float:
-    """The largest difference between ``function`` and the policy; raises CheckFailedError beyond the tolerance."""
+    """Returns the largest difference between ``function`` and the policy; raises CheckFailedError beyond tolerance."""
     worst = 0.0
     for batch in batches:
         inputs = example_inputs(policy, batch, seed=batch)
@@ -300,7 +300,7 @@ def compare(policy: VisuomotorPolicy, function: Function, batches: tuple[int, ..
         tolerance = TOLERANCE * max(1.0, float(expected.abs().max()))
         if not error <= tolerance:
             resized = [camera for camera, p in policy.obs_encoder.preprocessing.items() if p.resize_shape is not None]
-            hint = f"; the resize of {resized[0]} may be why: train without --resize-shape" if resized else ""
+            hint = f"; the resize of {resized[0]} may be the cause: train without --resize-shape" if resized else ""
             raise CheckFailedError(
                 f"{out} was not written: its actions differ from the run's by {error:.3g} at batch {batch}, "
                 f"more than {tolerance:.3g}{hint}"
@@ -310,7 +310,7 @@ def compare(policy: VisuomotorPolicy, function: Function, batches: tuple[int, ..
 
 
 def latency_ms(function: Function, inputs: Inputs) -> float:
-    """Median milliseconds of one call, after two to warm up."""
+    """Returns the median time of one call in milliseconds, after two warm-up calls."""
     times = []
     for _ in range(LATENCY_CALLS + 2):
         start = time.perf_counter()
@@ -322,13 +322,13 @@ def latency_ms(function: Function, inputs: Inputs) -> float:
 def _batch_is_free(program: torch.export.ExportedProgram) -> bool:
     names = set(program.graph_signature.user_inputs)
     shapes = [node.meta["val"].shape for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
-    # A size that the code fixed may stay a SymInt, whose text is then its value.
+    # A size that the encoder's code fixes may stay a SymInt; its text is then the value.
     return not any(str(shape[0]).isdigit() for shape in shapes)
 
 
 @contextmanager
 def _third_party_warnings() -> Iterator[None]:
-    """torch and onnxscript call what they themselves deprecate."""
+    """Hides deprecation warnings: torch and onnxscript call functions that they deprecate themselves."""
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", category=category, module=r"(torch|onnxscript|onnx_ir|copyreg)\b")

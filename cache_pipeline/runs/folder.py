@@ -1,7 +1,7 @@
-"""The folder of a run while it is written: one writer at a time, and a whole run at its place at every moment.
+"""Writes a run folder: one writer at a time, and a complete run at its path at every moment.
 
-A folder that has not saved a checkpoint yet holds a marker, so that the same command can start it again. A run that
-replaces another one is written in a hidden folder beside it, marked too, and takes its place with its first checkpoint.
+A run without a checkpoint has a marker file, so that the same command can start it again. A run that replaces another
+is written to a hidden folder beside it, also marked, and is moved to its path with its first checkpoint.
 """
 
 from __future__ import annotations
@@ -32,29 +32,29 @@ MARKER = "unfinished.json"
 MARK = "a run folder that is being written or replaced"
 UNFINISHED: Literal["unfinished"] = "unfinished"
 REPLACED: Literal["replaced"] = "replaced"
-# Of file systems of clusters that are mounted without locks.
+# Error numbers of file systems that are mounted without locks.
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
-# What rollout and report add to a run.
+# Files that rollout and report add to a run.
 ROLLOUTS, REPORT = "rollouts", "report.html"
 
 
 class RunFolder:
-    """Where a run is written.
+    """Paths of a run that is being written.
 
     Attributes:
-        place: where the run belongs.
-        path: where it is written now: ``place``, or a hidden folder beside it while an older run is at its place.
-        unsaved: whether ``place`` holds a run that was started and never saved a checkpoint.
+        place: the final path of the run.
+        path: the current path: ``place``, or a hidden folder beside it while an older run is at ``place``.
+        unsaved: whether ``place`` holds a run that was started but saved no checkpoint.
     """
 
     def __init__(self, place: Path, *, unsaved: bool = False) -> None:
         self.place, self.path, self.unsaved = place, place, unsaved
 
     def start(self, record: RunRecord, encoders: Mapping[str, ImageEncoder]) -> None:
-        """Writes what a run begins with.
+        """Creates the folder with run.json and the encoders.
 
         Args:
-            record: what run.json holds.
+            record: the contents of run.json.
             encoders: file name → encoder.
         """
         try:
@@ -70,9 +70,9 @@ class RunFolder:
             raise CheckpointError(f"cannot write the run folder {self.place} ({error})") from error
 
     def saved(self, step: int) -> Path:
-        """Has to follow each checkpoint: the first one brings the run to its place. Returns ``path``.
+        """Moves the run to its final path after its first checkpoint; call it after each one. Returns ``path``.
 
-        A checkpoint of step 0 holds what the run began with, and replaces nothing.
+        After a checkpoint of step 0, which holds the initial weights, an older run is not replaced yet.
         """
         if self.path != self.place and step == 0:
             return self.path
@@ -86,7 +86,7 @@ class RunFolder:
         return self.path
 
     def _take_place(self) -> Path | None:
-        """Lets the run and the one at its place change places; where the latter lies now."""
+        """Moves the run to its final path; returns the path to which an older run was moved, if there was one."""
         if not self.place.exists():
             os.rename(self.path, self.place)
             return None
@@ -100,20 +100,20 @@ class RunFolder:
         return replaced
 
     def give_up(self) -> None:
-        """Removes a run that has not come to its place: it saved nothing, and the one there stays."""
+        """Removes a run that is not at its final path yet; it has saved no progress. The older run stays."""
         if self.path != self.place:
             shutil.rmtree(self.path, ignore_errors=True)
 
 
 @contextmanager
 def run_folder(out: Path, *, resume: bool, overwrite: bool, writes: bool = True) -> Iterator[RunFolder]:
-    """Holds the run folder ``out`` for writing; what a killed process left there is put in order first.
+    """Locks the run folder ``out`` for writing, after cleaning up after a killed process.
 
     Args:
-        writes: False in a process that leaves writing to another one of the same run.
+        writes: False in a process of a distributed run that does not write.
 
     Raises:
-        CheckpointError: the folder is no run, or cannot be written, or resumed, as asked.
+        CheckpointError: the folder is not a run, or cannot be written or resumed with these options.
         RunLockedError: another process writes it.
     """
     place = out.resolve() if out.is_symlink() or out.name in ("", "..") else out
@@ -141,33 +141,31 @@ def _lock(place: Path, held: ExitStack) -> None:
     except OSError as error:
         if error.errno not in NO_LOCKS:
             raise
-        logger.warning("%s lies on a file system without locks: let no other process write this run", place)
+        logger.warning("%s is on a file system without locks: make sure that no other process writes this run", place)
 
 
 def is_run(path: Path) -> bool:
-    """Whether a folder holds a run of ours, by what its run.json says."""
+    """Whether a folder holds a run of this package, judged by its run.json."""
     return {"format", "kind", "config", "policy", "data"} <= _read(path / RUN_JSON).keys()
 
 
 def _check(place: Path, *, resume: bool, overwrite: bool) -> None:
-    """Raises CheckpointError unless ``place`` may be written, or resumed, as asked. Changes nothing."""
+    """Raises CheckpointError unless ``place`` can be written or resumed with these options. Changes nothing."""
     there = is_run(place)
     if resume and not there:
-        raise CheckpointError(f"{place} holds no run to resume; leave --resume out to start one")
+        raise CheckpointError(f"{place} holds no run to resume; omit --resume to start one")
     if there and not (resume or overwrite):
         raise CheckpointError(
-            f"{place} holds a run; give --resume to go on, --overwrite to replace it, or another --out"
+            f"{place} holds a run; give --resume to continue it, --overwrite to replace it, or another --out"
         )
     if there and overwrite and place.is_mount():
-        raise CheckpointError(
-            f"{place} is where a disk is mounted and cannot be replaced; give a folder in it as --out"
-        )
+        raise CheckpointError(f"{place} is a mount point and cannot be replaced; give a folder inside it as --out")
     if not there and place.exists() and not (place.is_dir() and all(map(_is_scrap, place.iterdir()))):
         raise CheckpointError(f"{place} exists and is not a run; give another --out")
 
 
 def _put_in_order(place: Path) -> None:
-    """Ends what a killed process had begun: the run that it was replacing stays, or the new one does."""
+    """Finishes or undoes the replacement that a killed process had begun, so that one complete run remains."""
     hidden = re.compile(rf"\.{re.escape(place.name)}\.[0-9a-f]{{8}}\.run")
     for path in [path for path in place.parent.iterdir() if hidden.fullmatch(path.name) and path.is_dir()]:
         state = _state(path) if _read(path / MARKER).get("run") == place.name else None
@@ -182,18 +180,18 @@ def _put_in_order(place: Path) -> None:
 
 
 def _clear_replaced(old: Path, place: Path) -> None:
-    """Removes a run that was replaced; files in it that are not the run's move to the run at ``place``."""
+    """Removes a replaced run; moves other files in its folder to the run at ``place``."""
     try:
         _remove_run(old)
         _move_contents(old, place)
         _unmark(old)
         old.rmdir()
     except OSError as error:
-        logger.warning("%s, the run that was replaced, could not be removed (%s); the new run is whole", old, error)
+        logger.warning("cannot remove %s, the replaced run (%s); the new run is complete", old, error)
 
 
 def _remove_run(folder: Path) -> None:
-    """Removes all that makes a folder a run, and nothing else in it."""
+    """Removes the files of a run from a folder; other files stay."""
     policy = _read(folder / RUN_JSON).get("policy")
     files = policy.get("encoder_files") if isinstance(policy, dict) else None
     encoders = sorted(set(files.values())) if isinstance(files, dict) else []
@@ -230,13 +228,13 @@ def _unmark(folder: Path) -> None:
 
 
 def _state(folder: Path) -> str | None:
-    """What the marker in a folder says; None without one of ours."""
+    """Returns the state in the marker file of a folder; None if it has no valid marker."""
     value = _read(folder / MARKER)
     return value.get("state") if value.get("cache_pipeline") == MARK else None
 
 
 def _is_scrap(path: Path) -> bool:
-    """Whether a file is what a process leaves that is killed while it marks a folder."""
+    """Whether a file is a marker, or the partial marker of a killed process."""
     return path.name == MARKER or _is_partial_marker(path)
 
 

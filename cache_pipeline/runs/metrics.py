@@ -1,4 +1,4 @@
-"""A run's figures over its steps: ``metrics.csv`` and TensorBoard."""
+"""Metrics of a run over its steps: ``metrics.csv``, TensorBoard and Weights & Biases."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ CSV_NAME, TENSORBOARD = "metrics.csv", "tensorboard"
 
 
 class MetricsLog:
-    """Appends rows; each row that an earlier process wrote stays until the steps up to it are made again.
+    """Appends rows. On resume, a row of an earlier process stays until training reaches its step again.
 
     The files stay open when the run folder is moved. Use as a context manager.
 
     Args:
         run: the run folder.
-        start: step from which the run goes on.
-        wandb: the Weights & Biases project that gets the figures too; None for none.
-        place: where the run belongs; it names the run there.
+        start: step from which the run continues.
+        wandb: Weights & Biases project to log to as well; None for none.
+        place: final path of the run; it names the run in Weights & Biases.
     """
 
     def __init__(self, run: Path, start: int, wandb: str | None = None, place: Path | None = None) -> None:
@@ -53,7 +53,7 @@ class MetricsLog:
             self._boards.append(_Wandb(wandb, place if place is not None else run, read_json(run / "run.json")))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds one row; names are among ``COLUMNS``. Raises CheckpointError if it cannot be written."""
+        """Appends one row; names must be in ``COLUMNS``. Raises CheckpointError if it cannot be written."""
         row = {"step": step, **{name: f"{value:.9g}" for name, value in values.items()}}
         try:
             if self._later:
@@ -70,7 +70,7 @@ class MetricsLog:
             raise self._unwritable(error) from error
 
     def _rewrite(self) -> None:
-        """Puts a file of all rows in place of the one that is there, and opens it to append."""
+        """Replaces the file by one with all rows, and opens it for appending."""
         with atomic_path(self._path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
             rows = csv.DictWriter(file, COLUMNS, restval="")
             rows.writeheader()
@@ -81,20 +81,20 @@ class MetricsLog:
         self._file = self._path.open("a", newline="", encoding="utf-8")
 
     def _unwritable(self, error: OSError) -> CheckpointError:
-        return CheckpointError(f"cannot write {self._path} ({error}); the checkpoints are whole, go on with --resume")
+        return CheckpointError(f"cannot write {self._path} ({error}); checkpoints are intact; continue with --resume")
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
-        # Every row was flushed; what could not be written was told then.
+        # Every row was flushed already; a write error was raised at that time.
         for opened in (self._file, *self._boards):
             with suppress(OSError):
                 opened.close()
 
 
 class _Board:
-    """TensorBoard events, without the part of it that would import TensorFlow."""
+    """Writes TensorBoard events without the part of TensorBoard that imports TensorFlow."""
 
     def __init__(self, folder: Path) -> None:
         from tensorboard.compat.proto.event_pb2 import Event
@@ -102,7 +102,7 @@ class _Board:
 
         folder.mkdir(exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
-        # TensorBoard's own writer opens its file anew for each flush, by a name that changes when a run is moved.
+        # TensorBoard's own writer opens its file by name at each flush; the name changes when the run is moved.
         self._writer: Any = RecordWriter((folder / name).open("xb"))
         self._add(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
@@ -122,7 +122,7 @@ class _Board:
 
 
 class _Wandb:
-    """A Weights & Biases run named as the run folder; its files lie beside that, which may still be moved."""
+    """A Weights & Biases run with the name of the run folder. Its files lie beside the folder, which may be moved."""
 
     def __init__(self, project: str, run: Path, config: Any) -> None:
         self._run = _wandb().init(project=project, name=run.name, dir=str(run.parent), config=config)
@@ -135,7 +135,7 @@ class _Wandb:
 
 
 def check_wandb(project: str | None) -> None:
-    """Raises MissingExtraError if figures are to go to Weights & Biases and its client is not installed."""
+    """Raises MissingExtraError if a Weights & Biases project is given and its client is not installed."""
     if project is not None:
         _wandb()
 
@@ -149,9 +149,9 @@ def _wandb() -> Any:
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The rows of ``metrics.csv``: ``step`` an int, the others floats or None. Empty if there is no such file.
+    """Reads the rows of ``metrics.csv``: ``step`` is an int, other values floats or None. Empty if there is no file.
 
-    A last line that was cut off is left out. Raises CheckpointError if the file holds anything else than such rows.
+    An incomplete last line is skipped. Raises CheckpointError if the file is damaged in another way.
     """
     path = run / CSV_NAME
     if not path.is_file():
@@ -164,4 +164,4 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
             for row in rows
         ]
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); move it away, the run goes on without it") from error
+        raise CheckpointError(f"{path} is damaged ({error}); move it away and the run continues without it") from error

@@ -1,4 +1,4 @@
-"""Whether the held-out error has flattened, and what to try then."""
+"""Detects a plateau of the held-out error, and suggests what to try next."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ IMPROVEMENT = 0.02
 
 
 def has_flattened(errors: Sequence[float]) -> bool:
-    """Whether the best of the last third of the measurements is less than 2 % below the best of those before.
+    """Whether the best of the last third of measurements is less than 2 % below the best earlier one.
 
-    Fewer than six measurements say nothing. A heuristic: it cannot tell an error that has reached its floor from one
-    that waits for a smaller learning rate.
+    Returns False below six measurements. This is a heuristic: a smaller learning rate may still reduce the error.
     """
     if len(errors) < LEAST_MEASUREMENTS:
         return False
@@ -26,7 +25,7 @@ def has_flattened(errors: Sequence[float]) -> bool:
 
 
 def plateau_notes(run: Path) -> tuple[str, ...]:
-    """Lines for the end of a run whose held-out error has flattened; none otherwise."""
+    """Returns advice for a finished run whose held-out error has flattened; otherwise no lines."""
     measured = [row["validation/action_mse"] for row in read_metrics(run)]
     errors = [error for error in measured if error is not None]
     if not has_flattened(errors):
@@ -34,14 +33,14 @@ def plateau_notes(run: Path) -> tuple[str, ...]:
     record = read_record(run)
     late = len(errors) // 3
     return (
-        f"the held-out error has flattened: the last {late} of {len(errors)} measurements brought less than "
+        f"the held-out error has flattened: the last {late} of {len(errors)} measurements lowered it by less than "
         f"{IMPROVEMENT:.0%}; if rollouts fail, try",
         *(f"  {line}" for line in advice(run, record)),
     )
 
 
 def advice(run: Path, record: RunRecord) -> list[str]:
-    """Commands to try next, in the order of their cost."""
+    """Returns commands to try next, the cheapest first."""
     whole = f"finetune --live-encoder --checkpoint {quote(str(run))}"
     config = record.config
     if record.kind == "finetune":

@@ -1,4 +1,4 @@
-"""The policy of a run, ready to act."""
+"""Loads the policy of a run for inference."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from cache_pipeline.runs.record import RUN_JSON, read_record
 
 
 def load_policy(path: str | Path, device: str = "cpu", *, encoder: Factories = None) -> Any:
-    """The policy of a run (its best checkpoint, else its latest) or of one checkpoint folder, ready for ``act``.
+    """Loads the policy of a run (best checkpoint, else latest) or of one checkpoint folder, ready for ``act``.
 
-    A ``VisuomotorPolicy`` with the averaged weights, if the run kept any; of a robomimic run a ``RobomimicPolicy``.
+    Returns a ``VisuomotorPolicy``, with averaged weights if the run has any; for a robomimic run a ``RobomimicPolicy``.
 
     Args:
         path: the run or checkpoint.
         device: where the policy computes.
-        encoder: the factory of a run whose encoder is made by one: ``file.py:factory``. It runs only if it is named
+        encoder: the factory of the run's encoder, ``file.py:factory``, if a factory made it. It runs only if named
             here, and must be the one with which the run was trained.
 
     Raises:
-        CheckpointError: anything is missing, damaged or from another version; or the encoder's factory is not named, or
-            has changed. Nothing is unpickled, and no code that the run names is run.
-        MissingExtraError: a robomimic run, and robomimic is not installed.
+        CheckpointError: a file is missing, damaged or from another version; or the encoder's factory is not named or
+            has changed. Nothing is unpickled, and code that only the run names is not executed.
+        MissingExtraError: it is a robomimic run, and robomimic is not installed.
     """
     run, folder = find_checkpoint(Path(path))
     record, state = read_record(run), read_checkpoint(folder).state
@@ -43,7 +43,7 @@ def load_policy(path: str | Path, device: str = "cpu", *, encoder: Factories = N
         try:
             policy = build_robomimic_policy(spec, encoders, resolve_device(device))
         except ConfigError as error:
-            raise CheckpointError(f"{run / RUN_JSON} is damaged, or not ours: {error}") from error
+            raise CheckpointError(f"{run / RUN_JSON} is damaged or from another program: {error}") from error
     else:
         policy = build_policy(spec, encoders).to(resolve_device(device)).requires_grad_(False)
     policy.load_tensors({**state.model, **state.ema})
@@ -53,10 +53,10 @@ def load_policy(path: str | Path, device: str = "cpu", *, encoder: Factories = N
 
 
 def run_encoders(run: Path, spec: PolicySpec, encoder: Factories = None) -> dict[str, ImageEncoder]:
-    """The encoders that a run began with; cameras with the same file share one module.
+    """Loads the initial encoders of a run; cameras with the same file share one module.
 
     Args:
-        encoder: the factories that the user names; one that the run names alone is not run.
+        encoder: the factories that the user names; a factory that only the run names is not executed.
     """
     for file in spec.encoder_files.values():
         if Path(file).name != file:

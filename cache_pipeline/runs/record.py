@@ -1,4 +1,4 @@
-"""run.json: what a run was asked to do, what it was trained on, and what its policy is built from."""
+"""run.json: the config of a run, its data and the specification of its policy."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FORMAT = 1
 RUN_JSON = "run.json"
 
 Digests = dict[str, str | None]
-"""Camera, ``actions``, ``low_dim/<key>``, … → digest; ``None`` for what the data do not have."""
+"""Camera, ``actions``, ``low_dim/<key>``, … → digest; ``None`` if the data do not have it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class DemoRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class DataRecord:
-    """The demos that a run was trained on, and where they were at that time."""
+    """The demos that a run was trained on, and their files at that time."""
 
     cache: str | None = None
     """Path of the feature cache, if the run read one."""
@@ -71,11 +71,11 @@ class DataRecord:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DataRecord:
-        """Reads what ``to_json`` gave; raises KeyError, TypeError or ValueError on anything else."""
+        """Reads the value of ``to_json``; raises KeyError, TypeError or ValueError for any other value."""
         named = [(int(file), str(name)) for file, name in (*value["train"], *value["valid"])]
         contents = value.get("contents", [None] * len(named))
         if len(contents) != len(named):
-            raise ValueError(f"it names {len(named)} demos and the contents of {len(contents)}")
+            raise ValueError(f"it lists {len(named)} demos but the digests of {len(contents)}")
         demos = [
             DemoRecord(file=file, name=name, contents=digests)
             for (file, name), digests in zip(named, contents, strict=True)
@@ -95,7 +95,7 @@ class DataRecord:
 
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
-    """All of run.json. ``write_record`` and ``read_record`` alone know its form."""
+    """Contents of run.json. Only ``write_record`` and ``read_record`` handle the file's format."""
 
     kind: Literal["train", "finetune"]
     config: dict[str, Any]
@@ -105,19 +105,19 @@ class RunRecord:
     order: dict[str, Any]
     """``views``, and ``blocks``: the sizes of the block order, or None."""
     precision: str | None = None
-    """The precision in which the run's features are computed; None in runs of early versions."""
+    """Precision of the run's features; None in runs of early versions."""
     start: str | None = None
-    """The checkpoint that a fine-tuning run began with."""
+    """The checkpoint from which a fine-tuning run started."""
     versions: dict[str, str] = field(default_factory=dict)
     command: tuple[str, ...] = ()
 
     @property
     def steps(self) -> int:
-        """Length of the run in optimiser steps."""
+        """Length of the run in optimiser steps, finished or not."""
         return int(self.config["steps"])
 
     def with_steps(self, steps: int) -> RunRecord:
-        """The record of the same run with another length."""
+        """Returns a copy of the record with another number of steps."""
         return replace(self, config={**self.config, "steps": steps})
 
     def to_json(self) -> dict[str, Any]:
@@ -136,7 +136,7 @@ class RunRecord:
 
 
 def this_process() -> dict[str, Any]:
-    """``versions`` and ``command`` of a record that this process makes."""
+    """Returns the fields ``versions`` and ``command`` for this process."""
     import numpy
     import torch
 
@@ -150,7 +150,7 @@ def this_process() -> dict[str, Any]:
 
 
 def write_record(record: RunRecord, folder: Path) -> None:
-    """Writes ``run.json``, whole or not at all; raises OSError."""
+    """Writes ``run.json`` atomically; raises OSError."""
     write_json(folder / RUN_JSON, record.to_json())
 
 
@@ -187,5 +187,5 @@ def read_object(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error})") from error
     if not isinstance(value, dict):
-        raise CheckpointError(f"{path} is damaged: it holds no JSON object")
+        raise CheckpointError(f"{path} is damaged: it is not a JSON object")
     return value

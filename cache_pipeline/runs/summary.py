@@ -1,4 +1,4 @@
-"""What a run folder holds, read without weights."""
+"""Summarises a run folder without loading weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cache_pipeline.runs.record import read_object, read_record
 
 
 class RunSummary(NamedTuple):
-    """What a run folder holds."""
+    """Summary of a run folder."""
 
     run: Path
     kind: str
@@ -29,7 +29,7 @@ class RunSummary(NamedTuple):
         return {**self._asdict(), "run": str(self.run)}
 
     def lines(self) -> list[str]:
-        """The summary as lines for a terminal."""
+        """Returns the summary as lines for a terminal."""
         lines = [
             f"run {self.run}: {self.kind}, policy {self.policy}, step {self.step} of {self.steps}",
             f"cameras {', '.join(self.cameras)}; low-dim {', '.join(self.low_dim) or 'none'}",
@@ -40,7 +40,7 @@ class RunSummary(NamedTuple):
 
 
 def inspect_run(path: str | Path) -> RunSummary:
-    """Summarises a run folder without loading weights; raises CheckpointError if it is not one."""
+    """Summarises a run folder or a checkpoint's run; raises CheckpointError if the path is neither."""
     path = Path(path)
     run = path.resolve().parent.parent if (path / CHECKPOINT_JSON).is_file() else path
     record, index = read_record(run), read_index(run)

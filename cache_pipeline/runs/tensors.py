@@ -1,4 +1,4 @@
-"""Tensors on disk: safetensors files that are written whole, listed with their digests, and never unpickled."""
+"""Reads and writes tensors as safetensors files with recorded digests; nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 
 def read_tensors(path: Path, expected: str | None) -> dict[str, Tensor]:
-    """Reads what ``write_tensors`` wrote; raises CheckpointError as ``check_tensors`` does."""
+    """Reads a file of ``write_tensors``; raises CheckpointError as ``check_tensors`` does."""
     from safetensors.torch import load_file
 
     check_tensors(path, expected)
@@ -35,20 +35,20 @@ def read_tensors(path: Path, expected: str | None) -> dict[str, Tensor]:
 
 
 def check_tensors(path: Path, expected: str | None) -> None:
-    """Raises CheckpointError if the file is missing, is no safetensors file, or its digest is not ``expected``."""
+    """Raises CheckpointError if the file is missing, not a safetensors file, or its digest is not ``expected``."""
     if not path.is_file():
-        raise CheckpointError(f"{path} is missing; take another checkpoint of the run, or train again")
+        raise CheckpointError(f"{path} is missing; use another checkpoint of the run, or train again")
     if expected is not None and digest(path.read_bytes()) != expected:
-        raise CheckpointError(f"{path} is damaged: its digest is not the recorded one; take another checkpoint")
+        raise CheckpointError(f"{path} is damaged: its digest is not the recorded one; use another checkpoint")
     try:
         with safe_open(path, "np"):
             pass
     except (SafetensorError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is no readable safetensors file ({error}); take another checkpoint") from error
+        raise CheckpointError(f"{path} is not a valid safetensors file ({error}); use another checkpoint") from error
 
 
 def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of the first tensor with a value that is not finite."""
+    """Returns the name of the first tensor with a value that is not finite, else None."""
     import torch
 
     floats = ((name, value) for name, value in tensors.items() if value.is_floating_point())
@@ -56,7 +56,7 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
 
 
 def place_folder(partial: Path, final: Path) -> None:
-    """Moves a finished folder to its name, in place of one that is there."""
+    """Renames a finished folder to ``final``; replaces an existing one."""
     sync_folder(partial)
     remove(final)
     os.rename(partial, final)

@@ -1,4 +1,4 @@
-"""The encoder of a run as something that a cache can be made with: tune, cache again, train a new head."""
+"""Exports the encoders of a run for extraction: fine-tune, extract again, train a new action head."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ ENCODERS = "encoders"
 
 
 class RunEncoders(NamedTuple):
-    """Camera → encoder and preprocessing, as extraction takes them."""
+    """Encoder and preprocessing by camera, as inputs of extraction."""
 
     encoders: dict[str, EncoderSpec]
     preprocess: dict[str, Preprocess]
 
 
 def encoders_of_run(run: Path, cut: str = "avgpool", *, encoder: Factories = None) -> RunEncoders:
-    """The encoders of a run's best checkpoint, or of one checkpoint folder.
+    """Returns the encoders of a run's best checkpoint, or of one checkpoint folder.
 
-    Their weights are written to ``<checkpoint>/encoders/<camera>.safetensors``; a cache's identity holds their content,
-    not their path.
+    Writes their weights to ``<checkpoint>/encoders/<camera>.safetensors``. A cache's identity depends on the weights,
+    not on their path.
 
     Args:
         run: a run or one of its checkpoints.
-        cut: where the cache is to be cut; without effect on an encoder that a factory makes.
-        encoder: the factory of a run whose encoder is made by one. It runs only if it is named here.
+        cut: the layer whose output is cached; ignored for an encoder that a factory makes.
+        encoder: the factory of the run's encoder, if a factory made it. It runs only if it is named here.
 
     Raises:
-        CheckpointError: no run, or an encoder whose factory is not named or has changed.
+        CheckpointError: the path is no run, or the encoder's factory is not named or has changed.
     """
     _, folder = find_checkpoint(run)
     policy = load_policy(run, encoder=encoder)

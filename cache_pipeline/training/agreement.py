@@ -1,4 +1,4 @@
-"""Whether a checkpoint fits the data that it is to be used with, and whether features made now are those in a cache."""
+"""Checks that a checkpoint fits its data, and that cached features agree with live ones."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from cache_pipeline.training.data.run_data import DataShapes
 
 logger = logging.getLogger("cache_pipeline")
 
-# A cache's features may be this many times farther from live ones than their error that was measured at extraction.
+# Largest allowed difference between cached and live features, as a multiple of the error measured at extraction.
 ERROR_MARGIN = 3.0
-# The error of caches that do not record theirs: what extraction allowed when they were made.
+# Error assumed for caches that record none: the tolerance of the extraction that made them.
 UNRECORDED_ERROR = 0.1
-# Of float32 arithmetic in another order, far above what was ever seen.
+# Difference that is always allowed: float32 sums in another order stay far below it.
 LEAST_ALLOWED = 2e-3
 
 
 def check_fits(spec: PolicySpec, checkpoint: Path, shapes: DataShapes) -> None:
-    """Raises CheckpointError naming the first difference between what the policy takes and what the data hold."""
+    """Raises CheckpointError for the first difference between the policy's inputs and outputs and the data."""
     pairs: list[tuple[str, Mapping[str, Any], Mapping[str, Any]]] = [
         ("images of camera", spec.cameras, shapes.cameras),
         ("rows of low-dim key", spec.low_dim, shapes.low_dim),
@@ -44,18 +44,18 @@ def check_fits(spec: PolicySpec, checkpoint: Path, shapes: DataShapes) -> None:
             if name not in there or tuple(there[name]) != tuple(shape):
                 found = tuple(there[name]) if name in there else "none"
                 raise CheckpointError(
-                    f"{checkpoint} does not fit the data: it takes {what} {name} of shape {tuple(shape)}, they have "
-                    f"{found}; give the dataset that it was trained on, or train anew"
+                    f"{checkpoint} does not fit the data: it takes {what} {name} of shape {tuple(shape)}, the data "
+                    f"have {found}; give the dataset that it was trained on, or train a new run"
                 )
     if spec.action_dim != shapes.action_dim:
         raise CheckpointError(
             f"{checkpoint} does not fit the data: it predicts {spec.action_dim} action dimensions, the data have "
-            f"{shapes.action_dim}; give the dataset that it was trained on, or train anew"
+            f"{shapes.action_dim}; give the dataset that it was trained on, or train a new run"
         )
 
 
 def check_encoders(policy: VisuomotorPolicy, cache: FeatureCache) -> None:
-    """Raises StaleCacheError unless the cache was made by the policy's encoders with its preprocessing."""
+    """Raises StaleCacheError unless the policy's encoders and preprocessing made the cache."""
     for camera in policy.cameras:
         identity = cache.cameras[camera].identity
         encoder, preprocess = policy.obs_encoder.key_model_map[camera], policy.obs_encoder.preprocessing[camera]
@@ -70,7 +70,7 @@ def check_encoders(policy: VisuomotorPolicy, cache: FeatureCache) -> None:
                     f"{camera}: {field}",
                     cached,
                     wanted,
-                    "its features are not those that the run's policy was trained on",
+                    "its features differ from those that the run's policy was trained on",
                     "extract them again with --encoder-from RUN and the same --cut",
                 )
 
@@ -78,20 +78,20 @@ def check_encoders(policy: VisuomotorPolicy, cache: FeatureCache) -> None:
 def check_features(
     cache: FeatureCache, cache_rows: NDArray[np.int64], live: LiveSource, packed_rows: NDArray[np.int64]
 ) -> None:
-    """Compares stored features with features that are made now from the same frames in float32.
+    """Compares stored features with features computed now from the same frames in float32.
 
-    Frames are compared by digest, features by their error as a share of their variation over these frames. The bound
+    Frames are compared by digest, features by their error as a fraction of their variation over frames. The bound
     is ``ERROR_MARGIN`` times the error that extraction measured and recorded, so a cache in bfloat16 passes and a
     cache of another encoder does not.
 
     Args:
         cache: the stored features, at the cut of the encoders of ``live``.
         cache_rows: (n,) rows of the cache.
-        live: where the frames are.
-        packed_rows: (n,) the same rows as ``live`` counts them.
+        live: source of the frames.
+        packed_rows: (n,) the same rows, numbered as in ``live``.
 
     Raises:
-        CheckpointError: frames or features differ; the message names camera and cause.
+        CheckpointError: frames or features differ; the message names the camera and the cause.
     """
     for camera in live.cameras:
         _check_frames(cache, cache_rows, live, packed_rows, camera)
@@ -102,8 +102,8 @@ def check_features(
         if not error <= allowed:
             raise CheckpointError(
                 f"{camera}: the features in {cache.path} differ from live ones on {len(packed_rows)} frames by "
-                f"{error:.2g} of their variation, and {allowed:.2g} is allowed for their precision; the frames are the "
-                f"same, so the encoder or the cache is not; check the cache with verify {cache.path}"
+                f"{error:.2g} of their variation; {allowed:.2g} is allowed for their precision; the frames are equal, "
+                f"so the encoder differs or the cache is damaged; check the cache with verify {cache.path}"
             )
         logger.info(
             "%s: cached and live features differ by %.1e of their variation (%.1e allowed)", camera, error, allowed
@@ -111,9 +111,9 @@ def check_features(
 
 
 def compared(stored: Tensor, exact: Tensor, entry: CameraEntry) -> tuple[float, float]:
-    """The error of stored features as a share of their variation over frames, and the largest that is allowed.
+    """Returns the error of stored features as a fraction of their variation over frames, and the largest allowed.
 
-    The variation is that of many frames, where the cache records it: a few frames may look alike.
+    The variation recorded in the cache is preferred: it covers many frames, while a few frames may look alike.
     """
     measured = entry.measured or {}
     spread = float(measured.get("spread", -1.0))
@@ -129,7 +129,7 @@ def _check_frames(
     packed_rows: NDArray[np.int64],
     camera: str,
 ) -> None:
-    """Raises CheckpointError unless the frames now are those that the cache was made from."""
+    """Raises CheckpointError unless the frames are those that the cache was made from."""
     found = frame_digests(live.frames_of(camera, packed_rows))
     differ = (found != cache.frame_digests(camera, cache_rows)).any(1)
     if not differ.any():
@@ -144,5 +144,5 @@ def _check_frames(
     else:
         cause = f"{int(differ.sum())} of {len(differ)} compared frames are not those that the cache was made from"
     raise CheckpointError(
-        f"{camera}: {cause} ({cache.path}); give the dataset that the run was trained on with --dataset, or train anew"
+        f"{camera}: {cause} ({cache.path}); give the dataset of the run with --dataset, or train a new run"
     )

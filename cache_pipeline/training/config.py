@@ -1,6 +1,6 @@
-"""What a run is asked to do: frozen dataclasses, checked when made, kept as JSON with the run.
+"""Configs of training runs: frozen dataclasses, checked when created, saved as JSON with the run.
 
-A field with an ``Option`` is an option of ``train`` or ``finetune`` too; ``RunConfig`` holds what both share.
+A field with an ``Option`` is also an option of ``train`` or ``finetune``; ``RunConfig`` holds the shared fields.
 """
 
 from dataclasses import dataclass, field
@@ -40,7 +40,7 @@ Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Pooling = Literal["avg", "spatial_softmax"]
 POLICIES = ("flow", "mlp", "gmm")
 
-# Options of our own policies; robomimic's algorithms have theirs in the JSON of --robomimic-config.
+# Options of flow, mlp and gmm; robomimic's algorithms take theirs from the JSON of --robomimic-config.
 OWN_POLICY_OPTIONS = (
     "policy_options",
     "lr",
@@ -52,7 +52,7 @@ OWN_POLICY_OPTIONS = (
     "rotation_6d",
     "optim",
 )
-# Values for our own policies where none are given; for its algorithms a robomimic config says them.
+# Defaults of flow, mlp and gmm; for robomimic's algorithms the robomimic config gives these values.
 DEFAULTS = {"batch_size": 64, "obs_horizon": 2, "action_horizon": 8}
 
 
@@ -91,7 +91,7 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class SavingConfig:
-    """How often the run is logged, measured and saved. An interval of 0 means once, at the end."""
+    """Intervals of logging, held-out measurement and saving, in steps. An interval of 0 means once, at the end."""
 
     log_every: Annotated[int, Option("Steps between rows of metrics.csv.", OUTPUT, least=1)] = 50
     eval_every: Annotated[int, Option("Steps between held-out measurements; 0: at the end.", OUTPUT, least=0)] = 500
@@ -105,7 +105,7 @@ class SavingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What ``train`` and ``finetune`` share."""
+    """Fields that ``train`` and ``finetune`` share."""
 
     cache: Annotated[Path | None, Option("A cache made by extract-features.", DATA, "--from-cache")] = None
     """A finished feature cache."""
@@ -120,7 +120,7 @@ class RunConfig:
         False
     )
     encoder_factory: str | None = None
-    """``file.py:factory``: the factory that may run to make the encoder of the cache or run again."""
+    """``file.py:factory``: the factory of the encoder of the cache or run. It runs only if it is named here."""
     share_rgb_model: Annotated[
         bool,
         Option("One encoder for all cameras, or one each.", ENCODER, "--share-rgb-model/--no-share-rgb-model"),
@@ -136,36 +136,36 @@ class RunConfig:
     source: Annotated[
         SourceName, Option("auto, resident, streamed or live.", RUNNING, choices=get_args(SourceName), typed=str)
     ] = "auto"
-    """Where features come from; ``auto`` takes resident if the cache fits ``max_memory``, else streamed."""
+    """Source of the features; ``auto`` means resident if the cache fits ``max_memory``, else streamed."""
     order: Annotated[
         Order,
         Option("Order of samples: full, block (reads far less), or auto.", RUNNING, choices=get_args(Order), typed=str),
     ] = "auto"
-    """Order of samples. In a ``full`` shuffle all sources see the same samples of one seed. The ``block`` shuffle,
-    whose pools follow from ``max_memory``, reads each part of a cache once per epoch; ``auto`` takes it for streamed
-    caches many times larger than ``max_memory``. Live runs have no block order."""
+    """Order of samples. A ``full`` shuffle gives the same samples per seed with every source. A ``block`` shuffle reads
+    each part of a cache once per epoch, in pools sized by ``max_memory``; ``auto`` uses it for streamed caches many
+    times larger than ``max_memory``. Live runs have no block order."""
     max_memory: Annotated[
         int | None,
         Option(
             "Memory for features or frames on the device, such as 2GiB.", RUNNING, least=1, parse=byte_count, typed=str
         ),
     ] = None
-    """Bytes that features or frames may take on the device; by default half of what is free."""
+    """Bytes that features or frames may take on the device; by default half of the free memory."""
     device: Annotated[str, Option("auto, cpu or cuda:0.", RUNNING)] = "auto"
     precision: Annotated[
         Precision, Option("auto, fp32, tf32, bf16 or fp16.", RUNNING, choices=get_args(Precision), typed=str)
     ] = "auto"
-    """The precision in which a step computes encoder, projection and action head; weights, sums and the optimiser stay
-    in float32. ``auto`` is the fastest of the device for training (bf16, fp16 on CUDA below 8.0, fp32 on CPUs that do
-    not multiply bfloat16), and for fine-tuning the precision in which the run's features were made. Cached features
-    keep theirs. robomimic's algorithms compute in fp32 or tf32."""
+    """Precision of encoder, projection and action head in a step; weights, sums and the optimiser stay in float32.
+    ``auto`` in training is the device's fastest: bf16, fp16 on CUDA below 8.0, fp32 on CPUs without bfloat16
+    multiplication. ``auto`` in fine-tuning is the precision of the run's features. Cached features keep theirs.
+    robomimic's algorithms compute in fp32 or tf32."""
     seed: Annotated[int, Option("Seed of everything that is random.", RUNNING)] = 0
     out: Annotated[Path | None, Option("The run folder; by default named after what it is made from.", OUTPUT)] = None
     wandb: Annotated[str | None, Option("Log to this Weights & Biases project too.", OUTPUT)] = None
     resume: Annotated[bool, Option("Continue from the latest checkpoint of --out.", OUTPUT)] = False
     overwrite: Annotated[bool, Option("Replace the run once the new one has a checkpoint.", OUTPUT)] = False
     augmentation: ViewSpec = field(default_factory=ViewSpec)
-    """How ``augment`` changes frames."""
+    """Parameters of the augmentation by ``augment``."""
     optim: OptimConfig = field(default_factory=OptimConfig)
     saving: SavingConfig = field(default_factory=SavingConfig)
 
@@ -251,14 +251,14 @@ class TrainConfig(RunConfig):
             "Axis-angle part of the action, such as 3:6, for the policy to see in 6d.", POLICY, typed=str, parse=slices
         ),
     ] = ()
-    """Slices of the action vector that are axis-angle rotations in radians, such as ``((3, 6),)``; the policy predicts
-    six numbers for each and acts in axis-angle."""
+    """Slices of the action vector that are axis-angle rotations in radians, such as ``((3, 6),)``. The policy predicts
+    each as six numbers and returns axis-angle."""
     augment: Annotated[
         bool | None,
         Option("Draw a view per window; on when the cache has several.", POLICY, "--augment/--no-augment"),
     ] = None
-    """Draw a view for each window in training. By default wherever the cache has more than the clean view. In a live
-    run: random crop and colour jitter of frames, the same within a window; off by default."""
+    """Draw a view for each window in training; on by default if the cache has several views. In a live run: random
+    crop and colour jitter of frames, the same within a window; off by default."""
     feature_noise: Annotated[float, Option("Noise on features, in deviations.", POLICY, least=0)] = 0.0
     """Standard deviation of Gaussian noise on features in training, in units of each camera's feature deviation."""
     feature_dropout: Annotated[float, Option("Fraction of features set to their mean.", POLICY, least=0, most=0.99)] = (
@@ -276,7 +276,7 @@ class TrainConfig(RunConfig):
             if self.policy not in POLICIES:
                 raise ConfigError(f"policy {self.policy!r} is unknown; {available(POLICIES, self.policy)}")
         if self.cache is None and not self.datasets:
-            raise ConfigError("nothing to train on; give --from-cache CACHE, or --dataset FILE to encode live")
+            raise ConfigError("nothing to train on; give --from-cache CACHE, or --dataset FILE for live encoding")
         if self.cache is not None and self.source == "live" and not self.datasets:
             raise ConfigError("source live reads frames from HDF5: give --dataset FILE")
         if self.cache is None and self.source in ("resident", "streamed"):
@@ -285,12 +285,12 @@ class TrainConfig(RunConfig):
 
     @property
     def robomimic(self) -> bool:
-        """Whether one of robomimic's algorithms is trained."""
+        """Whether the policy is one of robomimic's algorithms."""
         return self.robomimic_config is not None or self.policy.startswith(ROBOMIMIC_PREFIX)
 
     @property
     def named_factory(self) -> str | None:
-        """The factory that the user names, and that may therefore run."""
+        """The factory that the user names; only this one may run."""
         return self.encoder_factory or (None if self.encoder is None else self.encoder.factory)
 
     @property
@@ -299,54 +299,54 @@ class TrainConfig(RunConfig):
         return self.cache is None or self.source == "live"
 
     def _check_encoder_options(self) -> None:
-        """Raises OptionError for options of an encoder that a cache has made already, or that does not learn."""
+        """Raises OptionError for encoder options without effect: a cache fixes the encoder, or it does not learn."""
         if not self.freeze_encoder and not self.live:
-            raise OptionError("a cache holds frozen features: to train the encoder give --dataset FILE alone")
+            raise OptionError("a cache holds frozen features; to train the encoder give only --dataset FILE")
         if self.cache is not None and (self.encoder is not None or self.preprocess is not None):
-            raise OptionError("encoder and preprocess are those that the cache was made with: leave them out")
+            raise OptionError("the cache fixes encoder and preprocess; leave them out")
         if not self.freeze_encoder:
             return
         for name in ("share_rgb_model", "encoder_lr"):
             if getattr(self, name) != getattr(TrainConfig, name):
                 raise OptionError(
                     f"{name} has no effect: the encoder is frozen, and the same for all cameras; "
-                    "--no-freeze-encoder (with --dataset alone) trains it"
+                    "--no-freeze-encoder (with only --dataset) trains it"
                 )
 
     def _check_robomimic(self) -> None:
-        """Raises OptionError for options of our own policies and encoders, which robomimic's algorithms do not have."""
+        """Raises OptionError for options that robomimic's algorithms do not have."""
         if self.policy.startswith(ROBOMIMIC_PREFIX):
             check_name(self.policy)
         elif self.policy != TrainConfig.policy:
-            raise OptionError(f"policy {self.policy!r} is not robomimic's: give it, or --robomimic-config, not both")
+            raise OptionError(f"policy {self.policy!r} is not one of robomimic's; give either it or --robomimic-config")
         plain = TrainConfig(cache=self.cache, datasets=self.datasets)
         for name in OWN_POLICY_OPTIONS:
             if getattr(self, name) != getattr(plain, name):
                 raise OptionError(
-                    f"{name} is for the policies {', '.join(POLICIES)}; robomimic's algorithms have theirs in the JSON "
+                    f"{name} is for the policies {', '.join(POLICIES)}; robomimic's algorithms take it from the JSON "
                     f"of --robomimic-config, such as algo.optim_params"
                 )
         if self.precision in ("bf16", "fp16"):
             raise ConfigError(
-                f"--precision {self.precision} with one of robomimic's algorithms, which compute in float32: give "
-                f"fp32, tf32 or auto; cached features keep the precision that they were made in"
+                f"--precision {self.precision} does not work with robomimic's algorithms, which compute in float32; "
+                f"give fp32, tf32 or auto; cached features keep their precision"
             )
         if not self.freeze_encoder:
-            raise OptionError("robomimic's algorithms learn from frozen features: leave --no-freeze-encoder out")
+            raise OptionError("robomimic's algorithms learn from frozen features; leave --no-freeze-encoder out")
         if self.live and self.augment:
-            raise OptionError("robomimic's algorithms take frames as they are: leave --augment out")
+            raise OptionError("robomimic's algorithms do not augment frames; leave --augment out")
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(RunConfig):
-    """Continues from a run with the encoder live and unfrozen, wholly, by layers, or by a schedule.
+    """Config of fine-tuning: continues from a run with encoder layers unfrozen, all, some or by a schedule.
 
-    ``cache`` is a frontier cache, cut below the layers that learn: everything below is read from it. ``datasets`` are
+    ``cache`` is a frontier cache, cut below the layers that learn; it replaces all layers below. ``datasets`` are
     those of the run by default.
     """
 
     checkpoint: Annotated[Path, Option("The run to continue from, or one of its checkpoints.", DATA)]
-    """A run folder (its best checkpoint is taken) or one checkpoint folder."""
+    """A run folder, whose best checkpoint is used, or one checkpoint folder."""
     encoder_factory: Annotated[
         str | None, Option("The encoder's factory; it runs only if it is named here.", ENCODER, "--encoder")
     ] = None
@@ -357,7 +357,7 @@ class FinetuneConfig(RunConfig):
     freeze: Annotated[
         str | None, Option("Patterns of encoder parameters that stay frozen, comma-separated.", ENCODER)
     ] = None
-    """Comma-separated name patterns (as in fnmatch) of encoder parameters that stay frozen whatever is unfrozen."""
+    """Comma-separated name patterns (as in fnmatch) of encoder parameters that stay frozen in unfrozen layers."""
     batchnorm: Annotated[
         Literal["frozen", "update"],
         Option(
@@ -369,7 +369,7 @@ class FinetuneConfig(RunConfig):
             parse=lambda update: "update" if update else "frozen",
         ),
     ] = "frozen"
-    """Whether BatchNorm keeps its statistics or follows the batches in unfrozen layers."""
+    """Whether BatchNorm in unfrozen layers keeps its statistics or updates them from the batches."""
     steps: Annotated[int, Option("Optimiser steps; with --resume more steps extend a run.", OPTIMISATION, least=1)] = (
         2000
     )
@@ -379,8 +379,8 @@ class FinetuneConfig(RunConfig):
         float | None,
         Option("Peak learning rate of the encoder; 1e-5, less where features vary little.", OPTIMISATION, above=0),
     ] = None
-    """By default 1e-5, and less in proportion where features vary by less than their mean: there the same step of the
-    weights moves a feature farther in units of its variation."""
+    """By default 1e-5, reduced in proportion if features vary by less than their mean: there the same weight update
+    changes a feature more, in units of its variation."""
     augment: Annotated[bool, Option("Random crop and colour jitter of frames.", POLICY)] = False
     """Random crop and colour jitter of live frames on the device, the same within a window."""
     accumulate: Annotated[int, Option("Parts into which a batch is split to save memory.", RUNNING, least=1)] = 1
@@ -397,11 +397,11 @@ class FinetuneConfig(RunConfig):
             raise OptionError(f"source {self.source} reads a frontier cache: give --from-cache CACHE")
         if self.cache is not None and self.source == "live":
             raise OptionError(
-                "source live encodes every frame, and --from-cache is not read: give --live-encoder alone"
+                "source live encodes every frame and does not read --from-cache; give only --live-encoder"
             )
         if self.unfreeze_schedule is not None and self.unfreeze != FinetuneConfig.unfreeze:
             raise OptionError(
-                "unfreeze has no effect beside unfreeze_schedule, which says which layers learn from when"
+                "unfreeze has no effect beside unfreeze_schedule, which sets the layers and their first steps"
             )
 
 
@@ -417,5 +417,5 @@ def _preprocess(value: Any) -> "Preprocess":
     return Preprocess.from_json(value)
 
 
-# How the fields are read from JSON that are no configs of this kind.
+# Readers of the fields whose JSON is not a config of this kind.
 NESTED = {"encoder": _encoder_spec, "preprocess": _preprocess}

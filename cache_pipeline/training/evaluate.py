@@ -1,4 +1,4 @@
-"""Held-out action error, in the units of the dataset."""
+"""Measures the held-out action error, in the units of the dataset."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class ActionError(NamedTuple):
     """Mean squared action errors over held-out windows; padded action steps do not count.
 
     Attributes:
-        mse: over all dimensions.
-        mse_per_dim: (A,).
-        mean_action_mse: of always predicting the mean action of the train split, over the same windows.
-        mean_action_mse_per_dim: (A,).
+        mse: mean over all action dimensions.
+        mse_per_dim: (A,) error of each dimension.
+        mean_action_mse: error of always predicting the mean action of the train split, over the same windows.
+        mean_action_mse_per_dim: (A,) that error for each dimension.
         windows: number of windows measured.
     """
 
@@ -52,9 +52,9 @@ def evaluate(
     """Measures ``policy.act`` on the held-out split of ``source``.
 
     Args:
-        windows: number of held-out windows; above ``most`` they are thinned evenly.
-        mean_action: (A,) of the train split.
-        seed: of the policy's noise, the same at every measurement.
+        windows: number of held-out windows; above ``most`` an evenly spaced subset is measured.
+        mean_action: (A,) mean action of the train split.
+        seed: seed of the policy's noise, the same at every measurement.
     """
     generator = torch.Generator(device).manual_seed(seed)
     mean = torch.from_numpy(mean_action).to(device)

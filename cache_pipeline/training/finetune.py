@@ -1,4 +1,4 @@
-"""Continue from a run with an encoder that learns: live, or live above the cut of a frontier cache."""
+"""Fine-tunes a run with encoder layers unfrozen: live, or live only above the cut of a frontier cache."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ ENCODER_RATE = 1e-5
 
 
 def finetune(config: FinetuneConfig, *, progress: bool = True) -> TrainResult:
-    """Fine-tunes as ``config`` asks and leaves a run folder of its own.
+    """Fine-tunes a run as ``config`` says and writes a new run folder.
 
     Raises:
-        ConfigError: options that do not fit the run, or a layer that does not exist.
+        ConfigError: options do not fit the run, or a layer does not exist.
         DatasetError, CacheError: data that cannot be used.
-        CheckpointError: a run that is damaged, does not fit the data, or whose features are not those of its cache.
+        CheckpointError: the run is damaged, does not fit the data, or its features differ from those of its cache.
         RunLockedError: another process writes the run folder.
-        RunStopped: asked to stop by SIGINT or SIGTERM; the run was saved and can be resumed.
+        RunStopped: SIGINT or SIGTERM stopped the run; it was saved and can be resumed.
     """
     base, folder = find_checkpoint(config.checkpoint)
     named = base if base.name.strip(".") else resolved(base)  # "." and ".." have no name of their own
@@ -73,13 +73,13 @@ def finetune(config: FinetuneConfig, *, progress: bool = True) -> TrainResult:
 
 
 class Origin(NamedTuple):
-    """The run that is continued.
+    """The run from which fine-tuning starts.
 
     Attributes:
-        checkpoint: where its weights come from: the checkpoint to fine-tune, or the latest of a run to resume.
-        record: of the run that has this checkpoint.
-        base: of the run that is fine-tuned; the same but for a run to resume.
-        encoders: camera → the encoder that it began with.
+        checkpoint: source of the weights: the checkpoint to fine-tune, or the latest of a run to resume.
+        record: record of the run that has this checkpoint.
+        base: record of the run that is fine-tuned; differs from ``record`` only on resume.
+        encoders: camera → the initial encoder.
     """
 
     checkpoint: Checkpoint
@@ -89,13 +89,13 @@ class Origin(NamedTuple):
 
 
 def open_finetuning(config: FinetuneConfig, run: Path, *, base: Path, folder: Path) -> Session:
-    """Opens a run that continues from ``folder``, a checkpoint of ``base``, or the same run to resume it.
+    """Opens a run that fine-tunes ``folder``, a checkpoint of ``base``, or that resumes such a run.
 
     Raises:
         As ``finetune`` does.
     """
     if config.batchnorm == "update" and current_ranks().world > 1:
-        raise ConfigError("BatchNorm statistics of several processes would differ; leave --update-batchnorm out")
+        raise ConfigError("BatchNorm statistics would differ between processes; leave --update-batchnorm out")
     device = resolve_device(config.device)
     unfreezing = parse_unfreezing(config.unfreeze, config.unfreeze_schedule, config.steps)
     first = read_record(base)
@@ -144,7 +144,7 @@ def open_finetuning(config: FinetuneConfig, run: Path, *, base: Path, folder: Pa
 
 
 def _open_data(config: FinetuneConfig, record: RunRecord, folder: Path, path: Path | None) -> RunData:
-    """The cache at ``path``, or the dataset, with the demos of the run unless filter keys are given."""
+    """Opens the cache at ``path``, or the dataset, with the demos of the run unless filter keys are given."""
     before, spec = record.data, record.policy
     known = None if config.deep else recorded_contents(before)
     choice = DemoChoice(config.filter_key, config.valid_key, config.seed, known=known)
@@ -161,24 +161,24 @@ def _open_data(config: FinetuneConfig, record: RunRecord, folder: Path, path: Pa
 
 
 def _precision(config: FinetuneConfig, origin: Origin, data: RunData, device: torch.device) -> str:
-    """The precision that was asked for, else that in which the run's features were made, if the device has it."""
+    """Returns the requested precision, or by default that of the run's features, if the device supports it."""
     if config.precision != "auto":
         return resolve_precision(config.precision, device)
     made_in = origin.base.precision if data.cache is None else features_precision(data)
     try:
         return resolve_precision(made_in or "auto", device)
     except EncoderError as error:
-        logger.info("the run's features were made in %s, which this device lacks: %s", made_in, error)
+        logger.info("the run's features were computed in %s, which this device lacks: %s", made_in, error)
         return resolve_precision("auto", device)
 
 
 def _retargeted(config: FinetuneConfig, origin: Origin, data: RunData) -> PolicySpec:
-    """The spec with the cache's cut, and with an encoder for each camera unless they are to share one."""
+    """Returns the spec with the cache's cut, and one encoder per camera unless they share one."""
     spec = origin.record.policy
     if data.cache is not None:
         cuts = {data.cache.cameras[camera].identity["cut"] for camera in spec.cameras}
         if len(cuts) != 1:
-            raise ConfigError(f"{data.cache.path} is cut at {', '.join(sorted(cuts))}; one cut is needed")
+            raise ConfigError(f"{data.cache.path} has the cuts {', '.join(sorted(cuts))}; fine-tuning needs one cut")
         spec = replace(spec, cut=cuts.pop())
         for encoder in origin.encoders.values():
             encoder.cut_at(spec.cut)
@@ -217,25 +217,25 @@ def _check_options(
     last = tuple(layer for item in unfreezing for layer in item.layers)
     if config.augment and config.cache and above_cut(policy, last, cut):
         raise OptionError(
-            f"--augment has no effect: all that learns lies above the cut of {config.cache}, so no frames are read; "
+            f"--augment has no effect: all that learns is above the cut of {config.cache}, so no frames are read; "
             "give --live-encoder instead of --from-cache"
         )
 
 
 def _encoder_rate(config: FinetuneConfig, policy: VisuomotorPolicy) -> float:
-    """The encoder's peak learning rate: as asked, else in proportion to the features' variation, at most 1e-5."""
+    """Returns the encoder's peak learning rate: the option, else at most 1e-5, in proportion to feature variation."""
     if config.encoder_lr is not None:
         return config.encoder_lr
     variation = policy.feature_variation()
     rate = ENCODER_RATE * min(1.0, variation)
-    logger.info("encoder learning rate %.2g, since features vary by %.2g of their mean", rate, variation)
+    logger.info("encoder learning rate %.2g, because features vary by %.2g of their mean", rate, variation)
     return rate
 
 
 def _check_features(config: FinetuneConfig, session: Session, base: RunRecord, folder: Path) -> None:
-    """Compares the features of the first batch in a cache with live ones, if both are there.
+    """Compares the cached features of the first batch with live ones, if both are available.
 
-    The cache is that of this fine-tuning, else the one that the run was trained on.
+    The cache is the one of this fine-tuning, else the one that the run was trained on.
     """
     assert isinstance(session.policy, VisuomotorPolicy)
     cached = _compared_cache(config, session, base, folder)
@@ -250,11 +250,11 @@ def _check_features(config: FinetuneConfig, session: Session, base: RunRecord, f
 
 
 def _compared_cache(config: FinetuneConfig, session: Session, base: RunRecord, folder: Path) -> RunData | str:
-    """The cache to compare with live features, or why there is none."""
+    """Opens the cache to compare with live features; returns the reason if there is none."""
     data, before = session.data, base.data
     if config.cache is not None:
         gone = [str(path) for path in config.datasets or data.files if not Path(path).is_file()]
-        return f"{gone[0]} is not there" if gone else data
+        return f"{gone[0]} does not exist" if gone else data
     if before.cache is None or before.fingerprint is None:
         return f"{folder} was not trained from a cache"
     try:

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM as a wish to stop after the step at hand."""
+"""Handles SIGINT and SIGTERM: training stops after the current step."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ AT_ONCE = 3
 
 
 class StopWish:
-    """Whether somebody wants the run to stop: asked of this process, and heeded by all that train together.
+    """Records stop signals of this process; training stops once the processes of the run have exchanged them.
 
-    Saving takes a while, and a process may get the same wish twice: from the terminal and from what started it. So one
-    more signal changes nothing. Only in a process that trains alone a third one ends the step at hand; a save is never
-    cut off.
+    A process may receive the signal twice, from the terminal and from its launcher, so the second signal has no effect.
+    In a process that trains alone, the third signal aborts the current step. Once saving has begun, signals have no
+    effect.
 
     Args:
         alone: whether this process trains alone.
@@ -46,7 +46,7 @@ class StopWish:
 
 @contextmanager
 def stop_wish(*, alone: bool) -> Iterator[StopWish]:
-    """Listens for the signals within a ``with`` block; does nothing outside the main thread."""
+    """Handles the signals within a ``with`` block; does nothing outside the main thread."""
     wish = StopWish(alone=alone)
     if threading.current_thread() is not threading.main_thread():
         yield wish

@@ -1,4 +1,4 @@
-"""What a run logs, measures and saves, and when."""
+"""Logs, measures and saves a run at its intervals."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from cache_pipeline.training.session import Session
 
 logger = logging.getLogger("cache_pipeline")
 
-START_ERROR = "validation/start_action_mse"  # of a run that begins with a trained policy
+START_ERROR = "validation/start_action_mse"  # only for a run that starts from a trained policy
 
 
 class Carried(NamedTuple):
-    """What a run carries over a stop."""
+    """Progress that a checkpoint stores, so that a resumed run continues from it."""
 
     step: int = 0
     seconds: float = 0.0
@@ -33,7 +33,7 @@ class Carried(NamedTuple):
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Carried:
-        """What ``checkpoint`` was saved with; raises CheckpointError if it is not that."""
+        """Reads the progress from ``checkpoint``; raises CheckpointError if it is damaged."""
         try:
             return cls(**checkpoint.progress)
         except TypeError as error:
@@ -41,10 +41,10 @@ class Carried(NamedTuple):
 
 
 class Journal:
-    """Logs, measures and saves after the steps at which each is due.
+    """Logs, measures and saves, each at its interval of steps.
 
     Args:
-        folder, log: where checkpoints and figures go; None in a process that does not write.
+        folder, log: outputs for checkpoints and metrics; None in a process that does not write.
     """
 
     def __init__(self, session: Session, folder: CheckpointFolder | None, log: MetricsLog | None) -> None:
@@ -62,7 +62,7 @@ class Journal:
         return self._carried
 
     def record(self, step: int, loss: Tensor, *, stopping: bool) -> None:
-        """Takes the loss of the update that was number ``step``, counted from 1, and does what is due."""
+        """Records the loss of update ``step``, counted from 1; then logs, measures and saves if due."""
         self._losses.append(loss)
         last = step == self._steps or stopping
         measured = self._due(step, self._saving.eval_every) or (step == self._steps)
@@ -76,7 +76,7 @@ class Journal:
                     self.checkpoint = self._save(self._folder, step, error)
 
     def record_start(self) -> None:
-        """Measures and saves a policy that was trained before, so that it counts among the best."""
+        """Measures and saves the initial policy of a fine-tuning run, so that it can be the best checkpoint."""
         if self._folder is None or not self._session.measurable:
             return
         with self._clock_stopped():
@@ -96,9 +96,7 @@ class Journal:
         self._losses.clear()
         if not math.isfinite(loss):
             kept = "" if self._folder is None else f"; {self._folder.kept()}"
-            raise ConfigError(
-                f"the loss is {loss} at step {step}{kept}; lower --lr, or look at the actions with inspect"
-            )
+            raise ConfigError(f"the loss is {loss} at step {step}{kept}; lower --lr, or check the actions with inspect")
         now = time.perf_counter()
         seconds = self._carried.seconds + now - self._begun
         rate = (step - self._since) / max(now - self._begun, 1e-9)
@@ -121,7 +119,7 @@ class Journal:
             error = self._session.measure()
         if not math.isfinite(error.mse):
             raise ConfigError(
-                f"the held-out action error is {error.mse} at step {step}; {folder.kept()}; lower --lr, or look at the "
+                f"the held-out action error is {error.mse} at step {step}; {folder.kept()}; lower --lr, or check the "
                 f"actions with inspect"
             )
         values = {"validation/action_mse": error.mse, "validation/mean_action_mse": error.mean_action_mse}

@@ -1,4 +1,4 @@
-"""The one training loop: plans in, updates out; logged, measured and saved on the way."""
+"""The training loop: takes planned batches, makes updates, and logs, measures and saves."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ ESTIMATED_AFTER_S, LONG_S = 5.0, 60.0
 
 
 class LoopResult(NamedTuple):
-    """Where the loop ended. ``seconds`` and ``steps_per_s`` count training steps, not measuring and saving."""
+    """Result of the loop. ``seconds`` and ``steps_per_s`` cover training steps, not measuring or saving."""
 
     step: int
     seconds: float
@@ -36,9 +36,9 @@ class LoopResult(NamedTuple):
 
 
 class Estimate:
-    """Says once how long the steps up to ``stop`` will take, when a few of them have been made.
+    """Estimates once, after a few steps, how long the steps up to ``stop`` will take.
 
-    The first step is not counted: kernels are chosen and memory is allocated in it.
+    The first step is not counted: it includes kernel selection and memory allocation.
     """
 
     def __init__(self, stop: int) -> None:
@@ -47,7 +47,7 @@ class Estimate:
         self._said = False
 
     def after(self, step: int) -> str | None:
-        """One line after ``step`` steps if it is due and more than a minute is left, else None."""
+        """Returns the line after ``step`` steps if it is due and more than a minute remains, else None."""
         now = time.monotonic()
         if self._first is None:
             self._first = step, now
@@ -59,15 +59,15 @@ class Estimate:
         seconds = left / rate
         if seconds < LONG_S:
             return None
-        return f"{rate:.3g} steps/s: the {left} steps that are left take about {seconds / 60:.0f} min"
+        return f"{rate:.3g} steps/s: the remaining {left} steps take about {seconds / 60:.0f} min"
 
 
 def run_loop(journal: Journal, session: Session, *, run: Path, progress: bool) -> LoopResult:
-    """Trains from where ``journal`` stands to the end, together with the other processes of the run if there are any.
+    """Trains from the progress of ``journal`` to the end, together with the other processes of the run, if any.
 
     Raises:
-        RunStopped: somebody asked to stop; everything is saved.
-        ConfigError: the loss is not finite any more.
+        RunStopped: a signal stopped the run; everything is saved.
+        ConfigError: the loss is not finite.
     """
     start, steps, ranks = journal.carried.step, session.config.steps, current_ranks()
     names: list[str] = []
@@ -82,7 +82,7 @@ def run_loop(journal: Journal, session: Session, *, run: Path, progress: bool) -
             if phase.start == 0 and session.resumed is None and session.record.kind == "finetune":
                 journal.record_start()
             _run_phase(journal, session, source, max(start, phase.start), phase.stop, wish, bar)
-        # Until the first process has saved: what started the processes ends all of them when one is gone.
+        # Wait until the first process has saved: the launcher stops all processes when one exits.
         ranks.wait()
     carried = journal.carried
     if wish.heeded and carried.step < steps:

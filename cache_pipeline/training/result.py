@@ -1,4 +1,4 @@
-"""What a finished training or fine-tuning run reports."""
+"""Result of a finished training or fine-tuning run."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cache_pipeline.training.loop import LoopResult
 
 
 class TrainResult(NamedTuple):
-    """The figures of one run.
+    """Results of one run.
 
     Losses are the policy's own, in normalised action units; ``final_loss`` is the mean since the last logged row.
-    The two action errors are mean squared errors in the units of the dataset over the same held-out windows;
-    ``mean_action_mse`` is that of always predicting the mean action of the train split. Both are None without
-    held-out demos. ``notes`` are lines of advice for a terminal, no part of the JSON.
+    The two action errors are mean squared errors in the units of the dataset over the same held-out windows.
+    ``mean_action_mse`` is the error of always predicting the mean action of the train split. Both are None without
+    held-out demos. ``notes`` are lines of advice for a terminal; the JSON omits them.
     """
 
     run: Path
@@ -44,7 +44,7 @@ class TrainResult(NamedTuple):
         best: Mapping[str, Any] | None = None,
         notes: tuple[str, ...] = (),
     ) -> TrainResult:
-        """The figures of a finished loop, of its last measurement and of its best checkpoint."""
+        """Builds the result from a finished loop, its last measurement and its best checkpoint."""
         return cls(
             run=run,
             steps=loop.step,
@@ -67,7 +67,7 @@ class TrainResult(NamedTuple):
         return {**figures, "run": str(self.run), "checkpoint": str(self.checkpoint)}
 
     def lines(self) -> list[str]:
-        """The figures as lines for a terminal."""
+        """Returns the results as lines for a terminal."""
         rate = f"{self.steps_per_s:.1f} steps/s, {self.source}"
         lines = [
             f"trained {counted(self.steps, 'step')} in {self.seconds:.1f} s ({rate})",
@@ -77,23 +77,21 @@ class TrainResult(NamedTuple):
             share = self.valid_action_mse / max(self.mean_action_mse, 1e-12)
             lines.append(
                 f"held-out action error {self.valid_action_mse:.4g}, "
-                f"{share:.2f} of always predicting the mean action ({self.mean_action_mse:.4g})"
+                f"{share:.0%} of the error of always predicting the mean action ({self.mean_action_mse:.4g})"
             )
         return [*lines, *self._verdict(), f"checkpoint {self.checkpoint}", *self.notes]
 
     def _verdict(self) -> list[str]:
-        """Whether a run that began with a trained policy made it better."""
+        """Returns a line that says whether fine-tuning lowered the held-out action error."""
         if self.start_action_mse is None or self.valid_action_mse is None:
             return []
         before, after = f"{self.start_action_mse:.4g} before", f"{self.valid_action_mse:.4g} after"
         if self.best_step == 0:
-            line = (
-                f"it did NOT help: held-out action error {before}, {after}; this run acts with the policy it began with"
-            )
+            line = f"fine-tuning did NOT help: held-out action error {before}, {after}; the initial policy is the best"
         elif self.valid_action_mse < self.start_action_mse:
-            line = f"it helped: held-out action error {before}, {after}"
+            line = f"fine-tuning helped: held-out action error {before}, {after}"
         else:
-            line = f"it ended worse than it began: held-out action error {before}, {after}"
+            line = f"the last step is worse than the initial policy: held-out action error {before}, {after}"
         if self.best_step not in (None, 0, self.steps):
             line += f"; this run acts with its best checkpoint, step {self.best_step} ({self.best_action_mse:.4g})"
         return [line]

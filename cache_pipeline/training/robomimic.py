@@ -1,4 +1,4 @@
-"""Training robomimic's algorithms in our loop: their windows from our sources, their updates, their state on disk."""
+"""Trains robomimic's algorithms in this package's loop: their windows, updates and state on disk."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ from cache_pipeline.training.data.source import Source, SplitRows
 
 logger = logging.getLogger("cache_pipeline")
 
-# Obs keys of a dataset hold no slash: these cannot be taken for one.
+# Obs keys of a dataset contain no slash, so these names cannot clash with one.
 REWARDS, DONES = "/rewards", "/dones"
 STATISTICS_ROWS = 4096
 
-# What robomimic sums up as the loss of its algorithms.
+# Names under which robomimic reports the losses of its algorithms.
 LOSSES = re.compile(r"(actor|action_sampler)/loss|critic/critic\d+_loss|vf/v_loss")
 COUNTERS = ("actor_update_counter", "_num_batch_steps")
 OPTIMIZER, RATE, SCHEDULE, COUNTER, RANDOM = "optimizer/", "lr/", "schedule/", "counter/", "random/"
 
 
 def robomimic_config(config: TrainConfig) -> RobomimicConfig:
-    """The robomimic config that a run asks for; options that were given win over the file.
+    """Returns the robomimic config of a run; options on the command line override the file.
 
     Raises:
-        ConfigError: no such algorithm, a file that robomimic or the bridge does not take, or several processes.
+        ConfigError: unknown algorithm, a file that robomimic or this package cannot use, or several processes.
         MissingExtraError: robomimic is not installed.
     """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        raise ConfigError("robomimic's algorithms train in one process: start them without torchrun")
+        raise ConfigError("robomimic's algorithms train in one process; start them without torchrun")
     if config.robomimic_config is None:
         chosen = default_config(config.policy)
     else:
         chosen = read_config(config.robomimic_config)
         if config.policy not in (TrainConfig.policy, chosen.name):
             raise ConfigError(
-                f"{config.robomimic_config} is a config of {chosen.name}, and --policy is {config.policy}: give one"
+                f"{config.robomimic_config} is a config of {chosen.name}, but --policy is {config.policy}; give one"
             )
     return with_horizons(
         chosen, frame_stack=config.obs_horizon, seq_length=config.action_horizon, batch_size=config.batch_size
@@ -66,15 +66,15 @@ def robomimic_config(config: TrainConfig) -> RobomimicConfig:
 def robomimic_splits(
     config: RobomimicConfig, rows: RunRows, device: torch.device
 ) -> tuple[SplitRows, SplitRows | None]:
-    """Windows to train on, and those in which the held-out action error is measured.
+    """Returns the windows to train on and the windows for the held-out action error.
 
-    Training windows are those of ``SequenceDataset``: frame_stack - 1 + seq_length steps of obs and actions alike. For
-    RL algorithms the obs of the steps are followed by their next obs, and the low-dim obs by rewards and dones.
-    Held-out windows hold what the policy sees when it acts: the whole window of a recurrent policy, a transformer's
-    context, else one step.
+    Training windows are those of ``SequenceDataset``: frame_stack - 1 + seq_length steps of both obs and actions. For
+    RL algorithms, next obs follow the obs of the steps, and rewards and dones follow the low-dim obs.
+    Held-out windows hold the inputs of the policy when it acts: the whole window of a recurrent policy, the context
+    of a transformer, else one step.
 
     Raises:
-        ConfigError: an RL algorithm, and data without rewards or dones.
+        ConfigError: the algorithm is an RL algorithm, but the data have no rewards or dones.
     """
     train = sequence_windows(rows, config)
     assert train is not None
@@ -92,7 +92,7 @@ def robomimic_splits(
 
 
 def sequence_windows(rows: RunRows, config: RobomimicConfig, *, valid: bool = False) -> Windows | None:
-    """The windows of robomimic's ``SequenceDataset``; obs and actions share their rows. The mask is its pad_mask."""
+    """Makes the windows of robomimic's ``SequenceDataset``: obs and actions share rows; the mask is its pad_mask."""
     pad_start, pad_end = config.pads
     spec = WindowSpec(config.frame_stack, config.seq_length, pad_start=pad_start, pad_end=pad_end)
     windows = rows.windows(spec, valid=valid)
@@ -104,13 +104,13 @@ def sequence_windows(rows: RunRows, config: RobomimicConfig, *, valid: bool = Fa
 
 
 def next_rows(rows: RunRows, steps: NDArray[np.int64]) -> NDArray[np.int64]:
-    """The row after each of ``steps``; a demo's last row is followed by itself, where ``dones`` ends it."""
+    """Returns the row after each of ``steps``; the last row of a demo is followed by itself."""
     last = np.cumsum(rows.lengths) - 1
     return np.minimum(steps + 1, last[np.searchsorted(last, steps)])
 
 
 def fit_robomimic(policy: RobomimicPolicy, rows: RunRows, source: Source) -> None:
-    """Takes mean and deviation of every obs key over the clean rows of the train split, as ``hdf5_normalize_obs``."""
+    """Computes mean and deviation of every obs key over the clean train rows, as robomimic's ``hdf5_normalize_obs``."""
     if not policy.mean:
         return
     total = {key: np.zeros((2, *shape)) for key, shape in policy.shapes.items()}
@@ -129,13 +129,13 @@ def fit_robomimic(policy: RobomimicPolicy, rows: RunRows, source: Source) -> Non
 
 
 class HeldOutPolicy:
-    """A robomimic policy as the held-out action error sees it: windows, each seen afresh."""
+    """Wraps a robomimic policy for the held-out action error: each window starts with a fresh policy state."""
 
     def __init__(self, policy: RobomimicPolicy) -> None:
         self.robomimic = policy
 
     def act(self, obs: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """(B,T,A), as ``RobomimicPolicy.predict``."""
+        """Predicts actions (B,T,A), as ``RobomimicPolicy.predict``."""
         return self.robomimic.predict(obs, generator)
 
     def eval(self) -> None:
@@ -146,14 +146,14 @@ class HeldOutPolicy:
 
 
 class RobomimicLearner:
-    """Updates a robomimic algorithm by its own ``train_on_batch``, with its own optimisers and schedules.
+    """Updates a robomimic algorithm through its ``train_on_batch``, with its own optimisers and schedules.
 
-    robomimic draws from torch's own generator; within a step that is the learner's, so that neither disturbs the other.
+    robomimic draws from torch's global generator. During a step its state is the learner's; it is restored afterwards.
 
     Args:
         policy: the policy that learns.
-        windows: number of training windows: an epoch where the config says None.
-        seed: of what the algorithm draws.
+        windows: number of training windows; sets the length of an epoch if the config has None.
+        seed: seed of the algorithm's random numbers.
         precision: ``fp32`` or ``tf32``.
     """
 
@@ -170,7 +170,7 @@ class RobomimicLearner:
         return HeldOutPolicy(self._policy)
 
     def step(self, batch: Batch, number: int) -> Tensor:
-        """Makes update ``number``, counted from 0; the sum of the algorithm's losses as a scalar on the device."""
+        """Makes update ``number``, counted from 0; returns the sum of the losses as a scalar on the device."""
         epoch = number // self._epoch_steps + 1
         with self._own_random(), computing_in(self._precision, self._policy.device):
             with self._policy.device if self._cuda else nullcontext():
@@ -184,7 +184,7 @@ class RobomimicLearner:
         return torch.cat(losses).sum()
 
     def robomimic_batch(self, batch: Batch) -> dict[str, Any]:
-        """A batch as robomimic's loader would give it: (B,T,…) obs, actions, and for RL next_obs, rewards and dones."""
+        """Converts a batch to the form of robomimic's loader: (B,T,…) obs, actions; for RL next_obs, rewards, dones."""
         steps = batch.actions.shape[1]
         if not self._policy.config.rl:
             return {"obs": self._policy.prepare(batch.obs, steps), "actions": batch.actions}
@@ -198,13 +198,13 @@ class RobomimicLearner:
         }
 
     def rates(self) -> dict[str, float]:
-        """The learning rate of the algorithm's first optimiser."""
+        """Returns the learning rate of the algorithm's first optimiser."""
         first = next(iter(_parts(self._algo.optimizers).values()))
         return {"training/lr": first.param_groups[0]["lr"]}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
-        """The weights as they are: robomimic averages none."""
+        """Does nothing: robomimic has no averaged weights."""
         yield
 
     def state(self) -> State:
@@ -268,7 +268,7 @@ class RobomimicLearner:
 
 
 def _parts(named: Mapping[str, Any]) -> dict[str, Any]:
-    """robomimic's optimisers or schedules by name; those of an ensemble numbered, None left out."""
+    """Returns robomimic's optimisers or schedules by name; numbers those of an ensemble, skips None."""
     found = {}
     for name, value in named.items():
         members = (
@@ -281,10 +281,10 @@ def _parts(named: Mapping[str, Any]) -> dict[str, Any]:
 def _check_rewards(rows: RunRows) -> None:
     for name, values in (("rewards", rows.rewards), ("dones", rows.dones)):
         if np.isnan(values[: rows.train_rows]).any():
-            raise ConfigError(f"the data have no {name}, from which RL algorithms learn; take one of robomimic:bc…")
+            raise ConfigError(f"the data have no {name}, which RL algorithms need; use one of robomimic:bc…")
 
 
 def _warn_of_range(rows: RunRows) -> None:
     most = float(np.abs(rows.actions[: rows.train_rows]).max())
     if most > 1:
-        logger.warning("actions reach %.3g; robomimic's policies are made for actions within -1 and 1", most)
+        logger.warning("actions reach ±%.3g; robomimic's policies expect actions between -1 and 1", most)

@@ -1,4 +1,4 @@
-"""A run that is about to be trained: everything is opened and checked, and nothing is written yet.
+"""Opens and checks everything that a run needs; writes nothing.
 
 ``open_training`` opens a new run, or a run to resume; ``open_finetuning`` in finetune.py opens one from another run.
 """
@@ -54,7 +54,7 @@ from cache_pipeline.training.update.unfreezing import ALL, Unfreezing, above_cut
 logger = logging.getLogger("cache_pipeline")
 
 STATISTICS_ROWS = 1024
-# Options that may differ when a run is resumed: they change what is kept or where it runs, not what is learned.
+# Options that may change on resume: they affect outputs or the device, not what is learned.
 FREE_TO_CHANGE = {
     "resume",
     "overwrite",
@@ -73,7 +73,7 @@ FREE_TO_CHANGE = {
 
 
 class Phase(NamedTuple):
-    """Steps ``start`` to ``stop``; ``layers`` of the encoder begin to learn at ``start``."""
+    """Steps ``start`` to ``stop``; ``layers`` of the encoder learn from ``start`` on."""
 
     start: int
     stop: int
@@ -82,15 +82,15 @@ class Phase(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Session:
-    """What a run works with.
+    """Everything that a run needs for training.
 
     Attributes:
-        record: what run.json says, or will say.
-        encoders: camera → the encoder that the run begins with.
+        record: the contents of run.json.
+        encoders: camera → the initial encoder of the run.
         splits: windows of the train and of the held-out split.
-        learner: its policy is ``policy``.
-        unfreezing: when which layers of the encoder begin to learn, by step; none if it stays frozen.
-        resumed: the checkpoint from which the run continues; the learner has its state.
+        learner: trains ``policy``.
+        unfreezing: encoder layers and the step from which they learn; empty if the encoder stays frozen.
+        resumed: the checkpoint from which the run continues; the learner already has its state.
     """
 
     config: TrainConfig | FinetuneConfig
@@ -108,11 +108,11 @@ class Session:
 
     @property
     def files(self) -> dict[str, ImageEncoder]:
-        """File name in the run folder → encoder."""
+        """Returns the encoders by file name in the run folder."""
         return {self.record.policy.encoder_files[camera]: encoder for camera, encoder in self.encoders.items()}
 
     def phases(self) -> list[Phase]:
-        """One phase for each unfreezing; before the first of them projection and policy learn alone."""
+        """Returns one phase per unfreezing; before the first, only projection and policy learn."""
         begins = self.unfreezing
         if not begins or begins[0].step > 0:
             begins = (Unfreezing(0, ()), *begins)
@@ -120,12 +120,12 @@ class Session:
         return [Phase(item.step, stop, item.layers) for item, stop in zip(begins, stops, strict=True)]
 
     def enter(self, phase: Phase) -> Source:
-        """Lets the layers of a phase learn, and opens the source that its steps need."""
+        """Unfreezes the layers of a phase, and opens the source for its steps."""
         self.unfreeze(phase.layers, phase.start)
         return self.source_at(phase.start)
 
     def unfreeze(self, layers: tuple[str, ...], step: int) -> None:
-        """Lets layers of the encoder learn from ``step`` on."""
+        """Unfreezes layers of the encoder from ``step`` on."""
         if layers:
             assert isinstance(self.policy, VisuomotorPolicy)
             freeze = self.config.freeze if isinstance(self.config, FinetuneConfig) else None
@@ -134,7 +134,7 @@ class Session:
             logger.info("from step %d on the encoder's %s learns; %s", step, names, report)
 
     def source_at(self, step: int) -> Source:
-        """Opens the source of a step. Of frames, all that is frozen is encoded on the fast path."""
+        """Opens the source for a step. With live frames, frozen layers run on the fast path."""
         policy, cut = self.policy, self.record.policy.cut
         live, frozen = self.sources.plan.source == "live", cut
         learning = tuple(layer for item in self.unfreezing if item.step <= step for layer in item.layers)
@@ -153,11 +153,11 @@ class Session:
 
     @property
     def measurable(self) -> bool:
-        """Whether there are held-out windows."""
+        """Whether the run has held-out windows."""
         return self.splits[1] is not None
 
     def measure(self) -> ActionError:
-        """The held-out action error with the policy as it is now."""
+        """Measures the held-out action error of the current policy."""
         valid, source, policy = self.splits[1], self.sources.current, self.learner.policy
         assert valid is not None
         assert source is not None
@@ -170,7 +170,7 @@ class Session:
 
 
 class Trainee(NamedTuple):
-    """A policy with the encoders that it begins with, its windows, and what trains it."""
+    """A policy with its initial encoders, its windows and its learner."""
 
     spec: PolicySpec
     encoders: Mapping[str, ImageEncoder]
@@ -193,14 +193,14 @@ def assemble(
     unfreezing: tuple[Unfreezing, ...] = (),
     start: Path | None = None,
 ) -> Session:
-    """Plans the source and the order of samples, and puts a session together.
+    """Plans the source and the order of samples, and builds a session.
 
     Args:
-        before: the record of the run to resume; its order of samples is kept.
+        before: record of the run to resume; its order of samples is kept.
         frames: opens the dataset with the frames of the same demos.
-        precision: the precision in which features are computed.
+        precision: precision in which features are computed.
         views: number of views to draw from.
-        start: the checkpoint that fine-tuning begins with.
+        start: checkpoint from which fine-tuning starts.
     """
     windows, policy = len(trainee.splits[0]), trainee.policy
     plan = plan_source(
@@ -255,13 +255,13 @@ def _new_record(
 
 
 def open_training(config: TrainConfig, run: Path) -> Session:
-    """Opens everything that ``config`` asks for, and takes the statistics or reads the state of the run to resume.
+    """Opens the data, encoders and policy of ``config``; computes statistics, or reads the state of the run to resume.
 
     Args:
-        run: the run folder; read only when resuming.
+        run: the run folder; read only on resume.
 
     Raises:
-        ConfigError, DatasetError, CacheError, EncoderError, CheckpointError: what does not fit.
+        ConfigError, DatasetError, CacheError, EncoderError, CheckpointError: an input does not fit the others.
     """
     device = resolve_device(config.device)
     bridge = robomimic_config(config) if config.robomimic else None
@@ -298,7 +298,7 @@ def open_training(config: TrainConfig, run: Path) -> Session:
 
 
 def continued(session: Session, checkpoint: Checkpoint) -> Session:
-    """The session of a run that is resumed from one of its checkpoints; raises CheckpointError if that does not fit."""
+    """Loads a checkpoint into the session of a run to resume; raises CheckpointError if it does not fit."""
     for item in session.unfreezing:
         if item.step < checkpoint.step:
             session.unfreeze(item.layers, item.step)
@@ -307,28 +307,28 @@ def continued(session: Session, checkpoint: Checkpoint) -> Session:
 
 
 def check_resumed(before: RunRecord, run: Path, config: TrainConfig | FinetuneConfig, data: RunData) -> None:
-    """Raises CheckpointError naming the first option or cache that differs from those of the run to resume."""
+    """Raises CheckpointError for the first option, or the cache, that differs from that of the run to resume."""
     recorded = type(config).from_json(before.config).to_json()
     for name, now in config.to_json().items():
         if name not in FREE_TO_CHANGE and recorded[name] != now:
             raise CheckpointError(
-                f"{run} was trained with {name} {recorded[name]!r} and is to be resumed with {now!r}; give the same, "
+                f"{run} was trained with {name} {recorded[name]!r} but is resumed with {now!r}; give the same value, "
                 f"or another --out"
             )
     fingerprints = {before.data.fingerprint, data.record.fingerprint} - {None}
     if len(fingerprints) > 1:
-        raise CheckpointError(f"{run} was trained on another state of the cache; give another --out to start anew")
+        raise CheckpointError(f"the cache has changed since {run} was trained; give another --out to start a new run")
     if config.steps < before.steps:
         raise CheckpointError(
-            f"{run} is a run of {before.steps} steps and is to be resumed with {config.steps}; give --steps "
+            f"{run} is a run of {before.steps} steps but is resumed with {config.steps}; give --steps "
             f"{before.steps}, or more to extend it"
         )
     if config.steps > before.steps:
-        logger.info("%s now ends at step %d, not %d, and so does its schedule", run, config.steps, before.steps)
+        logger.info("%s and its learning-rate schedule now end at step %d, not %d", run, config.steps, before.steps)
 
 
 def fit_statistics(policy: VisuomotorPolicy, data: RunData, source: Source, normalization: Any) -> None:
-    """Takes the normalisation's statistics: of features from rows spread over the train split, of the rest from all."""
+    """Computes normalisation statistics: of features from a sample of train rows, of the rest from all train rows."""
     rows = data.rows.train_rows
     chosen = np.unique(np.linspace(0, rows - 1, min(rows, STATISTICS_ROWS)).round().astype(np.int64))
     low_dim = {key: values[:rows] for key, values in data.rows.low_dim.items()}
@@ -349,7 +349,7 @@ def _open_data(config: TrainConfig, before: RunRecord | None, run: Path) -> RunD
 
 
 def _with_keys(config: TrainConfig, bridge: RobomimicConfig) -> TrainConfig:
-    """Cameras, low-dim keys and filter keys of a robomimic JSON, unless options name others."""
+    """Fills in cameras, low-dim keys and filter keys from a robomimic JSON, unless options name others."""
     if config.robomimic_config is None:
         return config
     train, valid = bridge.filter_keys
@@ -402,7 +402,7 @@ def _robomimic_trainee(
 def _new_policy(
     config: TrainConfig, bridge: RobomimicConfig | None, data: RunData
 ) -> tuple[PolicySpec, dict[str, ImageEncoder]]:
-    """The spec and the encoders of a new run."""
+    """Returns the spec and the encoders of a new run."""
     if config.cache is not None:
         encoders, preprocess = _cache_encoders(data.cache or FeatureCache(config.cache), config, data)
     else:
@@ -455,5 +455,5 @@ def _views(config: TrainConfig, data: RunData) -> int:
         return 1
     views = min(data.cache.cameras[camera].views for camera in data.cameras)
     if config.augment and views == 1:
-        raise ConfigError(f"{data.cache.path} has the clean view alone; run its extract-features again with --views 4")
+        raise ConfigError(f"{data.cache.path} has only the clean view; run its extract-features again with --views 4")
     return 1 if config.augment is False else views

@@ -1,4 +1,4 @@
-"""Train a policy on cached features, or with live encoding: one loop, three sources."""
+"""Trains a policy on cached features or with live encoding."""
 
 from __future__ import annotations
 
@@ -30,28 +30,28 @@ Config = TypeVar("Config", TrainConfig, FinetuneConfig)
 
 
 def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
-    """Trains as ``config`` asks and leaves a run folder.
+    """Trains a policy as ``config`` says and writes a run folder.
 
     Raises:
-        ConfigError: options that do not fit the data.
-        DatasetError, CacheError: data that cannot be used.
-        CheckpointError: the run folder exists, a run to resume does not fit, or a value is not finite any more.
+        ConfigError: options do not fit the data.
+        DatasetError, CacheError: the data cannot be used.
+        CheckpointError: the run folder exists, a run to resume does not fit, or a value is not finite.
         RunLockedError: another process writes the run folder.
-        RunStopped: asked to stop by SIGINT or SIGTERM; the run was saved and can be resumed.
+        RunStopped: SIGINT or SIGTERM stopped the run; it was saved and can be resumed.
     """
     out = config.out if config.out is not None else default_run(config)
     return run_session(config, out, open_training, progress=progress)
 
 
 def default_run(config: TrainConfig) -> Path:
-    """``runs/<name of the cache or of the first dataset>``."""
+    """Returns the default run folder: ``runs/<name of the cache or of the first dataset>``."""
     return RUNS / resolved(config.cache or config.datasets[0]).stem
 
 
 def run_session(
     config: Config, out: Path, open_session: Callable[[Config, Path], Session], *, progress: bool
 ) -> TrainResult:
-    """Trains a session to the end in the run folder ``out``; under torchrun together with the other processes."""
+    """Opens a session and trains it to the end in the run folder ``out``, with the other processes under torchrun."""
     check_wandb(config.wandb)
     with joined_ranks(config.device) as ranks:
         if config.batch_size is not None:
@@ -65,15 +65,15 @@ def run_session(
 
 
 def _begins_anew(folder: RunFolder, ranks: Ranks) -> bool:
-    """Whether a run was started in the folder and saved nothing, so that all processes begin it again."""
+    """Whether the run in the folder has no checkpoint, so that all processes must start it again."""
     unsaved = ranks.any(folder.unsaved)
     if unsaved:
-        logger.info("%s was started and saved no checkpoint: it begins again", folder.place)
+        logger.info("%s has saved no checkpoint; it starts again from step 0", folder.place)
     return unsaved
 
 
 def _complete(folder: RunFolder, session: Session, ranks: Ranks, *, progress: bool) -> TrainResult:
-    """Runs the loop to the end; the first process alone logs, measures and saves."""
+    """Runs the loop to the end; only the first process logs, measures and saves."""
     if ranks.first:
         _write(folder, session)
     ranks.take_from_first(session.learner.state().model.values())
@@ -92,7 +92,7 @@ def _complete(folder: RunFolder, session: Session, ranks: Ranks, *, progress: bo
 
 
 def _write(folder: RunFolder, session: Session) -> None:
-    """Starts the run folder, or records the new length of a run that is resumed."""
+    """Creates the run folder, or records the new length of a resumed run."""
     if session.resumed is None:
         folder.start(session.record, session.files)
         return

@@ -56,9 +56,11 @@ def test_the_command_that_an_interrupted_run_names_goes_on_with_it(
     words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said = stop_in(monkeypatch, 2, words)
-    assert said.startswith(f"interrupted: saved step 2 of 4 in {tmp_path / 'a run'}; go on with: python cli.py train")
-    command = shlex.split(said.split("go on with: ")[1])
-    assert stop_in(monkeypatch, 3, command[2:]).endswith(said.split("go on with: ")[1])
+    assert said.startswith(
+        f"interrupted: saved step 2 of 4 in {tmp_path / 'a run'}; continue with: python cli.py train"
+    )
+    command = shlex.split(said.split("continue with: ")[1])
+    assert stop_in(monkeypatch, 3, command[2:]).endswith(said.split("continue with: ")[1])
     result = run(*command[2:])
     assert result.exit_code == 0, result.output
     assert inspect_run(tmp_path / "a run").step == 4

@@ -341,7 +341,7 @@ def _allowed(words, name, beside):
         ("verify c --integrity --rows 3", "--rows has no effect: --integrity reads"),
         ("verify c --integrity --dataset d", "--dataset has no effect"),
         ("bench encode load --batch-size 8", "--batch-size has no effect: only train"),
-        ("rollout r --videos 3", "--videos has no effect: nothing is filmed"),
+        ("rollout r --videos 3", "--videos has no effect: no video is written"),
     ],
 )
 def test_options_without_effect_are_usage_errors_that_say_why(words, told):

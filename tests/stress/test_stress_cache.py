@@ -168,7 +168,7 @@ def test_a_full_disk_is_told_and_a_rerun_goes_on(tmp_path):
     if mounted.returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        with pytest.raises(CacheError, match=r"no space left for .* MB were to be written"):
+        with pytest.raises(CacheError, match=r"no space left for .*; it needs .* MB in total"):
             extract(disk / "cache.zarr", dataset, views=4)
         assert not (disk / "cache.zarr" / MANIFEST).exists()
         subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)

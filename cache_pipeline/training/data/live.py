@@ -1,7 +1,7 @@
-"""Frames through the encoder at every step.
+"""Live source: the encoder computes features from frames at every step.
 
-Frames stay on the device as uint8 if they fit; otherwise a few threads read them ahead from the dataset. Batches hold
-frames, which the policy encodes: what is frozen on the fast path, the rest in the forward pass.
+Frames stay on the device as uint8 if they fit; otherwise a few threads prefetch them from the dataset. Batches hold
+frames. The policy encodes them: frozen layers on the fast path, the others in the forward pass.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ENCODE_ROWS = 256
 
 
 class DemoFrames(NamedTuple):
-    """Where the frames of packed rows lie: ``demos`` are numbers in the dataset, ``starts`` their first packed rows."""
+    """Locations of packed rows' frames: ``demos`` are numbers in the dataset, ``starts`` their first packed rows."""
 
     dataset: Dataset
     demos: tuple[int, ...]
@@ -40,7 +40,7 @@ class DemoFrames(NamedTuple):
         return sum(self.dataset.demos[demo].length for demo in self.demos)
 
     def read(self, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Frames of ``rows`` (n,), which may repeat: (n,H,W,3)."""
+        """Reads the frames (n,H,W,3) of ``rows`` (n,), which may repeat."""
         held, inverse = np.unique(rows, return_inverse=True)
         cuts = np.flatnonzero((np.diff(held) > 1) | (np.diff(self._place(held)) > 0)) + 1
         runs = np.split(held, cuts)
@@ -48,7 +48,7 @@ class DemoFrames(NamedTuple):
         return np.concatenate(frames)[inverse.ravel()]
 
     def load(self, camera: str, device: torch.device) -> Tensor:
-        """All frames, (N,H,W,3) uint8, read piece by piece into their place on the device."""
+        """Loads all frames, (N,H,W,3) uint8, to the device, part by part."""
         out = torch.empty(self.n_rows, *self.dataset.cameras[camera], dtype=torch.uint8, device=device)
         step = piece_rows(len(out), out[:1].nbytes)
         for demo, row in zip(self.demos, self.starts.tolist(), strict=True):
@@ -75,10 +75,10 @@ class LiveSource:
     """Frames of the train and held-out demos.
 
     Args:
-        frames: where the frames lie.
+        frames: locations of the frames.
         cameras: names.
         encoders: makes the frozen encoder of each camera, for ``features_of``.
-        budget: bytes that resident frames may take; beyond it they are read ahead.
+        budget: bytes that resident frames may take; beyond it frames are prefetched.
     """
 
     name = "live"
@@ -110,7 +110,7 @@ class LiveSource:
             yield Batch({**frames, **split.low_dim(rows)}, actions, mask)
 
     def frames_of(self, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Frames (n,H,W,3) of packed rows (n,)."""
+        """Returns the frames (n,H,W,3) of packed rows (n,)."""
         return self._demo_frames.read(camera, rows)
 
     def features_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:

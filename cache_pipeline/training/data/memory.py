@@ -1,4 +1,4 @@
-"""How much memory features or frames may take, at their peak: while they are loaded as well as afterwards."""
+"""Memory budget of features or frames: it covers the peak while loading and the use afterwards."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import torch
 
 SHARE = 0.5
 CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
-# What is loaded into one piece of memory passes through another one of this share of it, within these bytes.
+# Data are loaded through a buffer of this fraction of their size, within these bounds in bytes.
 PIECES = 32
 LEAST_PIECE, LARGEST_PIECE = 1 << 20, 32 << 20
 
 
 def memory_budget(device: torch.device, max_memory: int | None) -> int:
-    """Bytes that features or frames may take on ``device``: what was asked for, else half of what is free."""
+    """Returns the bytes that features or frames may take on ``device``: the option, else half of the free memory."""
     if max_memory is not None:
         return max_memory
     if device.type == "cuda":
@@ -26,17 +26,17 @@ def memory_budget(device: torch.device, max_memory: int | None) -> int:
 
 
 def host_budget() -> int:
-    """This process's part of half of the free host memory; ``torchrun`` may have started several on this machine."""
+    """Returns half of the free host memory in bytes, divided by the ``torchrun`` processes on this machine."""
     return int(_free_host_memory() * SHARE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def fits(needed: int, budget: int) -> bool:
-    """Whether ``needed`` bytes can be loaded piece by piece within ``budget``."""
+    """Whether ``needed`` bytes and the loading buffer fit ``budget``."""
     return needed + needed // PIECES <= budget
 
 
 def piece_rows(rows: int, row_bytes: int) -> int:
-    """How many of ``rows`` rows are loaded at a time."""
+    """Returns the number of rows to load at a time."""
     size = min(LARGEST_PIECE, max(LEAST_PIECE, rows * row_bytes // PIECES))
     return max(1, size // max(1, row_bytes))
 
@@ -56,7 +56,7 @@ def _free_of_machine() -> int:
 
 
 def _free_of_cgroups() -> Iterator[int]:
-    """What is free under each limit on this process: of its own control group, and of those that hold it."""
+    """Returns the free bytes under each memory limit of this process: its control group and the parent groups."""
     for folder in _cgroup_folders(CGROUP, ""):
         yield from _free_under(folder, "memory.max", "memory.current", "inactive_file")
     for folder in _cgroup_folders(CGROUP / "memory", "memory"):
@@ -78,7 +78,7 @@ def _cgroup_folders(root: Path, controller: str) -> list[Path]:
 
 
 def _free_under(folder: Path, limit: str, used: str, reclaimable: str) -> Iterator[int]:
-    """Pages of files that nobody has used lately count as free: the system drops them when memory is needed."""
+    """Counts inactive file pages as free, since the system drops them when memory is needed."""
     try:
         free = int((folder / limit).read_text()) - int((folder / used).read_text())
     except (OSError, ValueError):  # no such group here, or "max": no limit

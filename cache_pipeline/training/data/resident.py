@@ -1,4 +1,4 @@
-"""The whole cache on the device: a batch is a few index selects, with no work per sample."""
+"""Resident source: the whole cache is on the device, and a batch is a few index selects without work per sample."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from cache_pipeline.training.data.source import SplitRows, take_rows
 
 
 class ResidentSource:
-    """Features in their stored dtype in one tensor per camera; they become float32 batch by batch.
+    """Holds features in their stored dtype, one tensor per camera; each batch is converted to float32.
 
     Args:
-        cache: where they are read from.
+        cache: the cache to read.
         cameras: names.
         numbers: (N,) the cache's row of each packed row.
         views: number of views to load.
@@ -63,7 +63,7 @@ class ResidentSource:
 def _load(
     cache: FeatureCache, camera: str, numbers: NDArray[np.int64], views: int, device: torch.device | None = None
 ) -> Tensor:
-    """(views·N, …): view after view, read piece by piece into their place on the device."""
+    """Loads (views·N, …) features, view after view, to the device, part by part."""
     count, shape, dtype = len(numbers), cache.cameras[camera].feature_shape, np.dtype(cache.manifest.dtype)
     out = torch.empty(views * count, *shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=device)
     step = piece_rows(len(out), out[:1].nbytes)

@@ -1,7 +1,7 @@
 """The rows that a run trains on and measures: demos, splits, low-dim obs and actions, from a cache or from HDF5 files.
 
-Rows are packed: the chosen demos one after another in the order of the files, whatever lies in between on disk. So the
-rows, and with them windows and their order, are the same for a cache and for the files that it was made from.
+Rows are packed: the chosen demos follow one another in the order of the files, without gaps. So rows, windows and their
+order are the same for a cache and for its source files.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ class _DemoList(Protocol):
 
 
 class RunRows(NamedTuple):
-    """Everything about the chosen demos but what the cameras see.
+    """All data of the chosen demos except camera frames and features.
 
     Attributes:
-        demos: (file, name) of each chosen demo: those to train on, then the held-out ones.
-        lengths: (E,) steps of each.
-        n_train: how many of them are for training.
+        demos: (file, name) of each chosen demo: training demos, then held-out demos.
+        lengths: (E,) steps of each demo.
+        n_train: number of training demos.
         low_dim: key → (N, …) float32.
         actions: (N, A) float32.
         rewards, dones: (N,) float32.
@@ -52,14 +52,14 @@ class RunRows(NamedTuple):
         return int(self.lengths[: self.n_train].sum())
 
     def windows(self, spec: WindowSpec, *, valid: bool = False) -> Windows | None:
-        """The windows of one split; None if it has no demos."""
+        """Returns the windows of one split; None if it has no demos."""
         chosen = slice(self.n_train, None) if valid else slice(0, self.n_train)
         starts = np.cumsum(self.lengths) - self.lengths
         return make_windows(starts[chosen], self.lengths[chosen], spec) if len(starts[chosen]) else None
 
 
 def chosen_split(data: _DemoList, filter_key: str | None, valid_key: str | None, seed: int) -> Split:
-    """The split of a cache's or a dataset's demos; raises DatasetError as ``split_demos`` does."""
+    """Splits the demos of a cache or dataset; raises DatasetError as ``split_demos`` does."""
     several = len({demo.file for demo in data.demos}) > 1
     names = [f"{demo.name} of file {demo.file}" if several else demo.name for demo in data.demos]
     masks = {
@@ -70,10 +70,10 @@ def chosen_split(data: _DemoList, filter_key: str | None, valid_key: str | None,
 
 
 def choose_keys(asked: Sequence[str] | None, there: Sequence[str], what: str) -> tuple[str, ...]:
-    """The names asked for, in the order asked; all that are there by default.
+    """Returns the requested names in their order; all available names by default.
 
     Raises:
-        ConfigError: a name that is not there.
+        ConfigError: a name is not in the data.
     """
     if asked is None:
         return tuple(there)
@@ -84,7 +84,7 @@ def choose_keys(asked: Sequence[str] | None, there: Sequence[str], what: str) ->
 
 
 def cache_row_numbers(cache: Any, split: Split) -> NDArray[np.int64]:
-    """(N,) the cache's row of every packed row."""
+    """Returns (N,) the cache row of every packed row."""
     chosen = [cache.demos[number] for number in (*split.train, *split.valid)]
     return np.concatenate([np.arange(demo.row, demo.row + demo.length) for demo in chosen])
 

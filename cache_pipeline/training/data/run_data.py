@@ -1,4 +1,4 @@
-"""What a run trains on: a cache or HDF5 files, and the demos of each split."""
+"""Data of a run: a cache or HDF5 files, and the demos of each split."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class DataShapes(NamedTuple):
 
 
 class DemoChoice(NamedTuple):
-    """How to choose the demos: by filter keys, or those of an earlier run.
+    """Selects demos: by filter keys, or the demos of an earlier run.
 
     Attributes:
-        recorded: the data of that run.
-        where: that run, for messages.
-        fits: raises if the data are of other shapes than that run's; asked before its demos are looked for.
-        known: (file, demo) → digests of the content that an earlier run recorded, for files that have not changed.
+        recorded: data record of that run.
+        where: name of that run, for messages.
+        fits: raises if the shapes of the data differ from that run's; called before its demos are looked up.
+        known: (file, demo) → digests that an earlier run recorded, for files that have not changed.
     """
 
     filter_key: str | None = None
@@ -57,14 +57,14 @@ class DemoChoice(NamedTuple):
 
 
 class RunData(NamedTuple):
-    """What a run trains on.
+    """Opened data of a run.
 
     Attributes:
         cameras: camera → (H, W, 3). low_dim: key → shape of one row.
         split: numbers of the chosen demos in ``cache`` or ``dataset``.
-        digests: of what each chosen demo holds, in the order of ``rows``.
-        sources: the files, as they were when these digests were taken.
-        cache, dataset: where features and frames come from; one of them may be None.
+        digests: digests of each chosen demo, in the order of ``rows``.
+        sources: the files with size and time when these digests were computed.
+        cache, dataset: sources of features and frames; one of them may be None.
     """
 
     cameras: dict[str, tuple[int, int, int]]
@@ -78,7 +78,7 @@ class RunData(NamedTuple):
 
     @property
     def record(self) -> DataRecord:
-        """What run.json says of the data."""
+        """The data record for run.json."""
         origin: Any = self.dataset if self.dataset is not None else self.cache
         demos = [
             DemoRecord(file=file, name=name, contents=digests)
@@ -104,7 +104,7 @@ class RunData(NamedTuple):
 
     @property
     def choice(self) -> Choice:
-        """What is taken of the cache or the files, and what is left out."""
+        """Lines that list the keys of the data that are used and not used."""
         if self.cache is None:
             assert self.dataset is not None
             return self.dataset.choice
@@ -116,12 +116,12 @@ class RunData(NamedTuple):
 
     @property
     def mean_action(self) -> NDArray[np.float32]:
-        """(A,) over the train split."""
+        """Mean action (A,) of the train split."""
         mean: NDArray[np.float32] = self.rows.actions[: self.rows.train_rows].mean(0, dtype=np.float64)
         return mean.astype(np.float32)
 
     def splits(self, spec: WindowSpec, device: torch.device) -> tuple[SplitRows, SplitRows | None]:
-        """Windows of the train and of the held-out split, on the device."""
+        """Returns the windows of the train and the held-out split, on the device."""
         train, valid = self.rows.windows(spec), self.rows.windows(spec, valid=True)
         assert train is not None
         return (
@@ -131,8 +131,8 @@ class RunData(NamedTuple):
 
 
 def tell_choice(data: RunData) -> None:
-    """Logs the cameras, low-dim keys and action key that a run takes and leaves out, and warns of cameras that show
-    nothing through whole demos."""
+    """Logs the cameras, low-dim keys and action key that a run uses and does not use, and warns of cameras that are
+    black or frozen through whole demos."""
     for line in data.choice.lines():
         logger.info("%s", line)
     for sentence in still_cameras(data.cache.path, data.cache.manifest) if data.cache is not None else ():
@@ -142,9 +142,9 @@ def tell_choice(data: RunData) -> None:
 def open_cache_data(
     path: Path, cameras: Sequence[str] | None, low_dim_keys: Sequence[str] | None, split: DemoChoice
 ) -> RunData:
-    """Opens a cache; raises CacheError, or ConfigError or DatasetError for names that it does not have.
+    """Opens a cache; raises CacheError, or ConfigError or DatasetError for unknown names.
 
-    Whether it still holds what its files hold is for ``check_sources`` to say.
+    It does not compare the cache with its source files; ``check_sources`` does.
     """
     cache = FeatureCache(path)
     chosen = choose_keys(cameras, tuple(cache.cameras), "camera")
@@ -159,7 +159,7 @@ def open_cache_data(
 def open_dataset_data(
     paths: Sequence[Path], cameras: Sequence[str] | None, low_dim_keys: Sequence[str] | None, split: DemoChoice
 ) -> RunData:
-    """Opens HDF5 files; raises DatasetError, for filter keys that they do not have too."""
+    """Opens HDF5 files; raises DatasetError, also for unknown filter keys."""
     dataset = Dataset.open(paths, cameras=cameras, low_dim_keys=low_dim_keys)
     contents = Contents(dataset, tuple(dataset.cameras), tuple(dataset.low_dim), split.known)
     shapes = DataShapes(dict(dataset.cameras), dict(dataset.low_dim), dataset.action_dim)
@@ -169,14 +169,14 @@ def open_dataset_data(
 
 
 def features_precision(data: RunData) -> str:
-    """The precision in which the features of the run's cache were computed; the most exact one if cameras differ."""
+    """Returns the precision of the features in the run's cache; the most exact one if cameras differ."""
     assert data.cache is not None
     found = {data.cache.cameras[camera].identity["precision"]["compute"] for camera in data.cameras}
     return min(found, key=MOST_EXACT_FIRST.index)
 
 
 def _split(data: Any, names: DemoChoice, contents: Contents, shapes: DataShapes) -> tuple[Split, tuple[Digests, ...]]:
-    """The chosen demos, and digests of what they hold."""
+    """Returns the chosen demos and their digests."""
     if names.fits is not None:
         names.fits(shapes)
     if names.recorded is not None:
@@ -190,6 +190,6 @@ def _split(data: Any, names: DemoChoice, contents: Contents, shapes: DataShapes)
 
 
 def check_cameras(cameras: Mapping[str, Any]) -> None:
-    """Raises ConfigError without cameras: there would be nothing to encode."""
+    """Raises ConfigError if no camera is chosen, since nothing would be encoded."""
     if not cameras:
-        raise ConfigError("no cameras are left; name at least one with --cameras")
+        raise ConfigError("no cameras are chosen; name at least one with --cameras")

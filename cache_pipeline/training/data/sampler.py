@@ -1,8 +1,8 @@
-"""Which windows, and which view of each, every step sees: a pure function of (seed, step).
+"""Samples the windows and views of each step, as a pure function of (seed, step).
 
-Two orders. ``full`` shuffles all windows of an epoch. ``block`` is for caches much larger than memory: blocks of
-consecutive windows are shuffled, drawn blocks are gathered into pools, and windows are shuffled within their pool, so
-that one pool at a time need be in memory. Epochs follow each other without a gap: every batch is whole.
+The order ``full`` shuffles all windows of an epoch. The order ``block`` is for caches much larger than memory: it
+shuffles blocks of consecutive windows, groups them into pools, and shuffles windows within each pool. Then one pool at
+a time must be in memory. Epochs follow each other without a gap, so that every batch is full.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Sampler:
         return 1 if self._blocks is None else -(-self._n // self._pool_windows)
 
     def plan(self, step: int) -> Plan:
-        """The samples of ``step``."""
+        """Returns the samples of ``step``."""
         first = step * self._batch
         windows, views = [], []
         at, stop = first, first + self._batch
@@ -95,7 +95,7 @@ class Sampler:
         return Plan(step, np.concatenate(windows), np.concatenate(views), pool)
 
     def plans(self, start: int, stop: int) -> Iterator[Plan]:
-        """The plans of the steps ``start`` to ``stop``."""
+        """Yields the plans of the steps ``start`` to ``stop``."""
         return map(self.plan, range(start, stop))
 
     @property
@@ -122,7 +122,7 @@ class Sampler:
         return _Epoch(order, self._draw_views(epoch, order // block))
 
     def _draw_views(self, epoch: int, groups: NDArray[np.int64]) -> NDArray[np.int64]:
-        """One view for each of ``groups``, numbered from 0; equal groups get equal views."""
+        """Draws one view for each of ``groups``, numbered from 0; equal groups get equal views."""
         if self._views == 1:
             return np.zeros(len(groups), np.int64)
         drawn = _generator(self._seed, epoch, VIEW_STREAM).integers(self._views, size=int(groups.max()) + 1)

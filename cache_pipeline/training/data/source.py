@@ -1,4 +1,4 @@
-"""What all sources share: the plan of a step in, its batch out; all but the features is gathered on the device."""
+"""Shared code of all sources: turns the plan of a step into its batch, and gathers all but the features."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Source(Protocol):
         ...
 
     def features_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
-        """Clean features at the cut of packed rows, ``{camera: (n, …)}`` on the CPU, for statistics."""
+        """Returns clean features at the cut for packed rows, ``{camera: (n, …)}`` on the CPU, for statistics."""
         ...
 
 
@@ -68,7 +68,7 @@ class SplitRows:
         return len(self.obs_rows)
 
     def gather(self, plan: Plan) -> Gathered:
-        """Everything of a plan's batch but its obs."""
+        """Gathers the batch of a plan without its obs."""
         windows = torch.from_numpy(plan.windows).to(self._device, non_blocking=True)
         obs_rows = self._obs_rows.index_select(0, windows)
         actions = take_rows(self._actions, self._action_rows.index_select(0, windows))

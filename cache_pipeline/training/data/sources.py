@@ -1,4 +1,4 @@
-"""Where a run's features come from: which source, how many views, in which order, and the sources themselves."""
+"""Chooses and opens the sources of a run's features: source, number of views and order."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from cache_pipeline.training.update.distributed import current_ranks
 logger = logging.getLogger("cache_pipeline")
 
 DEFAULT_POOL_BYTES = 1 << 30
-FULL_ORDER_POOLS = 64  # at most so many times is a chunk read in an epoch
+FULL_ORDER_POOLS = 64  # most reads of one chunk per epoch
 
 
 class SourcePlan(NamedTuple):
-    """Which source, how many views, and in which order: decided once and kept with the run."""
+    """The source, the number of views and the order of a run: chosen once and saved with the run."""
 
     source: SourceName
     views: int
@@ -38,11 +38,11 @@ class SourcePlan(NamedTuple):
 
     @property
     def order(self) -> dict[str, Any]:
-        """What run.json says of the order of samples."""
+        """The order of samples for run.json."""
         return {"views": self.views, "blocks": None if self.blocks is None else asdict(self.blocks)}
 
     def with_order(self, order: dict[str, Any]) -> SourcePlan:
-        """The same source in the order of a resumed run, however much memory is free now."""
+        """Returns the same source with the order of the resumed run, whatever memory is free now."""
         blocks = order["blocks"]
         return SourcePlan(self.source, order["views"], None if blocks is None else BlockOrder(**blocks))
 
@@ -57,15 +57,15 @@ def plan_source(
     max_memory: int | None,
     device: torch.device,
 ) -> SourcePlan:
-    """Chooses the source by size, and the order that suits it.
+    """Chooses the source by size, and the order for it.
 
-    Streaming shuffles fully too while an epoch takes few pools: its samples are then those of the other sources. With
-    many pools it would read most of the cache once for each of them, and a pool of blocks mixes enough demos by then.
+    Streaming uses a full shuffle while an epoch takes few pools; its samples then equal those of other sources. With
+    many pools a full shuffle would read most of the cache once per pool; pools of blocks then mix enough demos.
     """
     if data.cache is None or source == "live":
         return SourcePlan("live", views, None)
     row_bytes = _feature_bytes(data.cache, tuple(data.cameras))
-    # Free memory differs between processes, and all of them are to see the same samples.
+    # Free memory differs between processes, but all must use the same samples.
     ranks, needed = current_ranks(), len(data.rows.actions) * row_bytes * views
     too_large = ranks.any(not fits(needed, memory_budget(device, max_memory)))
     chosen: SourceName = source if source != "auto" else ("streamed" if too_large else "resident")
@@ -77,7 +77,7 @@ def plan_source(
 
 
 def _pool_budget(device: torch.device, max_memory: int | None) -> int:
-    """Bytes of all pools in memory; pools are read into the host's memory whatever the device is."""
+    """Returns the byte budget of all pools; pools are in host memory on every device."""
     budget = max_memory if max_memory is not None else min(DEFAULT_POOL_BYTES, memory_budget(device, None))
     return budget if device.type == "cpu" else min(budget, host_budget())
 
@@ -119,14 +119,14 @@ class Sources:
         self.current: Source | None = None
 
     def open(self, *, live: bool) -> Source:
-        """The live source, or the cached one of the plan; the one that was open before is dropped."""
+        """Opens the live source, or the plan's cached one, and drops the source that was open."""
         if self.current is None or (self.current.name == "live") is not live:
             self.current = None
             self.current = self.open_live(self._max_memory) if live else self._open_cached()
         return self.current
 
     def open_live(self, max_memory: int | None) -> LiveSource:
-        """Another live source, whose frames take at most ``max_memory`` bytes."""
+        """Opens another live source, whose frames take at most ``max_memory`` bytes."""
         data = self._frames()
         assert data.dataset is not None
         demos = (*data.split.train, *data.split.valid)

@@ -1,7 +1,7 @@
-"""A cache larger than memory: pools of rows, read ahead in a thread while the pool before is trained on.
+"""Streamed source for a cache larger than memory: a thread prefetches the next pool of rows during training.
 
-At any time two pools are in memory. In a full order a pool's rows lie all over the cache: every chunk with one of them
-is read, up to once per pool. In block order a pool is a random draw of blocks, and every chunk is read about once per
+At most two pools are in memory. In full order the rows of a pool are spread over the cache, so a chunk is read up to
+once per pool. In block order a pool is a random draw of blocks, and every chunk is read about once per
 epoch.
 """
 
@@ -21,13 +21,13 @@ from cache_pipeline.policies.batch import Batch
 from cache_pipeline.training.data.sampler import BlockOrder, Plan
 from cache_pipeline.training.data.source import SplitRows, take_rows, view_rows
 
-# Two pools, and the decoded shards that one of them is being assembled from.
+# Two pools, and the decoded shards from which one of them is assembled.
 POOLS_IN_MEMORY = 3
 BLOCK_WINDOWS = 256
 
 
 class _Pool(NamedTuple):
-    """Some plans and the features of all of them; ``places`` (B,To) index the features."""
+    """Consecutive plans with their features; ``places`` (B,To) index the features."""
 
     plans: list[Plan]
     places: list[Tensor]
@@ -35,7 +35,7 @@ class _Pool(NamedTuple):
 
 
 class StreamedSource:
-    """Features read pool by pool. Arguments as in ResidentSource.
+    """Reads features pool by pool. Arguments as in ResidentSource.
 
     Args:
         pool_rows: largest number of rows of a pool.
@@ -80,7 +80,7 @@ class StreamedSource:
         return Batch({**obs, **split.low_dim(rows)}, actions, mask)
 
     def _group(self, plans: Iterable[Plan], split: SplitRows) -> Iterator[list[Plan]]:
-        """Consecutive plans of one pool, split where their rows would exceed the pool's size."""
+        """Groups consecutive plans of one pool; splits where their rows would exceed the pool's size."""
         group: list[Plan] = []
         seen, count = np.zeros(self._views * len(self._numbers), bool), 0
         for plan in plans:
@@ -116,11 +116,11 @@ class StreamedSource:
 
 
 def pool_rows(budget: int, row_bytes: int) -> int:
-    """Rows of a pool such that all that is in memory at a time stays within ``budget`` bytes."""
+    """Returns the rows of a pool such that all memory in use stays within ``budget`` bytes."""
     return max(1, budget // (POOLS_IN_MEMORY * row_bytes))
 
 
 def block_order(rows: int, windows: int) -> BlockOrder:
-    """Sizes of the block order for pools of ``rows`` rows, with room for the batch that reaches into the next pool."""
+    """Returns the block sizes for pools of ``rows`` rows, with space for the batch that extends into the next pool."""
     pool = max(1, int(min(windows, 0.9 * rows)))
     return BlockOrder(block=max(1, min(BLOCK_WINDOWS, pool // 4)), pool=pool)

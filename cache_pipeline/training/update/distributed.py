@@ -1,7 +1,7 @@
-"""Data parallelism under ``torchrun``: every process takes its share of each planned batch.
+"""Data parallelism under ``torchrun``: every process computes its share of each planned batch.
 
 The loss curve is that of one process with the same batch size. All processes plan the same batches, draw the same
-random numbers and hold the same weights; they differ in the windows that they compute, and the first alone writes.
+random numbers and hold the same weights. They differ in the windows that they compute; only the first one writes.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PATIENCE = timedelta(hours=1)
 
 
 class Ranks(NamedTuple):
-    """One of ``world`` processes that train together; alone by default, when all of this costs nothing."""
+    """One of ``world`` processes that train together; with one process, the default, exchanges cost nothing."""
 
     rank: int = 0
     world: int = 1
@@ -43,7 +43,7 @@ class Ranks(NamedTuple):
         if batch_size % self.world:
             nearest = max(1, round(batch_size / self.world)) * self.world
             raise ConfigError(
-                f"batch_size {batch_size} cannot be shared by {self.world} processes; take --batch-size {nearest}"
+                f"batch_size {batch_size} cannot be shared by {self.world} processes; use --batch-size {nearest}"
             )
 
     def share(self, plan: Plan) -> Plan:
@@ -87,7 +87,7 @@ class Ranks(NamedTuple):
                     dist.broadcast(value, 0)
 
     def wait(self) -> None:
-        """Returns when all processes have come here."""
+        """Returns when all processes have called it."""
         self.any(False)
 
 

@@ -1,4 +1,4 @@
-"""The gradient of one batch, whatever it is cut into: parts that fit the memory, and shares of several processes."""
+"""Computes the gradient of one batch, split into parts that fit memory and into shares of several processes."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Part(NamedTuple):
 
 
 class BatchGradient:
-    """Leaves the gradient of a policy's loss in its parameters.
+    """Computes the gradient of a policy's loss into its parameters.
 
-    The loss is a mean over the action steps that count, so parts weigh by how many of those they hold. Random numbers
-    are drawn for the whole batch whatever part of it is at hand.
+    The loss is a mean over unmasked action steps, so parts are weighted by their number of unmasked steps. Random
+    numbers are drawn for the whole batch, independent of the split.
 
     Args:
         generator: of the loss's random numbers, in the same state in all processes.
-        parts: into which a batch is cut; doubled for good whenever memory runs out.
+        parts: number of parts of a batch; doubled for the rest of the run whenever memory runs out.
         ranks: the processes that share each batch.
         scaled: the loss to what its gradient is taken of; see ``Optimizer.scaled``.
     """
@@ -55,7 +55,7 @@ class BatchGradient:
         self.parts = parts
 
     def __call__(self, batch: Batch, parameters: Collection[nn.Parameter]) -> Tensor:
-        """The loss of the whole batch, detached.
+        """Computes the loss and gradient of the whole batch; returns the loss, detached.
 
         Args:
             batch: this process's share.
@@ -74,7 +74,7 @@ class BatchGradient:
         return loss
 
     def _tried(self, batch: Batch, kept: Tensor, state: Tensor) -> Tensor | None:
-        """This process's part of the loss, its gradient added up; None if memory ran out."""
+        """Accumulates the gradient of this process's share; returns its part of the loss, or None if memory ran out."""
         losses = []
         try:
             with nullcontext() if self._weights is None else self._weights.applied():
@@ -89,7 +89,7 @@ class BatchGradient:
         """Adds the gradient of a part of a batch of ``size`` windows; its share of the loss, detached.
 
         Args:
-            kept: action steps that count in the whole batch.
+            kept: number of unmasked action steps in the whole batch.
         """
         loss = self._policy.loss(part.batch, self._share(part, size))
         if self.parts > 1 or self._ranks.world > 1:
@@ -106,8 +106,8 @@ class BatchGradient:
     def _shrink(self, size: int, parameters: Collection[nn.Parameter]) -> None:
         if self.parts >= size:
             raise ConfigError(
-                "one window alone does not fit the device's memory: unfreeze fewer layers, add "
-                "--gradient-checkpointing, or take smaller frames (--resize-shape)"
+                "one window alone does not fit the device's memory; unfreeze fewer layers, add "
+                "--gradient-checkpointing, or use smaller frames (--resize-shape)"
             )
         self.parts = min(size, 2 * self.parts)
         for parameter in parameters:

@@ -1,4 +1,4 @@
-"""What the loop trains: anything that takes a batch, makes one update and can be saved."""
+"""Learners: the training loop's interface to a policy and its optimiser, and the learner of flow, mlp and gmm."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ GENERATOR = "generator"
 
 
 class ActingPolicy(Protocol):
-    """What can be measured and rolled out."""
+    """A policy that can be measured and rolled out."""
 
     def act(self, obs: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor: ...
 
@@ -51,11 +51,11 @@ class Learner(Protocol):
     def policy(self) -> ActingPolicy: ...
 
     def state(self) -> State:
-        """All that a checkpoint holds; its tensors change with further steps."""
+        """Returns the tensors of a checkpoint; they change with further steps."""
         ...
 
     def load(self, state: State) -> None:
-        """Takes what ``state`` gave; raises CheckpointError if it does not fit."""
+        """Loads the value of ``state``; raises CheckpointError if it does not fit."""
         ...
 
 
@@ -63,11 +63,11 @@ class PolicyLearner:
     """Trains a VisuomotorPolicy by its own loss.
 
     Args:
-        policy: its precision is that of now.
+        policy: the policy to train, with its precision set.
         rates: peak learning rate of each part.
         steps: length of the schedule.
         seed: of the noise in the loss.
-        accumulate: parts into which a batch is cut, more when memory runs out.
+        accumulate: number of parts of a batch; it grows when memory runs out.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class PolicyLearner:
         return self._generator
 
     def learn(self, part: Part, parameters: Iterable[tuple[str, nn.Parameter]], start: int = 0) -> None:
-        """Lets parameters learn from step ``start`` on, with the learning rate of ``part``."""
+        """Trains parameters from step ``start`` on, with the learning rate of ``part``."""
         parameters = list(parameters)
         for _, parameter in parameters:
             parameter.requires_grad_(True)

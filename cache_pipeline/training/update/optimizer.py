@@ -47,7 +47,7 @@ class Optimizer:
         self.parameters: dict[str, nn.Parameter] = {}
 
     def add(self, part: Part, parameters: Iterable[tuple[str, nn.Parameter]], start: int = 0) -> None:
-        """Trains parameters from step ``start`` on; those that are trained already are left as they are.
+        """Trains parameters from step ``start`` on; parameters that are already trained are unchanged.
 
         Their learning rate has a warm-up of its own from there: Adam's first steps are as large as the rate, however
         small the gradient is.
@@ -102,7 +102,7 @@ class Optimizer:
         return found
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what ``tensors`` gave, for the parameters that are trained now; raises CheckpointError on a misfit."""
+        """Loads the value of ``tensors`` for the parameters in training; raises CheckpointError on a mismatch."""
         for part in self._rates:
             if f"{RATE}{part}" not in tensors:
                 raise CheckpointError("the checkpoint is of an earlier version and cannot be resumed; start a new run")
@@ -158,7 +158,7 @@ class AveragedWeights:
         self._averages: list[Tensor] = []
 
     def add(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        """Starts the average of parameters that are new at their values now."""
+        """Adds new parameters to the average, starting from their current values."""
         for name, parameter in parameters.items():
             if name not in self._parameters:
                 self._parameters[name] = parameter
@@ -166,7 +166,7 @@ class AveragedWeights:
 
     @torch.no_grad()
     def update(self, number: int) -> None:
-        """Moves towards the weights as they are after step ``number``, counted from 0."""
+        """Updates the average with the weights after step ``number``, counted from 0."""
         decay = min(self._decay, (1 + number) / (10 + number))
         torch._foreach_lerp_(self._averages, list(self._parameters.values()), 1 - decay)
 
@@ -175,7 +175,7 @@ class AveragedWeights:
         return dict(zip(self._parameters, self._averages, strict=True))
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Takes what ``tensors`` gave; raises CheckpointError on a misfit."""
+        """Loads the value of ``tensors``; raises CheckpointError on a mismatch."""
         for name, value in self.tensors().items():
             if name not in tensors or tensors[name].shape != value.shape:
                 raise CheckpointError(f"the averaged weights have no fitting {name}; start a new run")
@@ -183,7 +183,7 @@ class AveragedWeights:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Puts the average in the parameters' place for the time of a ``with`` block."""
+        """Replaces the parameters by their average within a ``with`` block."""
         own = [parameter.data for parameter in self._parameters.values()]
         try:
             self._put(self._averages)

@@ -1,4 +1,4 @@
-"""Which layers of the encoder learn, and from which step on."""
+"""Unfreezes encoder layers, each from its step on."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check_layers(policy: VisuomotorPolicy, unfreezing: tuple[Unfreezing, ...]) -
 
 
 def check_freeze(policy: VisuomotorPolicy, unfreezing: tuple[Unfreezing, ...], freeze: str | None) -> None:
-    """Raises OptionError for a pattern that holds nothing still, or if the patterns leave nothing to learn."""
+    """Raises OptionError if a pattern freezes nothing, or if the patterns freeze all that would learn."""
     layers = {layer for item in unfreezing for layer in item.layers}
     names = dict.fromkeys(_inner(name) for name, _ in policy.encoder_parameters())
     learning = [name for name in names if ALL in layers or name.split(".")[0] in layers]
@@ -83,7 +83,7 @@ def check_freeze(policy: VisuomotorPolicy, unfreezing: tuple[Unfreezing, ...], f
 
 
 def above_cut(policy: VisuomotorPolicy, layers: tuple[str, ...], cut: str) -> bool:
-    """Whether features cached at ``cut`` stay right while ``layers`` learn: all of them lie above it."""
+    """Whether features cached at ``cut`` stay valid while ``layers`` learn: all of them are above the cut."""
     encoders = policy.obs_encoder.key_model_map.distinct()
     return all(encoder.is_resnet and set(layers) <= set(head_stages(cut)) for encoder in encoders)
 
@@ -104,7 +104,7 @@ def frozen_cut(policy: VisuomotorPolicy, layers: tuple[str, ...]) -> str | None:
 def unfreeze(
     policy: VisuomotorPolicy, layers: tuple[str, ...], freeze: str | None
 ) -> Iterator[tuple[str, nn.Parameter]]:
-    """Lets ``layers`` learn, but for parameters that match a pattern of ``freeze``; gives all that learn."""
+    """Unfreezes ``layers`` except parameters that match a pattern of ``freeze``; returns all that learn."""
     for encoder in policy.obs_encoder.key_model_map.distinct():
         children = dict(encoder.net.named_children())
         for module in [encoder] if ALL in layers else [children[layer] for layer in layers]:
