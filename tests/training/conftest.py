@@ -1,4 +1,4 @@
-"""A small dataset and its caches, made once for all tests of the room."""
+"""A small dataset and its caches, made once for all tests of this folder."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def estimates(seconds_per_step: float, stop: int, monkeypatch: pytest.MonkeyPatc
 
 
 def test_long_training_is_estimated_once_without_its_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert estimates(2.0, 1804, monkeypatch) == {4: "0.5 steps/s: the 1800 steps that are left take about 60 min"}
+    assert estimates(2.0, 1804, monkeypatch) == {4: "0.5 steps/s: the remaining 1800 steps take about 60 min"}
 
 
 def test_nothing_is_said_of_training_that_ends_within_a_minute(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,7 +319,7 @@ def test_a_layer_that_the_encoder_does_not_have_is_refused_with_the_right_names(
         ({"cameras": {"agentview_image": (24, 24, 3)}}, "robot0_eye_in_hand_image"),
         (
             {"cameras": {"agentview_image": (32, 32, 3), "robot0_eye_in_hand_image": (24, 24, 3)}},
-            r"agentview_image of shape \(24, 24, 3\), they have \(32, 32, 3\)",
+            r"agentview_image of shape \(24, 24, 3\), the data have \(32, 32, 3\)",
         ),
         ({"low_dim": {"robot0_eef_pos": 3}}, "robot0_gripper_qpos"),
         ({"low_dim": {"robot0_eef_pos": 4, "robot0_gripper_qpos": 2}}, "robot0_eef_pos"),

@@ -251,7 +251,7 @@ def test_a_finished_run_that_is_extended_equals_a_longer_run_bit_for_bit(
     train(shorter, progress=False)
     with caplog.at_level("INFO", "cache_pipeline"):
         extended = train(replace(shorter, steps=5, resume=True), progress=False).checkpoint
-    assert "now ends at step 5, not 2" in caplog.text
+    assert "now end at step 5, not 2" in caplog.text
     for name in ("model.safetensors", "ema.safetensors", "resume/optimizer.safetensors"):
         one, other = load_file(straight / name), load_file(extended / name)
         assert all(torch.equal(one[key], other[key]) for key in one)

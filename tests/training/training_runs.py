@@ -1,4 +1,4 @@
-"""Small configs for the tests of the room, and what they look at."""
+"""Small configs and helpers for the tests of this folder."""
 
 from __future__ import annotations
 
