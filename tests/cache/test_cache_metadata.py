@@ -18,7 +18,7 @@ from cache_pipeline.cache.manifest import CameraEntry, read_manifest, write_mani
 from cache_pipeline.cache.metadata import dimension_names, metadata_files
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.errors import IncompleteCacheError
-from cache_pipeline.extract import pipeline
+from cache_pipeline.extract import pipeline, worker
 from cache_pipeline.extract.verify import verify
 from cache_pipeline.files import digest
 
@@ -152,7 +152,7 @@ def test_a_killed_extension_shows_what_was_complete(tmp_path, out, dataset, monk
     make_dataset(dataset, lengths=(20, 9, 30), names=[*NAMES[::2], "demo_8"], low_dim={"robot0_eef_pos": 3, "new": 2})
     options = {"views": 3, "encoders": ENCODERS, "low_dim_keys": ("robot0_eef_pos", "new")}
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, where, stop)
+        patch.setattr(worker if hasattr(worker, where) else pipeline, where, stop)
         with pytest.raises(KeyboardInterrupt):
             extract(out, dataset, **options)
     assert shown(out) == before

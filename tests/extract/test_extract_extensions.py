@@ -19,7 +19,7 @@ from cache_pipeline.cache.manifest import PENDING, read_manifest, write_manifest
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.summary import inspect_cache
 from cache_pipeline.errors import CacheError, DatasetError, StaleCacheError
-from cache_pipeline.extract import pipeline
+from cache_pipeline.extract import pipeline, worker
 from cache_pipeline.files import digest
 
 NAMES = ["demo_0", "demo_1", "demo_2"]
@@ -46,7 +46,8 @@ def everything(path):
 
 def killed_after(monkeypatch, where, count):
     """Has the ``count``-th call of one of the pipeline's steps end the run instead."""
-    real, calls = getattr(pipeline, where), []
+    module = worker if hasattr(worker, where) else pipeline
+    real, calls = getattr(module, where), []
 
     def step(*args, **kwargs):
         calls.append(args)
@@ -54,7 +55,7 @@ def killed_after(monkeypatch, where, count):
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(pipeline, where, step)
+    monkeypatch.setattr(module, where, step)
 
 
 EXTENSIONS = {
