@@ -84,7 +84,7 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path, made, mon
 def test_what_the_system_says_comes_with_place_and_advice():
     error = OSError(errno.EXDEV, "Invalid cross-device link", "/a", None, "/b")
     assert told(error) == "/a → /b: invalid cross-device link; check the path and its disk or network"
-    assert told(PermissionError(13, "Permission denied", "/a")).endswith("give a path that you may use")
+    assert told(PermissionError(13, "Permission denied", "/a")).endswith("get permission for this path, or give another path")
     assert told(OSError("no number")).startswith("no number; check")
 
 
@@ -103,5 +103,5 @@ def test_the_folder_one_is_in_is_a_path_like_any_other(tmp_path, made, monkeypat
     assert f"Training run {tmp_path.name}/copy" in (copy / "report.html").read_text()
     result = run("finetune", "--checkpoint", ".", "--live-encoder", *TRAIN)
     assert (tmp_path / "copy_finetune/run.json").is_file(), result.output
-    assert "no cache" in the_error(run("cache", "compact", "."))
+    assert "is not a cache" in the_error(run("cache", "compact", "."))
     assert "other contents" in the_error(run("extract-features", made[0], "--out", ".", *RANDOM))
