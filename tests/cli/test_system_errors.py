@@ -84,7 +84,9 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path, made, mon
 def test_what_the_system_says_comes_with_place_and_advice():
     error = OSError(errno.EXDEV, "Invalid cross-device link", "/a", None, "/b")
     assert told(error) == "/a → /b: invalid cross-device link; check the path and its disk or network"
-    assert told(PermissionError(13, "Permission denied", "/a")).endswith("get permission for this path, or give another path")
+    assert told(PermissionError(13, "Permission denied", "/a")).endswith(
+        "get permission for this path, or give another path"
+    )
     assert told(OSError("no number")).startswith("no number; check")
 
 
