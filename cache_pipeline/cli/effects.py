@@ -12,9 +12,12 @@ from typing import Any, NamedTuple
 
 from typer.core import TyperCommand
 
+from cache_pipeline.cli.generated import parameter_names, was_typed
 from cache_pipeline.cli.options import results_alone_on_stdout
+from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.errors import OptionError
 from cache_pipeline.options import GROUPS
+from cache_pipeline.training.config import OWN_POLICY_OPTIONS, TrainConfig
 
 Values = Mapping[str, Any]
 
@@ -29,22 +32,8 @@ class Rule(NamedTuple):
 
 NETWORK = ("rgb_model_name", "pretrained_encoder", "weights")
 PREPROCESSING = ("imagenet_norm", "resize_shape", "crop_shape")
-OWN_POLICIES = (
-    "policy_option",
-    "lr",
-    "emb_dim",
-    "pooling",
-    "action_normalization",
-    "feature_noise",
-    "feature_dropout",
-    "rotation_6d",
-    "weight_decay",
-    "warmup_steps",
-    "min_lr_ratio",
-    "grad_clip",
-    "ema",
-)
-VIEWS = ("random_crop", "brightness", "contrast", "saturation", "hue")
+OWN_POLICIES = tuple(parameter_names(TrainConfig, OWN_POLICY_OPTIONS))
+VIEWS = tuple(parameter_names(ViewSpec))
 
 
 def _robomimic(values: Values) -> bool:
@@ -173,7 +162,7 @@ def refuse_without_effect(ctx: Any) -> None:
         if not rule.when(ctx.params):
             continue
         for parameter in ctx.command.params:
-            if parameter.name in rule.options and ctx.get_parameter_source(parameter.name).name == "COMMANDLINE":
+            if parameter.name in rule.options and was_typed(ctx, parameter.name):
                 flag = _flag(parameter, ctx.params[parameter.name])
                 raise OptionError(f"{flag} has no effect: {rule.why}; leave {flag} out")
 

@@ -24,7 +24,7 @@ class Given:
         typed: names of the parameters on the command line.
     """
 
-    def __init__(self, values: Mapping[str, Any], typed: Collection[str]) -> None:
+    def __init__(self, values: Mapping[str, Any], typed: set[str]) -> None:
         self._values, self._typed = values, typed
 
     def __getitem__(self, name: str) -> Any:
@@ -32,7 +32,7 @@ class Given:
 
     def any_typed(self, cls: Any) -> bool:
         """Whether an option of a config is on the command line."""
-        return any(parameter.name in self._typed for parameter in _parameters(cls, ()))
+        return bool(self._typed & parameter_names(cls))
 
     def config(self, cls: type[Config], **others: Any) -> Config:
         """Makes a config from the given values and from ``others``, its fields without an option."""
@@ -79,12 +79,8 @@ def was_typed(ctx: Any, name: str) -> bool:
     return bool(ctx.get_parameter_source(name).name == "COMMANDLINE")
 
 
-def generated(*configs: Any, without: Collection[str] = ()) -> Callable[[Command], Command]:
-    """Adds an option for each field of the configs to a command, which gets them as ``given``.
-
-    Args:
-        without: names of parameters that the command defines itself.
-    """
+def generated(*configs: Any) -> Callable[[Command], Command]:
+    """Adds an option for each field of the configs to a command, which gets them as ``given``."""
 
     def decorate(function: Command) -> Command:
         own = [
@@ -92,7 +88,7 @@ def generated(*configs: Any, without: Collection[str] = ()) -> Callable[[Command
             for parameter in inspect.signature(function, eval_str=True).parameters.values()
             if parameter.name != "given"
         ]
-        made = [made for config in configs for made in _parameters(config, without)]
+        made = [made for config in configs for made in _parameters(config)]
         names = [parameter.name for parameter in own]
         context = Parameter("ctx", typer.Context, inspect.Parameter.empty)
 
@@ -116,14 +112,23 @@ def generated(*configs: Any, without: Collection[str] = ()) -> Callable[[Command
     return decorate
 
 
-def _parameters(cls: Any, without: Collection[str]) -> Iterator[Parameter]:
+def parameter_names(cls: Any, only: Collection[str] | None = None) -> set[str]:
+    """Returns the names of the parameters made of a config's fields, or only of some fields."""
+    chosen = [item for item in fields(cls) if only is None or item.name in only]
+    return {parameter.name for item in chosen for parameter in _parameters_of(item)}
+
+
+def _parameters(cls: Any) -> Iterator[Parameter]:
     for item in fields(cls):
-        option = option_of(item)
-        if option is None:
-            if _nested(item):
-                yield from _parameters(plain_type(item), without)
-        elif _name(item, option) not in without:
-            yield Parameter(_name(item, option), _annotation(item, option), _default(item, option))
+        yield from _parameters_of(item)
+
+
+def _parameters_of(item: Field[Any]) -> Iterator[Parameter]:
+    option = option_of(item)
+    if option is not None:
+        yield Parameter(_name(item, option), _annotation(item, option), _default(item, option))
+    elif _nested(item):
+        yield from _parameters(plain_type(item))
 
 
 def _annotation(item: Field[Any], option: Option) -> Any:

@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shlex
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cache_pipeline.cli import options as o
 from cache_pipeline.cli.encoder import EncoderOptions
 from cache_pipeline.cli.generated import Given, generated
-from cache_pipeline.errors import ConfigError, RunStopped
+from cache_pipeline.errors import CheckpointError, ConfigError, OptionError, RunStopped
 from cache_pipeline.options import DATA, ENCODER, read_fields
 from cache_pipeline.training.config import NESTED, FinetuneConfig, TrainConfig
 
 if TYPE_CHECKING:
     from cache_pipeline.training.result import TrainResult
 
+logger = logging.getLogger("cache_pipeline")
+
 # Settings of a run.json that apply only to that run.
 OF_ONE_RUN = ("out", "resume", "overwrite")
-Chosen = TypeVar("Chosen", TrainConfig, FinetuneConfig)
+# Settings of a live run that a cache replaces.
+ENCODER_SETTINGS = ("encoder", "preprocess")
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="Settings from a run.json; typed options override them.", rich_help_panel=DATA),
@@ -36,14 +40,16 @@ def train(given: Given, config: ConfigFile = None, json: o.Json = False) -> None
     """Train projection and policy on a cache (--from-cache), or with the encoder live (--dataset)."""
     from cache_pipeline.training.train import train as run
 
+    saved = {} if config is None else _settings(config, given)
     options = given.config(EncoderOptions)
     others: dict[str, Any] = {}
     if given["from_cache"] is not None:
         others["encoder_factory"] = options.encoder
-    elif given["dataset"] and (config is None or given.any_typed(EncoderOptions)):
+    elif given["dataset"] and saved.get("encoder") is None:
         spec = options.spec(given["seed"])
         others |= {"encoder": spec, "preprocess": options.preprocess(spec)}
-    _emit(partial(run, _chosen(TrainConfig, given, config, others)), json)
+    made = given.config(TrainConfig, **others) if config is None else given.over(TrainConfig, saved, **others)
+    _emit(partial(run, made), json)
 
 
 @generated(FinetuneConfig)
@@ -108,12 +114,23 @@ def resuming_command() -> str:
     return shlex.join([*start, *(word for word in words if word not in ("--overwrite", "--resume")), "--resume"])
 
 
-def _chosen(cls: type[Chosen], given: Given, file: Path | None, others: dict[str, Any]) -> Chosen:
-    """Makes the config from the options, or from a file whose settings the typed options override."""
-    if file is None:
-        return given.config(cls, **others)
+def _settings(file: Path, given: Given) -> dict[str, Any]:
+    """Reads the settings of a run.json, or of a file with such settings alone.
+
+    Raises:
+        CheckpointError: the file is missing, damaged, or of a fine-tuning run.
+        OptionError: it names an encoder, and the command line does too.
+    """
     from cache_pipeline.runs.record import read_object
 
     value = read_object(file)
-    settings = {name: item for name, item in value.get("config", value).items() if name not in OF_ONE_RUN}
-    return given.over(cls, read_fields(cls, settings, NESTED), **others)
+    settings = value.get("config", value)
+    if value.get("kind", "train") != "train" or not isinstance(settings, dict):
+        raise CheckpointError(f"{file} does not hold settings of train; give the run.json of a training run")
+    saved = read_fields(TrainConfig, {name: item for name, item in settings.items() if name not in OF_ONE_RUN}, NESTED)
+    if given["from_cache"] is not None and saved.get("encoder") is not None:
+        logger.info("the encoder of %s does not apply: the cache has its own", file)
+        saved = {name: item for name, item in saved.items() if name not in ENCODER_SETTINGS}
+    elif saved.get("encoder") is not None and given.any_typed(EncoderOptions):
+        raise OptionError(f"{file} names the encoder, so encoder options have no effect; leave them or --config out")
+    return saved

@@ -73,6 +73,35 @@ def test_a_config_file_with_unknown_settings_is_one_line(tmp_path: Path) -> None
     assert "'learning_rate'" in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("content", "words", "status", "message"),
+    [
+        ({"kind": "finetune", "config": {"lr": 1}}, "--from-cache c", 1, "does not hold settings of train"),
+        ({"config": 3}, "--from-cache c", 1, "does not hold settings of train"),
+        ([1], "--from-cache c", 1, "it is not a JSON object"),
+        ({"datasets": ["d"], "encoder": {"cut": "layer3"}}, "--cut layer4", 2, "names the encoder"),
+        ({"lr": -1}, "--from-cache c", 1, "lr is -1"),
+    ],
+)
+def test_a_config_file_that_does_not_fit_is_one_line(
+    called: list[Any], tmp_path: Path, content: Any, words: str, status: int, message: str
+) -> None:
+    (tmp_path / "run.json").write_text(json.dumps(content))
+    result = run(f"train --config {tmp_path / 'run.json'} {words}")
+    assert (result.exit_code, called) == (status, [])
+    assert result.stderr.count("\n") == 1
+    assert message in result.stderr
+
+
+def test_a_cache_replaces_the_encoder_of_a_live_runs_config_file(called: list[Any], tmp_path: Path) -> None:
+    live = {"datasets": ["d.hdf5"], "encoder": {"cut": "layer3"}, "preprocess": {"imagenet_norm": False}, "lr": 0.5}
+    (tmp_path / "run.json").write_text(json.dumps(live))
+    run(f"train --config {tmp_path / 'run.json'}")
+    run(f"train --config {tmp_path / 'run.json'} --from-cache c.zarr")
+    assert [config.encoder and config.encoder.cut for config in called] == ["layer3", None]
+    assert [(config.cache, config.lr) for config in called] == [(None, 0.5), (Path("c.zarr"), 0.5)]
+
+
 @pytest.mark.parametrize("command", ["train", "finetune", "extract-features"])
 def test_help_groups_the_options_and_fits_80_columns(command: str) -> None:
     text = run(f"{command} -h").stdout
