@@ -72,8 +72,8 @@ def build_encoders(config: ExtractConfig, cached: Mapping[Path, str | None], *, 
     """Builds every encoder of the config once.
 
     Args:
-        cached: weight file in the cache → its recorded digest. ImageNet weights are read from such a file if it is
-            intact, so they need not be downloaded again.
+        cached: weight file in the cache → its recorded digest. Without torchvision's file in the hub folder, ImageNet
+            weights are read from such a file if it is intact, instead of downloading them again.
         stand_in: use random weights instead of ImageNet weights that would have to be downloaded.
     """
     specs = config.encoders.values() if isinstance(config.encoders, Mapping) else (config.encoders,)
@@ -81,15 +81,16 @@ def build_encoders(config: ExtractConfig, cached: Mapping[Path, str | None], *, 
 
 
 def _build(spec: EncoderSpec, cached: Mapping[Path, str | None], *, stand_in: bool) -> ImageEncoder:
-    if spec.weights != "imagenet" or spec.factory is not None:
+    if spec.weights != "imagenet" or spec.factory is not None or has_imagenet_file(spec.rgb_model_name):
         return build_encoder(spec)
     intact = [file for file, expected in cached.items() if file.is_file() and digest(file.read_bytes()) == expected]
     for file in intact:
         saved = saved_spec(file)
         if saved is not None and replace(saved, cut=spec.cut, seed=spec.seed) == spec:
+            logger.info("using the ImageNet weights in %s; torchvision's file is not in its hub folder", file)
             return load_encoder(spec, file)
-    if stand_in and not has_imagenet_file(spec.rgb_model_name):
-        logger.info("the plan uses random weights: a dry run does not download the ImageNet weights")
+    if stand_in:
+        logger.info("a dry run does not download ImageNet weights; with random ones, precision and time may differ")
         return build_encoder(replace(spec, weights="random"))
     return build_encoder(spec)
 

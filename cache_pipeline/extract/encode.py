@@ -52,7 +52,7 @@ class BatchEncoder:
                     done.append(self._batch(encoder, images, views, start))
                     advance(len(done[-1]))
                 return torch.cat(done).cpu().numpy()
-            except BaseException as error:
+            except RuntimeError as error:
                 if not is_out_of_memory(error) or size == 1:
                     raise
             advance(-sum(map(len, done)))
@@ -76,7 +76,7 @@ class BatchEncoder:
             torch.cuda.empty_cache()
 
 
-def is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: RuntimeError) -> bool:
     """Whether torch ran out of memory, on a CUDA device or on the CPU."""
     text = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in text or "defaultcpuallocator" in text

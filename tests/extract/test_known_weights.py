@@ -13,7 +13,7 @@ from fakes import make_dataset
 
 from cache_pipeline.encoders import resnet
 from cache_pipeline.encoders.image_encoder import EncoderSpec
-from cache_pipeline.errors import EncoderError
+from cache_pipeline.errors import EncoderError, StaleCacheError
 from cache_pipeline.extract.plan import plan_extraction
 
 IMAGENET = EncoderSpec(rgb_model_name="resnet18", weights="imagenet")
@@ -59,6 +59,16 @@ def test_damaged_weights_in_a_cache_are_not_used(cache: Path, dataset: Path) -> 
     content[-1] ^= 1
     file.write_bytes(content)
     with pytest.raises(EncoderError, match="no network"):
+        extract(cache, dataset, **SMALL)
+
+
+def test_torchvisions_own_file_decides_before_the_weights_in_a_cache(
+    cache: Path, dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    (tmp_path / "hub/checkpoints/resnet18-f37072fd.pth").touch()
+    monkeypatch.setattr(resnet, "imagenet_state", lambda name: resnet.get_resnet(name).state_dict())
+    with pytest.raises(StaleCacheError, match=r"encoder\.weights"):
         extract(cache, dataset, **SMALL)
 
 
