@@ -39,8 +39,8 @@ from cache_pipeline.training.data.run_data import (
     tell_choice,
 )
 from cache_pipeline.training.result import TrainResult
+from cache_pipeline.training.run import run_session
 from cache_pipeline.training.session import Session, Trainee, assemble, check_resumed, continued
-from cache_pipeline.training.train import run_session
 from cache_pipeline.training.update.distributed import current_ranks
 from cache_pipeline.training.update.learner import PolicyLearner
 from cache_pipeline.training.update.unfreezing import (

@@ -27,7 +27,7 @@ from cache_pipeline.policies.robomimic.policy import STD_FLOOR, RobomimicPolicy
 from cache_pipeline.runs.checkpoint import State
 from cache_pipeline.training.config import TrainConfig
 from cache_pipeline.training.data.rows import RunRows
-from cache_pipeline.training.data.source import Source, SplitRows
+from cache_pipeline.training.data.source import Source, SplitRows, Splits
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -63,9 +63,7 @@ def robomimic_config(config: TrainConfig) -> RobomimicConfig:
     )
 
 
-def robomimic_splits(
-    config: RobomimicConfig, rows: RunRows, device: torch.device
-) -> tuple[SplitRows, SplitRows | None]:
+def robomimic_splits(config: RobomimicConfig, rows: RunRows, device: torch.device) -> Splits:
     """Returns the windows to train on and the windows for the held-out action error.
 
     Training windows are those of ``SequenceDataset``: frame_stack - 1 + seq_length steps of both obs and actions. For

@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -382,3 +383,22 @@ def test_a_frozen_trunk_gives_the_loss_and_the_gradient_of_the_whole_encoder(bas
         torch.autograd.backward(loss)
         found.append((loss.detach(), [parameter.grad for parameter in parameters.values()]))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-5)
+
+
+def test_a_live_run_that_is_resumed_from_a_frontier_cache_reads_that_cache(
+    base: Path, frontier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = tuning(base, tmp_path / "tuned", steps=4, unfreeze="layer4")
+    real = learner_module.PolicyLearner.step
+
+    def stop(self: Any, batch: Any, number: int) -> Any:
+        if number == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(learner_module.PolicyLearner, "step", stop)
+        with pytest.raises(KeyboardInterrupt):
+            finetune(live, progress=False)
+    resumed = finetune(replace(live, cache=frontier, resume=True), progress=False)
+    assert (resumed.source, resumed.steps) == ("resident", 4)

@@ -28,8 +28,7 @@ from cache_pipeline.runs.summary import inspect_run
 from cache_pipeline.training import robomimic as module
 from cache_pipeline.training.config import SavingConfig, TrainConfig
 from cache_pipeline.training.data.sampler import Sampler
-from cache_pipeline.training.session import open_training
-from cache_pipeline.training.train import train
+from cache_pipeline.training.train import open_training, train
 
 pytest.importorskip("robomimic")
 

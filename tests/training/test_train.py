@@ -25,8 +25,7 @@ from cache_pipeline.runs.metrics import read_metrics
 from cache_pipeline.runs.policy import load_policy
 from cache_pipeline.runs.summary import inspect_run
 from cache_pipeline.training.config import OptimConfig, SavingConfig, TrainConfig
-from cache_pipeline.training.session import open_training
-from cache_pipeline.training.train import train
+from cache_pipeline.training.train import open_training, train
 from cache_pipeline.training.update import gradients
 from cache_pipeline.training.update import learner as learner_module
 from cache_pipeline.training.update.distributed import ALONE

@@ -19,6 +19,7 @@ from cache_pipeline.training.data.resident import ResidentSource
 from cache_pipeline.training.data.rows import cache_row_numbers
 from cache_pipeline.training.data.run_data import DemoChoice, open_cache_data
 from cache_pipeline.training.data.sampler import Plan
+from cache_pipeline.training.data.source import CachedRows
 
 CPU = torch.device("cpu")
 
@@ -41,7 +42,7 @@ def test_samples_are_those_of_training_in_its_order(cache: Path, valid: bool, vi
     assert data.cache is not None
     numbers = cache_row_numbers(data.cache, data.split)
     train, held_out = splits
-    source = ResidentSource(data.cache, tuple(data.cameras), numbers, views=2, train=train, valid=held_out, device=CPU)
+    source = ResidentSource(CachedRows(data.cache, tuple(data.cameras), numbers, 2), (train, held_out), CPU)
     split = splits[valid]
     assert split is not None
     everything = Plan(0, np.arange(len(split)), np.full(len(split), view), 0)

@@ -27,7 +27,8 @@ from cache_pipeline.reports.bench.peers import PEER_NAME, RobomimicImages
 from cache_pipeline.runs.checkpoint import find_checkpoint
 from cache_pipeline.training.config import FinetuneConfig, OptimConfig, TrainConfig
 from cache_pipeline.training.finetune import open_finetuning
-from cache_pipeline.training.session import Session, open_training
+from cache_pipeline.training.session import Session
+from cache_pipeline.training.train import open_training
 from cache_pipeline.training.train import train as train_run
 from cache_pipeline.training.update.learner import PolicyLearner
 

@@ -22,7 +22,7 @@ from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.training.data.memory import fits, piece_rows
 from cache_pipeline.training.data.sampler import Plan
-from cache_pipeline.training.data.source import SplitRows, take_rows
+from cache_pipeline.training.data.source import SplitRows, Splits, take_rows
 
 READ_AHEAD, READERS = 4, 4
 ENCODE_ROWS = 256
@@ -89,21 +89,20 @@ class LiveSource:
         cameras: Sequence[str],
         *,
         encoders: Callable[[], Mapping[str, FrozenEncoder]],
-        train: SplitRows,
-        valid: SplitRows | None,
+        splits: Splits,
         budget: int,
         device: torch.device,
     ) -> None:
         self.cameras = tuple(cameras)
         self._demo_frames, self._device = frames, device
         self._encoders = encoders
-        self._splits = {False: train, True: valid}
+        self._splits = splits
         needed = frames.n_rows * sum(int(np.prod(frames.dataset.cameras[camera])) for camera in cameras)
         kind = _ResidentFrames if fits(needed, budget) else _ReadAheadFrames
         self._frames: _Frames = kind(frames, self.cameras, device)
 
     def batches(self, plans: Iterable[Plan], *, valid: bool = False) -> Generator[Batch, None, None]:
-        split = self._splits[valid]
+        split = self._splits[int(valid)]
         assert split is not None
         for plan, frames in self._frames.batches(plans, split):
             rows, actions, mask = split.gather(plan)

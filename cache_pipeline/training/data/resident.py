@@ -2,50 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.training.data.memory import piece_rows
 from cache_pipeline.training.data.sampler import Plan
-from cache_pipeline.training.data.source import SplitRows, take_rows
+from cache_pipeline.training.data.source import CachedRows, Splits, take_rows
 
 
 class ResidentSource:
     """Holds features in their stored dtype, one tensor per camera; each batch is converted to float32.
 
     Args:
-        cache: the cache to read.
-        cameras: names.
-        numbers: (N,) the cache's row of each packed row.
-        views: number of views to load.
-        train, valid: windows and rows of the two splits.
+        rows: what is loaded.
+        splits: windows of the two splits.
     """
 
     name = "resident"
 
-    def __init__(
-        self,
-        cache: FeatureCache,
-        cameras: Sequence[str],
-        numbers: NDArray[np.int64],
-        *,
-        views: int,
-        train: SplitRows,
-        valid: SplitRows | None,
-        device: torch.device,
-    ) -> None:
-        self._splits = {False: train, True: valid}
-        self._n, self._views, self._device = len(numbers), views, device
-        self._features = {camera: _load(cache, camera, numbers, views, device) for camera in cameras}
+    def __init__(self, rows: CachedRows, splits: Splits, device: torch.device) -> None:
+        self._splits, self._device = splits, device
+        self._n, self._views = len(rows.numbers), rows.views
+        self._features = {camera: _load(rows, camera, device) for camera in rows.cameras}
 
     def batches(self, plans: Iterable[Plan], *, valid: bool = False) -> Generator[Batch, None, None]:
-        split = self._splits[valid]
+        split = self._splits[int(valid)]
         assert split is not None
         for plan in plans:
             rows, actions, mask = split.gather(plan)
@@ -60,14 +46,13 @@ class ResidentSource:
         return {camera: values.index_select(0, chosen).cpu() for camera, values in self._features.items()}
 
 
-def _load(
-    cache: FeatureCache, camera: str, numbers: NDArray[np.int64], views: int, device: torch.device | None = None
-) -> Tensor:
+def _load(rows: CachedRows, camera: str, device: torch.device) -> Tensor:
     """Loads (views·N, …) features, view after view, to the device, part by part."""
-    count, shape, dtype = len(numbers), cache.cameras[camera].feature_shape, np.dtype(cache.manifest.dtype)
-    out = torch.empty(views * count, *shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=device)
+    cache, numbers, count = rows.cache, rows.numbers, len(rows.numbers)
+    shape, dtype = cache.cameras[camera].feature_shape, np.dtype(cache.manifest.dtype)
+    out = torch.empty(rows.views * count, *shape, dtype=torch.from_numpy(np.empty(0, dtype)).dtype, device=device)
     step = piece_rows(len(out), out[:1].nbytes)
-    for view in range(views):
+    for view in range(rows.views):
         for start in range(0, count, step):
             piece = torch.from_numpy(cache.features(camera, numbers[start : start + step], view))
             out[view * count + start : view * count + start + len(piece)].copy_(piece)

@@ -22,7 +22,7 @@ from cache_pipeline.errors import ConfigError
 from cache_pipeline.runs.contents import Contents, Known, split_of_run
 from cache_pipeline.runs.record import DataRecord, DemoRecord, Digests
 from cache_pipeline.training.data.rows import RunRows, choose_keys, chosen_split, rows_of_cache, rows_of_dataset
-from cache_pipeline.training.data.source import SplitRows
+from cache_pipeline.training.data.source import SplitRows, Splits
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -120,7 +120,7 @@ class RunData(NamedTuple):
         mean: NDArray[np.float32] = self.rows.actions[: self.rows.train_rows].mean(0, dtype=np.float64)
         return mean.astype(np.float32)
 
-    def splits(self, spec: WindowSpec, device: torch.device) -> tuple[SplitRows, SplitRows | None]:
+    def splits(self, spec: WindowSpec, device: torch.device) -> Splits:
         """Returns the windows of the train and the held-out split, on the device."""
         train, valid = self.rows.windows(spec), self.rows.windows(spec, valid=True)
         assert train is not None

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.windows import Windows
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.training.data.rows import RunRows
@@ -42,6 +43,26 @@ class Gathered(NamedTuple):
     obs_rows: Tensor
     actions: Tensor
     mask: Tensor
+
+
+class CachedRows(NamedTuple):
+    """The rows of a cache that a run reads.
+
+    Attributes:
+        cache: the cache.
+        cameras: camera names.
+        numbers: (N,) the cache's row of each packed row.
+        views: number of views to read.
+    """
+
+    cache: FeatureCache
+    cameras: tuple[str, ...]
+    numbers: NDArray[np.int64]
+    views: int
+
+
+Splits = tuple["SplitRows", "SplitRows | None"]
+"""Windows of the train split and of the held-out split."""
 
 
 class SplitRows:

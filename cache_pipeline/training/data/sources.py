@@ -19,7 +19,7 @@ from cache_pipeline.training.data.resident import ResidentSource
 from cache_pipeline.training.data.rows import cache_row_numbers
 from cache_pipeline.training.data.run_data import RunData
 from cache_pipeline.training.data.sampler import BlockOrder
-from cache_pipeline.training.data.source import Source, SplitRows
+from cache_pipeline.training.data.source import CachedRows, Source, Splits
 from cache_pipeline.training.data.streamed import StreamedSource, block_order, pool_rows
 from cache_pipeline.training.update.distributed import current_ranks
 
@@ -105,7 +105,7 @@ class Sources:
     def __init__(
         self,
         data: RunData,
-        splits: tuple[SplitRows, SplitRows | None],
+        splits: Splits,
         plan: SourcePlan,
         *,
         frames: Callable[[], RunData],
@@ -134,8 +134,7 @@ class Sources:
             DemoFrames(data.dataset, demos, np.cumsum(data.rows.lengths) - data.rows.lengths),
             tuple(data.cameras),
             encoders=self._encoders,
-            train=self._splits[0],
-            valid=self._splits[1],
+            splits=self._splits,
             budget=memory_budget(self._device, max_memory),
             device=self._device,
         )
@@ -143,12 +142,10 @@ class Sources:
     def _open_cached(self) -> Source:
         cache, cameras, plan = self._data.cache, tuple(self._data.cameras), self.plan
         assert cache is not None
-        numbers = cache_row_numbers(cache, self._data.split)
-        train, valid = self._splits
-        given: dict[str, Any] = {"views": plan.views, "train": train, "valid": valid, "device": self._device}
+        rows = CachedRows(cache, cameras, cache_row_numbers(cache, self._data.split), plan.views)
         if plan.source == "resident":
-            return ResidentSource(cache, cameras, numbers, **given)
-        rows = pool_rows(_pool_budget(self._device, self._max_memory), _feature_bytes(cache, cameras))
+            return ResidentSource(rows, self._splits, self._device)
+        pool = pool_rows(_pool_budget(self._device, self._max_memory), _feature_bytes(cache, cameras))
         order = "all windows" if plan.blocks is None else f"blocks of {plan.blocks.block} windows"
-        logger.info("streaming: %s shuffled, read ahead in pools of at most %d rows", order, rows)
-        return StreamedSource(cache, cameras, numbers, pool_rows=rows, **given)
+        logger.info("streaming: %s shuffled, read ahead in pools of at most %d rows", order, pool)
+        return StreamedSource(rows, self._splits, self._device, pool_rows=pool)

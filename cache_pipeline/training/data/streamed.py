@@ -7,7 +7,7 @@ epoch.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -16,10 +16,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.training.data.sampler import BlockOrder, Plan
-from cache_pipeline.training.data.source import SplitRows, take_rows, view_rows
+from cache_pipeline.training.data.source import CachedRows, SplitRows, Splits, take_rows, view_rows
 
 # Two pools, and the decoded shards from which one of them is assembled.
 POOLS_IN_MEMORY = 3
@@ -43,24 +42,12 @@ class StreamedSource:
 
     name = "streamed"
 
-    def __init__(
-        self,
-        cache: FeatureCache,
-        cameras: Sequence[str],
-        numbers: NDArray[np.int64],
-        *,
-        views: int,
-        train: SplitRows,
-        valid: SplitRows | None,
-        pool_rows: int,
-        device: torch.device,
-    ) -> None:
-        self._cache, self._cameras, self._numbers, self._views = cache, tuple(cameras), numbers, views
-        self._splits = {False: train, True: valid}
-        self._pool_rows, self._device = pool_rows, device
+    def __init__(self, rows: CachedRows, splits: Splits, device: torch.device, *, pool_rows: int) -> None:
+        self._cache, self._cameras, self._numbers, self._views = rows
+        self._splits, self._pool_rows, self._device = splits, pool_rows, device
 
     def batches(self, plans: Iterable[Plan], *, valid: bool = False) -> Generator[Batch, None, None]:
-        split = self._splits[valid]
+        split = self._splits[int(valid)]
         assert split is not None
         groups = self._group(plans, split)
         with ThreadPoolExecutor(1, thread_name_prefix="stream") as reader:
