@@ -2,7 +2,7 @@
 
 import multiprocessing
 import pickle
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import h5py
 import numpy as np
@@ -239,11 +239,12 @@ def read_all(dataset):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_a_dataset_gives_the_same_frames_in_child_processes_after_reading(tmp_path, method):
     dataset = Dataset.open(make_dataset(tmp_path / "lift.hdf5"))
     expected = read_all(dataset)
-    with multiprocessing.get_context(method).Pool(2) as pool:
-        assert pool.map(read_all, [dataset] * 3) == [expected] * 3
+    with ProcessPoolExecutor(2, multiprocessing.get_context(method)) as pool:
+        assert list(pool.map(read_all, [dataset] * 3)) == [expected] * 3
     assert read_all(dataset) == expected
 
 
