@@ -382,8 +382,13 @@ def test_spatial_softmax_is_trained_with_the_policy_and_survives_a_stop(
     straight = train(asked, progress=False)
     state = load_file(straight.checkpoint / "model.safetensors")
     name = "obs_encoder.pooling.agentview_image.conv.weight"
-    first = open_training(replace(asked, out=tmp_path / "other"), tmp_path / "other").policy.tensors()[name]
-    assert not torch.equal(state[name], first)
+    initial = []
+    for seed in (0, 1):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            initial.append(open_training(asked, tmp_path / "run").policy.tensors()[name])
+    assert torch.equal(*initial)
+    assert not torch.equal(state[name], initial[0])
     stopped = replace(asked, out=tmp_path / "stopped")
     with monkeypatch.context() as patch:
         stop_after(patch, 2)
