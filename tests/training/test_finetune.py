@@ -402,3 +402,17 @@ def test_a_live_run_that_is_resumed_from_a_frontier_cache_reads_that_cache(
             finetune(live, progress=False)
     resumed = finetune(replace(live, cache=frontier, resume=True), progress=False)
     assert (resumed.source, resumed.steps) == ("resident", 4)
+
+
+def test_only_training_reports_the_encoder_and_what_is_trainable(
+    base: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO", "cache_pipeline"):
+        load_policy(base)
+        assert caplog.text == ""
+        finetune(tuning(base, tmp_path / "tuned", steps=1, unfreeze="layer4"), progress=False)
+    tuned = load_policy(tmp_path / "tuned")
+    learning = sum(p.numel() for name, p in tuned.encoder_parameters() if ".layer4." in name)
+    learning += sum(p.numel() for p in tuned.obs_encoder.projection.parameters())
+    assert f"from step 0 on the encoder's layer4 learns; Encoder: {learning:,} / " in caplog.text
+    assert "froze the RGB encoder" not in caplog.text
