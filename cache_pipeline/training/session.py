@@ -111,7 +111,7 @@ class Session:
             freeze = self.config.freeze if isinstance(self.config, FinetuneConfig) else None
             self.learner.learn("encoder", unfreeze(self.policy, layers, freeze), step)
             names, report = ", ".join(layers), self.policy.obs_encoder.parameter_report()
-            logger.info("from step %d on the encoder's %s learns; %s", step, names, report)
+            logger.info("encoder layers trained from step %d on: %s; %s", step, names, report)
 
     def source_at(self, step: int) -> Source:
         """Opens the source for a step. With live frames, frozen layers run on the fast path."""

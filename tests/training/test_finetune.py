@@ -414,5 +414,5 @@ def test_only_training_reports_the_encoder_and_what_is_trainable(
     tuned = load_policy(tmp_path / "tuned")
     learning = sum(p.numel() for name, p in tuned.encoder_parameters() if ".layer4." in name)
     learning += sum(p.numel() for p in tuned.obs_encoder.projection.parameters())
-    assert f"from step 0 on the encoder's layer4 learns; Encoder: {learning:,} / " in caplog.text
+    assert f"encoder layers trained from step 0 on: layer4; Encoder: {learning:,} / " in caplog.text
     assert "froze the RGB encoder" not in caplog.text

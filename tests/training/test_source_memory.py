@@ -17,6 +17,7 @@ from cache_pipeline.training.data import live, memory, resident
 from cache_pipeline.training.data import sources as data
 from cache_pipeline.training.data.live import DemoFrames
 from cache_pipeline.training.data.memory import fits, host_budget, memory_budget, piece_rows
+from cache_pipeline.training.data.source import CachedRows
 
 CPU = torch.device("cpu")
 GIB = 1 << 30
@@ -112,7 +113,8 @@ def test_resident_features_are_loaded_through_pieces_and_equal_what_the_cache_gi
             largest.append(values.nbytes)
             return values
 
-    loaded = resident._load(Watched(path), camera, numbers, 2)
+    rows = CachedRows(Watched(path), (camera,), numbers, views=2)
+    loaded = resident._load(rows, camera, CPU)
     assert np.array_equal(loaded.numpy(), expected)
     assert max(largest) <= expected.nbytes // memory.PIECES
 
