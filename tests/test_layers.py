@@ -11,7 +11,9 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "cache_pipeline"
 LAYERS = {
     "errors": -1,  # below all, so that every other module may raise them
+    "isolation": -1,
     "files": 0,
+    "hdf5": 0,
     "memory": 0,
     "options": 0,
     "progress": 0,

@@ -11,17 +11,17 @@ import h5py
 import numpy as np
 
 from cache_pipeline.cache.reader import FeatureCache
-from cache_pipeline.errors import CacheError
+from cache_pipeline.errors import CacheError, DatasetError
 from cache_pipeline.files import FileKind, check_output, output_file
+from cache_pipeline.hdf5 import group_attributes, holds_hdf5
 
 FINGERPRINT = "feature_cache_fingerprint"
 
 
 def _is_feature_hdf5(path: Path) -> bool:
     try:
-        with h5py.File(path, "r") as file:
-            return FINGERPRINT in file["data"].attrs
-    except (OSError, KeyError, AttributeError):
+        return holds_hdf5(path) and FINGERPRINT in (group_attributes(path) or {})
+    except DatasetError:
         return False
 
 

@@ -10,12 +10,10 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-import h5py
 import numpy as np
 
 from cache_pipeline.demos.choice import Choice, choose_from
-from cache_pipeline.demos.layouts.robomimic import READ_ERRORS, ArrayInfo, DemoInfo, FileInfo, demo_order
-from cache_pipeline.demos.links import missing_filter
+from cache_pipeline.demos.layouts.robomimic import ArrayInfo, DemoInfo, FileInfo, demo_order
 from cache_pipeline.demos.split import absent_demos
 from cache_pipeline.errors import DatasetError, available
 
@@ -178,27 +176,10 @@ def agreement_problems(demos: Iterable[DemoInfo], wanted: Wanted) -> Iterator[st
                     yield f"{demo.name}: {path} is {shape} per step, but {expected} in {name}"
 
 
-def content_problems(file: h5py.File, demos: Iterable[DemoInfo], wanted: Wanted) -> Iterator[str]:
-    """Yields values that cannot be read or are not finite as float32, in all arrays except images."""
-    for demo in demos:
-        for path in ("actions", "rewards", "dones", *(f"obs/{key}" for key in wanted.low_dim)):
-            info = demo.arrays.get(path)
-            if info is None or info.dtype.kind not in "fiub" or not info.shape or not info.written:
-                continue
-            try:
-                values = read_numbers(file, demo.name, path)
-            except READ_ERRORS as error:
-                yield f"{demo.name}: {path} cannot be read, the file is damaged ({error})"
-                continue
-            bad = np.argwhere(~np.isfinite(values))
-            if len(bad):
-                count = f"{len(np.unique(bad[:, 0]))} of {len(values)} frames are not finite"
-                yield f"{demo.name}: {path} is {values[tuple(bad[0])]} at frame {bad[0][0]} ({count})"
-
-
-def read_numbers(file: h5py.File, demo: str, path: str) -> np.ndarray:
-    """Reads one array of a demo as float32; values beyond the float32 range become infinite."""
-    with np.errstate(over="ignore"):
-        item = file[f"data/{demo}/{path}"]
-        missing_filter(item)  # imports hdf5plugin in a process that has not scanned the file
-        return np.asarray(item[()]).astype(np.float32)
+def number_paths(demo: DemoInfo, low_dim: Iterable[str]) -> tuple[str, ...]:
+    """Returns the arrays of a demo that hold numbers and can be read: actions, rewards, dones and some low-dim keys."""
+    return tuple(
+        path
+        for path in ("actions", "rewards", "dones", *(f"obs/{key}" for key in low_dim))
+        if (info := demo.arrays.get(path)) is not None and info.dtype.kind in "fiub" and info.shape and info.written
+    )

@@ -10,35 +10,35 @@ from __future__ import annotations
 import logging
 import math
 import os
-import threading
+import weakref
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager
-from itertools import chain
+from itertools import chain, groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
 import numpy as np
 
 from cache_pipeline.demos.checks import (
     Wanted,
     agreement_problems,
     choice_of,
-    content_problems,
     default_low_dim,
     find_cameras,
     find_low_dim,
-    read_numbers,
+    number_paths,
     select_demos,
     skipped_demos,
     structure_problems,
     unused_images,
 )
-from cache_pipeline.demos.frames import INFLATE_THREADS, start_reading
-from cache_pipeline.demos.layouts.robomimic import DemoInfo, FileInfo, FileStamp, damage_as_error, open_file, scan_file
+from cache_pipeline.demos.frames import close_files, frames_in_words, read_frames, read_rows
+from cache_pipeline.demos.layouts.robomimic import DemoInfo, FileInfo, SourceFile, scan_file
+from cache_pipeline.demos.numbers import check_numbers, lost_variation
 from cache_pipeline.demos.split import VALID_KEY
 from cache_pipeline.errors import DatasetError, available
+from cache_pipeline.hdf5 import damage_as_error
+from cache_pipeline.isolation import IsolatedCrashError, isolated, isolated_when_free
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -53,29 +53,11 @@ class Demo(NamedTuple):
     length: int
 
 
-class SourceFile(NamedTuple):
-    """Size and time of one HDF5 file when it was opened; ``path`` is absolute, ``linked`` are the files it links to."""
-
-    path: Path
-    size: int
-    mtime_ns: int
-    linked: tuple[FileStamp, ...] = ()
-
-    def check_unchanged(self) -> None:
-        """Raises DatasetError if this file or a linked file has changed since it was opened."""
-        for then in (FileStamp(*self[:3]), *self.linked):
-            try:
-                now = FileStamp.of(then.path)
-            except FileNotFoundError as error:
-                raise DatasetError(f"{then.path} disappeared while it was read; put it back, run again") from error
-            if now != then:
-                raise DatasetError(f"{then.path} has changed since it was opened; run the same command again")
-
-
 class Dataset:
     """Demos of one or several robomimic files; create it with :meth:`open`.
 
-    Safe to fork, pickle and read from several threads: each process opens its own handles.
+    Files are read in a child process, because a damaged file can crash HDF5. Safe to fork, pickle and read from several
+    threads.
 
     Attributes:
         files: the files, in the given order.
@@ -100,7 +82,7 @@ class Dataset:
         self.masks, self.absent = _combine_masks(infos, self.demos)
         self.env_args: dict[str, Any] | None = _common([info.env_args for info in infos])
         self.render_flags: dict[str, Any] | None = _common([info.render_flags for info in infos])
-        self._handles = _Handles(self.files)
+        weakref.finalize(self, isolated_when_free, close_files, self.files).atexit = False
 
     @classmethod
     def open(
@@ -126,8 +108,8 @@ class Dataset:
         """
         infos = [scan_file(path) for path in distinct_paths(paths)]
         for info in infos:
-            if info.empty:
-                logger.warning("%s: %s", info.path, skipped_demos(info))
+            for note in (*info.notes, *([skipped_demos(info)] if info.empty else [])):
+                logger.warning("%s: %s", info.path, note)
         chosen = [select_demos(info, filter_key) for info in infos]
         demos = list(chain.from_iterable(chosen))
         wanted = _choose(infos, demos, cameras, low_dim_keys)
@@ -161,26 +143,24 @@ class Dataset:
                 raise IndexError(
                     f"frames {start}:{stop} of {self.demos[demo].name}, which has {self.demos[demo].length}"
                 )
-        out = np.empty((sum(stop - start for _, start, stop in segments), *self.cameras[camera]), np.uint8)
-        pool, reading, filled = self._handles.pool(), [], 0
-        for segment in segments:
-            demo, start, stop = segment
-            part = out[filled : filled + stop - start]
-            filled += len(part)
-            handle = self._handles.file(self.demos[demo].file)
-            with self._damage_as_error(camera, segment):
-                images = handle[f"data/{self.demos[demo].name}/obs/{camera}"]
-                reading.append((segment, start_reading(images, start, part, pool)))
-        for segment, futures in reading:
-            with self._damage_as_error(camera, segment):
-                for future in futures:
-                    future.result()
-        return out
+        parts = [
+            self._read(camera, file, [segment for _, segment in group])
+            for file, group in groupby(
+                ((self.demos[demo].file, (self.demos[demo].name, start, stop)) for demo, start, stop in segments),
+                key=itemgetter(0),
+            )
+        ]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.empty((0, *self.cameras[camera]), np.uint8), *parts])
 
-    def _damage_as_error(self, camera: str, segment: tuple[int, int, int]) -> AbstractContextManager[None]:
-        demo, start, stop = segment
-        source = self.files[self.demos[demo].file]
-        return damage_as_error(source.path, f"{self.demos[demo].name}: {camera!r} between frames {start} and {stop}")
+    def _read(self, camera: str, file: int, segments: list[tuple[str, int, int]]) -> np.ndarray:
+        source = self.files[file]
+        try:
+            return isolated(read_frames, source, camera, self.cameras[camera], segments)
+        except IsolatedCrashError as error:
+            for segment in segments if len(segments) > 1 else ():  # find the one that crashes, to name it
+                self._read(camera, file, [segment])
+            with damage_as_error(source.path, frames_in_words(camera, segments[0])):
+                raise error
 
     def rows(self, demo: int) -> dict[str, np.ndarray]:
         """Reads all arrays of a demo except images, as float32.
@@ -189,19 +169,12 @@ class Dataset:
         are NaN, not zeros.
         """
         file, name, length = self.demos[demo]
-        handle = self._handles.file(file)
         with damage_as_error(self.files[file].path, f"the actions and low-dim obs of {name}"):
-            rows = {"actions": read_numbers(handle, name, "actions")}
-            for key in ("rewards", "dones"):
-                there = key in handle[f"data/{name}"]
-                rows[key] = read_numbers(handle, name, key) if there else np.full(length, np.nan, np.float32)
-            for key, shape in self.low_dim.items():
-                rows[f"low_dim/{key}"] = read_numbers(handle, name, f"obs/{key}").reshape(length, *shape)
-        return rows
+            return isolated(read_rows, self.files[file], name, length, self.low_dim)
 
     def close(self) -> None:
-        """Closes the handles of this process; they reopen on the next read."""
-        self._handles.close()
+        """Closes the files; they reopen on the next read."""
+        isolated_when_free(close_files, self.files)
 
     def __enter__(self) -> Dataset:
         return self
@@ -209,67 +182,11 @@ class Dataset:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_handles"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._handles = _Handles(self.files)
-
     def __repr__(self) -> str:
         return (
             f"Dataset({len(self.demos)} demos, {self.steps} steps, cameras {list(self.cameras)}, "
             f"files {[str(file.path) for file in self.files]})"
         )
-
-
-class _Handles:
-    """File handles of one process; a forked child opens its own."""
-
-    def __init__(self, files: Sequence[SourceFile]) -> None:
-        self._files = files
-        self._reset()
-
-    def _reset(self) -> None:
-        self._process = os.getpid()
-        self._lock = threading.Lock()
-        self._open: dict[int, h5py.File] = {}
-        self._pool: ThreadPoolExecutor | None = None
-
-    def _check_process(self) -> None:
-        if self._process != os.getpid():
-            self._reset()
-
-    def file(self, number: int) -> h5py.File:
-        self._check_process()
-        with self._lock:
-            if number not in self._open:
-                source = self._files[number]
-                handle = open_file(source.path)
-                try:
-                    source.check_unchanged()
-                except DatasetError:
-                    handle.close()
-                    raise
-                self._open[number] = handle
-            return self._open[number]
-
-    def pool(self) -> ThreadPoolExecutor:
-        self._check_process()
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(INFLATE_THREADS, thread_name_prefix="inflate")
-            return self._pool
-
-    def close(self) -> None:
-        self._check_process()
-        with self._lock:
-            for handle in self._open.values():
-                handle.close()
-            self._open.clear()
-            if self._pool is not None:
-                self._pool.shutdown()
-                self._pool = None
 
 
 def distinct_paths(paths: Paths) -> list[Path]:
@@ -323,8 +240,10 @@ def _problems(info: FileInfo, demos: Sequence[DemoInfo], wanted: Wanted, found_b
         yield from unused_images(demos)
     yield from structure_problems(demos, wanted)
     yield from agreement_problems(demos, wanted)
-    with open_file(info.path) as file:
-        yield from content_problems(file, demos, wanted)
+    report = check_numbers(info.path, [(demo.name, number_paths(demo, wanted.low_dim)) for demo in demos])
+    yield from (f"{finding.demo}: {finding.sentence}" for finding in report.findings)
+    for sentence in lost_variation(report.statistics):
+        logger.warning("%s: %s", info.path, sentence)
 
 
 def _raise_first(path: Path, problems: Iterator[str]) -> None:

@@ -1,4 +1,4 @@
-"""Bulk reading of frames from HDF5 datasets.
+"""Reads frames and rows of demos, in the child process of :mod:`cache_pipeline.isolation`.
 
 gzip chunks are read raw and decompressed by ISA-L in several threads, in half of zlib's time. ISA-L releases the GIL;
 h5py decompresses one chunk at a time under its own lock. Other layouts and filters are read by h5py.
@@ -8,20 +8,115 @@ from __future__ import annotations
 
 import itertools
 import os
-from concurrent.futures import Executor, Future
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 
 import h5py
 import numpy as np
 from isal import isal_zlib
+from numpy.typing import NDArray
 
+from cache_pipeline.demos.layouts.robomimic import SourceFile
 from cache_pipeline.demos.links import missing_filter
+from cache_pipeline.demos.numbers import as_float32, read_numbers
+from cache_pipeline.errors import DatasetError
+from cache_pipeline.hdf5 import damage_as_error, open_file
+from cache_pipeline.isolation import progress
+
+MOST_FILES = 64
 
 INFLATE_THREADS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 # The shuffle filter has no effect on one-byte elements.
 _INFLATABLE = ([h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE])
 
 
-def start_reading(images: h5py.Dataset, start: int, out: np.ndarray, pool: Executor) -> list[Future[None]]:
+def read_frames(
+    source: SourceFile, camera: str, size: tuple[int, ...], segments: Sequence[tuple[str, int, int]]
+) -> NDArray[np.uint8]:
+    """Reads the frames of segments (demo, start, stop) into a new uint8 (n, H, W, 3) array, in this order.
+
+    All segments are read together, so gzip chunks of many demos are decompressed in parallel.
+
+    Raises:
+        DatasetError: damaged frames, or a file that was removed or changed since it was opened.
+    """
+    out = np.empty((sum(stop - start for _, start, stop in segments), *size), np.uint8)
+    file, reading, filled = _opened.file(source), [], 0
+    for segment in segments:
+        demo, start, stop = segment
+        part = out[filled : filled + stop - start]
+        filled += len(part)
+        progress()
+        with damage_as_error(source.path, frames_in_words(camera, segment)):
+            reading.append((segment, _start_reading(file[f"data/{demo}/obs/{camera}"], start, part, _opened.pool())))
+    for segment, futures in reading:
+        with damage_as_error(source.path, frames_in_words(camera, segment)):
+            for future in futures:
+                future.result()
+                progress()
+    return out
+
+
+def read_rows(source: SourceFile, demo: str, length: int, low_dim: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray]:
+    """Reads all arrays of a demo except images, as float32; see ``Dataset.rows``."""
+    file = _opened.file(source)
+    rows = {"actions": as_float32(read_numbers(file, demo, "actions"))}
+    for key in ("rewards", "dones"):
+        there = key in file[f"data/{demo}"]
+        rows[key] = as_float32(read_numbers(file, demo, key)) if there else np.full(length, np.nan, np.float32)
+    for key, shape in low_dim.items():
+        rows[f"low_dim/{key}"] = as_float32(read_numbers(file, demo, f"obs/{key}")).reshape(length, *shape)
+    return rows
+
+
+def close_files(sources: Sequence[SourceFile]) -> None:
+    """Closes files; they reopen on the next read."""
+    _opened.close(sources)
+
+
+def frames_in_words(camera: str, segment: tuple[str, int, int]) -> str:
+    """Returns what a segment (demo, start, stop) holds, for messages."""
+    demo, start, stop = segment
+    return f"{demo}: {camera!r} between frames {start} and {stop}"
+
+
+class _Opened:
+    """The open files of this process: at most ``MOST_FILES``, the longest unused is closed first."""
+
+    def __init__(self) -> None:
+        self._files: dict[SourceFile, h5py.File] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def file(self, source: SourceFile) -> h5py.File:
+        """Opens a file; raises DatasetError if it has changed since the dataset was opened."""
+        handle = self._files.pop(source, None)
+        if handle is None:
+            handle = open_file(source.path)
+            try:
+                source.check_unchanged()
+            except DatasetError:
+                handle.close()
+                raise
+        self._files[source] = handle
+        while len(self._files) > MOST_FILES:
+            self._files.pop(next(iter(self._files))).close()
+        return handle
+
+    def pool(self) -> ThreadPoolExecutor:
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(INFLATE_THREADS, thread_name_prefix="inflate")
+        return self._pool
+
+    def close(self, sources: Sequence[SourceFile]) -> None:
+        for source in sources:
+            if (handle := self._files.pop(source, None)) is not None:
+                handle.close()
+
+
+_opened = _Opened()
+
+
+def _start_reading(images: h5py.Dataset, start: int, out: np.ndarray, pool: Executor) -> list[Future[None]]:
     """Fills ``out`` (n, H, W, 3) with rows [start, start + n) of uint8 (T, H, W, 3).
 
     ``out`` is complete when all futures are done.
@@ -33,7 +128,7 @@ def start_reading(images: h5py.Dataset, start: int, out: np.ndarray, pool: Execu
         return []
     filters = _filters(images)
     if images.chunks is None or images.dtype != np.uint8 or filters not in _INFLATABLE:
-        missing_filter(images)  # imports hdf5plugin in a process that has not scanned the file
+        missing_filter(images.id.get_create_plist())  # imports hdf5plugin in a process that has not scanned the file
         images.read_direct(out, np.s_[start : start + len(out)])
         return []
     chunks = images.chunks

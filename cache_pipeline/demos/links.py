@@ -6,6 +6,7 @@ HDF5 silently reads zeros from a virtual dataset whose source is missing; this m
 from __future__ import annotations
 
 import importlib
+import math
 from contextlib import suppress
 from pathlib import Path
 
@@ -28,21 +29,21 @@ FILTER_NAMES = {
 PLUGINS = "hdf5plugin"
 
 
-def other_filters(item: h5py.Dataset) -> dict[int, str]:
+def other_filters(plist: h5py.h5p.PropDCID) -> dict[int, str]:
     """Returns number → name of a dataset's filters, without the filters built into HDF5."""
-    plist, names = item.id.get_create_plist(), {}
+    names = {}
     for code, _, _, name in map(plist.get_filter, range(plist.get_nfilters())):
         if code >= h5py.h5z.FILTER_RESERVED:
             names[code] = FILTER_NAMES.get(code) or name.decode(errors="replace").split(";")[0] or f"number {code}"
     return names
 
 
-def missing_filter(item: h5py.Dataset) -> str | None:
+def missing_filter(plist: h5py.h5p.PropDCID) -> str | None:
     """Returns the name of the first filter of a dataset that neither HDF5 nor the package hdf5plugin provides.
 
     Imports hdf5plugin if a filter is missing; the import registers its filters in this process.
     """
-    for code, name in other_filters(item).items():
+    for code, name in other_filters(plist).items():
         if not h5py.h5z.filter_avail(code):
             with suppress(ImportError):
                 importlib.import_module(PLUGINS)
@@ -51,20 +52,19 @@ def missing_filter(item: h5py.Dataset) -> str | None:
     return None
 
 
-def is_written(item: h5py.Dataset) -> bool:
+def is_written(item: h5py.h5d.DatasetID, plist: h5py.h5p.PropDCID, shape: tuple[int, ...]) -> bool:
     """Whether the file holds all bytes of a dataset; always true for a virtual dataset, whose bytes are elsewhere."""
-    shape, chunks = tuple(item.shape or ()), item.chunks
-    if item.is_virtual or item.external:
+    layout = plist.get_layout()
+    if layout == h5py.h5d.VIRTUAL or plist.get_external_count():
         return True
-    if chunks is None:
-        return bool(item.id.get_storage_size() == int(np.prod(shape, dtype=object)) * item.dtype.itemsize)
-    expected = np.prod([-(-n // c) for n, c in zip(shape, chunks, strict=True)], dtype=object)
-    return bool(item.id.get_num_chunks() == expected)
+    if layout != h5py.h5d.CHUNKED:
+        return bool(item.get_storage_size() == math.prod(shape) * item.dtype.itemsize)
+    return bool(item.get_num_chunks() == math.prod(-(-n // c) for n, c in zip(shape, plist.get_chunk(), strict=True)))
 
 
 def broken_link(group: h5py.Group, name: str) -> str | None:
     """Describes the broken link of an item that could not be opened; ``None`` if it is not a link."""
-    if not has_link(group, name):
+    if not group.id.links.exists(name.encode()):
         return None
     kind, value = group.id.links.get_info(name.encode()).type, group.id.links.get_val(name.encode())
     if kind == h5py.h5l.TYPE_SOFT:
@@ -74,15 +74,10 @@ def broken_link(group: h5py.Group, name: str) -> str | None:
         return further or f"is a link to {value.decode()}, which does not exist"
     if kind != h5py.h5l.TYPE_EXTERNAL:
         return None
-    file, path = _beside(_file_of(group), value[0].decode()), value[1].decode()
+    file, path = _beside(_file_of(group.id), value[0].decode()), value[1].decode()
     if not file.is_file():
         return f"is a link into {file}, which is missing: put the file back, or copy the data into one file"
     return f"is a link to {path} in {file}, which cannot be opened there"
-
-
-def has_link(group: h5py.Group, name: str) -> bool:
-    """Whether a group has an item of this name, even if the item cannot be opened."""
-    return bool(group.id.links.exists(name.encode()))
 
 
 class SourceFiles:
@@ -94,23 +89,29 @@ class SourceFiles:
 
     def __init__(self) -> None:
         self.found: dict[Path, None] = {}
+        self._holders: dict[bytes, Path] = {}
         self._looked: dict[tuple[Path, str], str | None] = {}
 
-    def add(self, item: h5py.Group | h5py.Dataset) -> str:
-        """Adds the files of an item; returns why the item cannot be read, or an empty string."""
-        holder = _file_of(item)
-        self.found[holder] = None
-        if not isinstance(item, h5py.Dataset):
-            return ""
-        missing = missing_filter(item)
+    def add(self, item: h5py.h5g.GroupID | h5py.h5d.DatasetID) -> Path:
+        """Adds the file that holds an item, and returns it."""
+        name = h5py.h5f.get_name(item)
+        if name not in self._holders:
+            self._holders[name] = _file_of(item)
+            self.found[self._holders[name]] = None
+        return self._holders[name]
+
+    def add_dataset(self, item: h5py.h5d.DatasetID, plist: h5py.h5p.PropDCID) -> str:
+        """Adds the files of a dataset; returns why it cannot be read, or an empty string."""
+        holder = self.add(item)
+        missing = missing_filter(plist) if plist.get_nfilters() else None
         if missing is not None:
             return f"is compressed with {missing}, an HDF5 filter that is not installed here: pip install {PLUGINS}"
-        for name, *_ in item.external or ():
-            raw = Path(name) if Path(name).is_file() else holder.parent / name
+        for name, *_ in map(plist.get_external, range(plist.get_external_count())):
+            raw = Path(name.decode()) if Path(name.decode()).is_file() else holder.parent / name.decode()
             if not raw.is_file():
                 return f"is stored in {raw}, which is missing: put the file back"
             self.found[raw.absolute()] = None
-        return self._add_virtual(item, holder) if item.is_virtual else ""
+        return self._add_virtual(h5py.Dataset(item), holder) if plist.get_layout() == h5py.h5d.VIRTUAL else ""
 
     def _add_virtual(self, item: h5py.Dataset, holder: Path) -> str:
         covered = 0
@@ -136,16 +137,17 @@ class SourceFiles:
                 item = opened.get(name)
                 if not isinstance(item, h5py.Dataset):
                     return f"{file} has no dataset {name}"
-                trouble = self.add(item)
-                if not trouble and not is_written(item):
+                plist = item.id.get_create_plist()
+                trouble = self.add_dataset(item.id, plist)
+                if not trouble and not is_written(item.id, plist, item.shape or ()):
                     trouble = "is incomplete"
                 return f"{file}: {name} {trouble}" if trouble else None
         except OSError as error:
             return f"{file} cannot be opened ({' '.join(str(error).split())})"
 
 
-def _file_of(item: h5py.Group | h5py.Dataset) -> Path:
-    name = h5py.h5f.get_name(item.id)
+def _file_of(item: h5py.h5g.GroupID | h5py.h5d.DatasetID) -> Path:
+    name = h5py.h5f.get_name(item)
     return Path(name.decode() if isinstance(name, bytes) else name).absolute()
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cache_pipeline.demos import checks
 from cache_pipeline.demos.dataset import Paths, distinct_paths
-from cache_pipeline.demos.layouts.robomimic import READ_ERRORS, DemoInfo, FileInfo, open_file, scan_file
+from cache_pipeline.demos.layouts.robomimic import DemoInfo, FileInfo, scan_file
+from cache_pipeline.demos.numbers import NumbersReport, Statistics, check_numbers, lost_variation
 from cache_pipeline.demos.stillness import still_cameras
-from cache_pipeline.errors import counted
+from cache_pipeline.errors import DatasetError, counted
 
 SHOWN = 12
 
@@ -154,10 +154,21 @@ def _default_wanted(demos: Sequence[DemoInfo]) -> checks.Wanted:
 def _summarise(info: FileInfo, wanted: checks.Wanted) -> FileSummary:
     lengths = [demo.length for demo in info.demos]
     everything = checks.find_low_dim(info.demos)
-    problems = [*info.problems, *_findings(info, wanted), *checks.unused_images(info.demos)]
     others = checks.Wanted((), tuple(key for key in everything if key not in wanted.low_dim))
-    optional = [f"if asked for: {finding}" for finding in _findings(info, others) if finding not in problems]
-    actions = _action_summary(info)
+    problems = [*info.problems, *_structure(info, wanted), *checks.unused_images(info.demos)]
+    optional = [*_structure(info, others)]
+    numbers, stillness = NumbersReport((), {}), []
+    try:
+        arrays = [(demo.name, checks.number_paths(demo, everything)) for demo in info.demos]
+        numbers = check_numbers(info.path, arrays)
+        stillness = still_cameras(info.path, info.demos, wanted.cameras)
+    except DatasetError as error:  # the file crashes HDF5
+        problems.append(str(error).removeprefix(f"{info.path} "))
+    used = {"actions", "rewards", "dones", *(f"obs/{key}" for key in wanted.low_dim)}
+    for finding in numbers.findings:
+        (problems if finding.path in used else optional).append(f"{finding.demo}: {finding.sentence}")
+    optional = [f"if asked for: {finding}" for finding in optional if finding not in problems]
+    actions = _action_summary(numbers.statistics.get("actions"))
     return FileSummary(
         path=str(info.path),
         bytes=info.size,
@@ -177,7 +188,8 @@ def _summarise(info: FileInfo, wanted: checks.Wanted) -> FileSummary:
         notes=(
             *info.notes,
             *([checks.skipped_demos(info)] if info.empty else []),
-            *_still_notes(info, wanted),
+            *stillness,
+            *lost_variation(numbers.statistics),
             *_metadata_notes(info),
             *_numbering_notes(info),
             *_action_notes(actions),
@@ -186,11 +198,9 @@ def _summarise(info: FileInfo, wanted: checks.Wanted) -> FileSummary:
     )
 
 
-def _findings(info: FileInfo, wanted: checks.Wanted) -> Iterator[str]:
+def _structure(info: FileInfo, wanted: checks.Wanted) -> Iterator[str]:
     yield from checks.structure_problems(info.demos, wanted)
     yield from checks.agreement_problems(info.demos, wanted)
-    with open_file(info.path) as file:
-        yield from checks.content_problems(file, info.demos, wanted)
 
 
 def _camera_summary(name: str, demos: Iterable[DemoInfo]) -> CameraSummary:
@@ -212,35 +222,15 @@ def _low_dim_width(key: str, demos: Iterable[DemoInfo]) -> int:
     return int(np.prod(shape[1:], dtype=np.int64))
 
 
-def _still_notes(info: FileInfo, wanted: checks.Wanted) -> list[str]:
-    with open_file(info.path) as file:
-        return list(still_cameras(file, info.demos, wanted.cameras))
-
-
-def _action_summary(info: FileInfo) -> ActionSummary | None:
-    parts: list[np.ndarray] = []
-    with open_file(info.path) as file:
-        for demo in info.demos:
-            actions = demo.arrays.get("actions")
-            if actions is None or not actions.written or len(actions.shape) != 2 or actions.dtype.kind not in "fiu":
-                continue
-            try:
-                values = checks.read_numbers(file, demo.name, "actions")
-            except READ_ERRORS:
-                continue
-            if not parts or values.shape[1] == parts[0].shape[1]:
-                parts.append(values)
-    rows = np.concatenate(parts) if parts else np.empty((0, 0), np.float32)
-    rows = rows[np.isfinite(rows).all(axis=1)]
-    if rows.size == 0:
+def _action_summary(actions: Statistics | None) -> ActionSummary | None:
+    if actions is None or not actions.min.size:
         return None
-    low, high = rows.min(axis=0), rows.max(axis=0)
     return ActionSummary(
-        dim=rows.shape[1],
-        min=tuple(float(f"{value:.6g}") for value in low),
-        max=tuple(float(f"{value:.6g}") for value in high),
-        constant_dims=tuple(np.flatnonzero(low == high).tolist()),
-        steps_beyond_one=int((np.abs(rows) > 1).any(axis=1).sum()),
+        dim=len(actions.min),
+        min=tuple(float(f"{value:.6g}") for value in actions.min),
+        max=tuple(float(f"{value:.6g}") for value in actions.max),
+        constant_dims=tuple(np.flatnonzero(actions.min == actions.max).tolist()),
+        steps_beyond_one=actions.beyond_one,
     )
 
 
@@ -300,7 +290,10 @@ def _numbering_notes(info: FileInfo) -> Iterator[str]:
         yield f"names that are not demo_<number>: {_listed(other, limit=5)}"
     if numbers and max(numbers) - min(numbers) + 1 > len(set(numbers)):
         yield f"demo numbers have gaps: {len(numbers)} demos between {min(numbers)} and {max(numbers)}"
-    lacking = [demo.name for demo in info.demos if demo.num_samples is None]
+    odd = [demo.name for demo in info.demos if demo.odd_num_samples]
+    if odd:
+        yield f"num_samples is not a whole number in {len(odd)} of {len(info.demos)} demos ({_listed(odd, limit=3)})"
+    lacking = [demo.name for demo in info.demos if demo.num_samples is None and not demo.odd_num_samples]
     if lacking:
         yield f"no num_samples in {len(lacking)} of {len(info.demos)} demos ({_listed(lacking, limit=3)})"
     wrong = [
@@ -315,12 +308,3 @@ def _numbering_notes(info: FileInfo) -> Iterator[str]:
 def _listed(items: Iterable[object], limit: int = SHOWN) -> str:
     names = [str(item) for item in items]
     return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
-
-
-def holds_dataset(path: str | Path) -> bool:
-    """Whether a file starts with the HDF5 signature."""
-    path = Path(path)
-    if not path.is_file():
-        return False
-    with path.open("rb") as file:
-        return file.read(8) == b"\x89HDF\r\n\x1a\n"

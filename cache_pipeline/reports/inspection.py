@@ -68,12 +68,13 @@ def inspect_path(path: Path) -> Inspection:
 
 
 def _inspect_dataset(path: Path) -> Inspection:
-    from cache_pipeline.demos.summary import holds_dataset, inspect_dataset
+    from cache_pipeline.demos.summary import inspect_dataset
+    from cache_pipeline.hdf5 import holds_hdf5
 
     try:
         dataset = inspect_dataset((path,))
     except DatasetError as error:
-        if not holds_dataset(path):
+        if not holds_hdf5(path):
             raise
         return Inspection(Broken(str(path), "dataset", str(error)), (str(error),))
     return Inspection(dataset, dataset.all_problems)

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from cache_pipeline.errors import CachePipelineError, ConfigError, available, counted
 from cache_pipeline.files import FileKind, check_output, output_file
+from cache_pipeline.hdf5 import group_attributes, holds_hdf5
 from cache_pipeline.progress import Progress
 from cache_pipeline.sim.environment import (
     FAST_RENDER_FLAGS,
@@ -40,10 +41,7 @@ EXPERTS: dict[str, Expert] = {"Lift": (lift_phase, lift_action)}
 
 
 def _is_dataset(path: Path) -> bool:
-    if not h5py.is_hdf5(path):
-        return False
-    with h5py.File(path, "r") as file:
-        return "data" in file
+    return holds_hdf5(path) and group_attributes(path) is not None
 
 
 DATASET = FileKind("a dataset", _is_dataset)

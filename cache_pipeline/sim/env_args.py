@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import h5py
-
-from cache_pipeline.errors import ConfigError
+from cache_pipeline.errors import CachePipelineError, ConfigError
 from cache_pipeline.files import read_json
+from cache_pipeline.hdf5 import group_attributes, holds_hdf5
 
 
 class EnvArgs(NamedTuple):
@@ -28,9 +27,8 @@ def read_env_args(path: Path) -> EnvArgs:
     if not path.is_file():
         raise ConfigError(f"there is no file {path} to read env_args from")
     try:
-        if h5py.is_hdf5(path):
-            with h5py.File(path) as file:
-                attributes = dict(file["data"].attrs) if "data" in file else {}
+        if holds_hdf5(path):
+            attributes = group_attributes(path) or {}
             if "env_args" not in attributes:
                 raise ConfigError(f"{path} has no env_args; give a JSON file, or a dataset whose data group has them")
             env_args, flags = json.loads(attributes["env_args"]), attributes.get("render_flags")
@@ -38,7 +36,7 @@ def read_env_args(path: Path) -> EnvArgs:
         else:
             env_args, render_flags = read_json(path), None
     except (OSError, ValueError, TypeError) as error:
-        if isinstance(error, ConfigError):
+        if isinstance(error, CachePipelineError):
             raise
         raise ConfigError(f"{path} has no readable env_args: {error}") from error
     if not isinstance(env_args, dict) or "env_name" not in env_args:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cache_pipeline.demos import frames
-from cache_pipeline.demos.frames import start_reading
+from cache_pipeline.demos.frames import _start_reading
 
 LAYOUTS = {
     "contiguous": {},
@@ -27,7 +27,7 @@ LAYOUTS = {
 def read_frames(stored, start, stop):
     out = np.full((stop - start, *stored.shape[1:]), 7, np.uint8)
     with ThreadPoolExecutor(3) as pool:
-        for future in start_reading(stored, start, out, pool):
+        for future in _start_reading(stored, start, out, pool):
             future.result()
     return out
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from fakes import make_dataset
 
+from cache_pipeline import isolation
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.summary import inspect_dataset
 from cache_pipeline.errors import DatasetError
@@ -137,13 +138,22 @@ def test_an_unused_camera_may_have_any_filter(tmp_path, monkeypatch):
     assert Dataset.open(path, cameras=["robot0_eye_in_hand_image"]).steps == 21
 
 
+@pytest.fixture
+def new_child():
+    isolation.end_child()
+    yield
+    isolation.end_child()
+
+
+@pytest.mark.usefixtures("new_child")
 def test_hdf5plugin_is_imported_only_if_a_filter_is_missing(tmp_path, monkeypatch):
-    (tmp_path / "hdf5plugin.py").write_text("LOADED = True")
+    loaded = tmp_path / "loaded"
+    (tmp_path / "hdf5plugin.py").write_text(f"open({str(loaded)!r}, 'w').close()")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "hdf5plugin", raising=False)
     path = make_dataset(tmp_path / "packed.hdf5")
-    Dataset.open(path).frames(1, CAMERA)
-    assert "hdf5plugin" not in sys.modules
+    with Dataset.open(path) as dataset:
+        dataset.frames(1, CAMERA)
+    assert not loaded.exists()
     compressed(path, IMAGES, 32001)
     inspect_dataset(path)
-    assert sys.modules.pop("hdf5plugin").LOADED
+    assert loaded.exists()

@@ -10,26 +10,22 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import h5py
 import numpy as np
-from isal import igzip_lib
 
 from cache_pipeline.demos.links import (
     SourceFiles,
     broken_link,
-    has_link,
     is_written,
     other_filters,
 )
 from cache_pipeline.errors import DatasetError
+from cache_pipeline.hdf5 import READ_ERRORS, damage_as_error, open_file
+from cache_pipeline.isolation import isolated, progress
 
-# Exceptions of h5py for damaged objects, broken links and types that NumPy lacks.
-READ_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError)
 STEP_ARRAYS = ("actions", "rewards", "dones")
 # Largest number of values per step of an array with several axes that counts as low-dim by default: poses and key
 # points, not depth images.
@@ -87,6 +83,8 @@ class DemoInfo(NamedTuple):
     name: str
     arrays: dict[str, ArrayInfo]
     num_samples: int | None
+    odd_num_samples: bool = False
+    """Whether the file has a ``num_samples`` that is not a whole number."""
     other_actions: tuple[str, ...] = ()
     """Other arrays and groups with ``action`` in their name, such as ``actions_abs``."""
 
@@ -119,6 +117,25 @@ class FileStamp(NamedTuple):
         """Reads the current size and time of a file."""
         stat = path.stat()
         return cls(path.absolute(), stat.st_size, stat.st_mtime_ns)
+
+
+class SourceFile(NamedTuple):
+    """Size and time of one HDF5 file when it was opened; ``path`` is absolute, ``linked`` are the files it links to."""
+
+    path: Path
+    size: int
+    mtime_ns: int
+    linked: tuple[FileStamp, ...] = ()
+
+    def check_unchanged(self) -> None:
+        """Raises DatasetError if this file or a linked file has changed since it was opened."""
+        for then in (FileStamp(*self[:3]), *self.linked):
+            try:
+                now = FileStamp.of(then.path)
+            except FileNotFoundError as error:
+                raise DatasetError(f"{then.path} disappeared while it was read; put it back, run again") from error
+            if now != then:
+                raise DatasetError(f"{then.path} has changed since it was opened; run the same command again")
 
 
 class FileInfo(NamedTuple):
@@ -157,59 +174,18 @@ def demo_order(name: str) -> tuple[list[Any], str]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
-def open_file(path: Path) -> h5py.File:
-    """Opens a file for reading.
-
-    Raises:
-        DatasetError: the file is missing, unreadable, not HDF5, truncated, or being written by another process.
-    """
-    try:
-        if not path.exists():
-            near = sorted(other.name for other in path.parent.glob("*.hdf5")) if path.parent.is_dir() else []
-            beside = f"; the folder holds {', '.join(near[:12])}" if near else "; check the path"
-            raise DatasetError(f"there is no file {path}{beside}")
-        if path.is_dir():
-            raise DatasetError(f"{path} is a folder; name a robomimic HDF5 file")
-        return h5py.File(path, "r")
-    except PermissionError as error:
-        raise DatasetError(f"no permission to read {path}; change its permissions") from error
-    except BlockingIOError as error:
-        raise DatasetError(f"{path} is being written by another process; wait until it is closed") from error
-    except OSError as error:
-        raise DatasetError(f"{path} {_why_not_opened(path, ' '.join(str(error).split()))}") from error
-
-
-def _why_not_opened(path: Path, reason: str) -> str:
-    if "truncated" in reason:
-        expected = re.search(r"stored_eof = (\d+)", reason)
-        size = f"{path.stat().st_size} bytes" + (f" of {expected[1]}" if expected else "")
-        return f"is cut off ({size}): copy or download it again"
-    if "unable to lock" in reason:
-        return f"cannot be locked for reading on this file system ({reason}); set HDF5_USE_FILE_LOCKING=FALSE"
-    if not h5py.is_hdf5(path):
-        return "is not an HDF5 file; name a robomimic .hdf5 file"
-    return f"cannot be opened, its HDF5 header is damaged ({reason}); copy or download it again"
-
-
-@contextmanager
-def damage_as_error(path: Path, what: str = "its structure") -> Iterator[None]:
-    """Converts errors of h5py and ISA-L for damaged bytes to ``DatasetError``."""
-    try:
-        yield
-    except DatasetError:
-        raise
-    except (*READ_ERRORS, igzip_lib.IsalError) as error:  # type: ignore[misc]
-        reason = " ".join(str(error).split())
-        raise DatasetError(f"{path} is damaged: {what} cannot be read ({reason}); copy or download it again") from error
-
-
 def scan_file(path: str | Path) -> FileInfo:
-    """Reads names, shapes, types, filter keys and attributes, but no array content.
+    """Reads names, shapes, types, filter keys and attributes, but no array content, in the child process.
 
     Raises:
         DatasetError: the file cannot be opened, has no ``data`` group, or has no demos.
     """
     path = Path(path).expanduser()
+    with damage_as_error(path):
+        return isolated(_scan_file, path)
+
+
+def _scan_file(path: Path) -> FileInfo:
     problems: list[str] = []
     notes: list[str] = []
     sources = SourceFiles()
@@ -224,18 +200,22 @@ def scan_file(path: str | Path) -> FileInfo:
             raise DatasetError(f"{path} has no group 'data' (it holds {there}); is it a robomimic dataset?")
         demos = []
         for name in sorted(data, key=demo_order):
+            progress()
             group = _get(data, name)
             if isinstance(group, h5py.Group):
                 demos.append(_scan_demo(group, name, problems, sources))
             else:
                 broken = broken_link(data, name) if group is None else None
                 problems.append(f"{name}: data/{name} {broken or 'is not a group, so it is not a demo'}")
-        sources.add(data)
+        sources.add(data.id)
         if not demos:
             raise DatasetError(f"{path} holds no demos: its group 'data' is empty; collect demos first")
         empty = tuple(demo.name for demo in demos if demo.empty and not _is_reported(demo, problems))
         if len(empty) == len(demos):
             raise DatasetError(f"{path} holds no steps: all of its {len(demos)} demos are empty; collect demos first")
+        total, odd_total = _count_attribute(data, "total")
+        if odd_total:
+            notes.append("data.attrs total is not a whole number and is left out")
         return FileInfo(
             path=path,
             size=stat.st_size,
@@ -244,7 +224,7 @@ def scan_file(path: str | Path) -> FileInfo:
             masks=_scan_masks(file, set(empty), notes, sources),
             env_args=_json_attribute(data, "env_args", notes),
             render_flags=_json_attribute(data, "render_flags", notes),
-            total=_int_attribute(data, "total"),
+            total=total,
             problems=tuple(problems),
             notes=tuple(notes),
             empty=empty,
@@ -265,47 +245,53 @@ def _get(group: h5py.Group, name: str) -> Any:
 
 
 def _scan_demo(group: h5py.Group, name: str, problems: list[str], sources: SourceFiles) -> DemoInfo:
-    sources.add(group)
-    paths = [path for path in STEP_ARRAYS if has_link(group, path)]
-    obs = _get(group, "obs")
+    sources.add(group.id)
+    members = [key.decode() for key in group.id]
+    paths = [path for path in STEP_ARRAYS if path in members]
+    obs = _get(group, "obs") if "obs" in members else None
     if isinstance(obs, h5py.Group):
-        sources.add(obs)
+        sources.add(obs.id)
         paths += [f"obs/{key}" for key in sorted(obs)]
     elif obs is None and (broken := broken_link(group, "obs")):
         problems.append(f"{name}: obs {broken}")
     arrays = {}
     for path in paths:
         try:
-            item = group[path]
-            if isinstance(item, h5py.Dataset):
-                arrays[path] = _scan_array(item, sources.add(item))
+            item = h5py.h5o.open(group.id, path.encode())
+            if isinstance(item, h5py.h5d.DatasetID):
+                arrays[path] = _scan_array(item, sources)
         except READ_ERRORS as error:
             parent, _, key = path.rpartition("/")
             broken = broken_link(group[parent] if parent else group, key)
             problems.append(f"{name}: {path} cannot be read" + (f": it {broken}" if broken else f" ({error})"))
-    others = tuple(key for key in group if "action" in key and key != "actions")
-    return DemoInfo(name, arrays, _int_attribute(group, "num_samples"), others)
+    others = tuple(key for key in members if "action" in key and key != "actions")
+    return DemoInfo(name, arrays, *_count_attribute(group, "num_samples"), others)
 
 
-def _scan_array(item: h5py.Dataset, trouble: str = "") -> ArrayInfo:
-    compression = next(iter(other_filters(item).values()), "none")
-    if item.compression is not None:
-        compression = (
-            item.compression if item.compression_opts is None else f"{item.compression}-{item.compression_opts}"
-        )
-    stored, written = item.id.get_storage_size(), not trouble and is_written(item)
-    return ArrayInfo(tuple(item.shape or ()), item.dtype, item.chunks, compression, stored, written, trouble)
+def _scan_array(item: h5py.h5d.DatasetID, sources: SourceFiles) -> ArrayInfo:
+    plist, shape = item.get_create_plist(), tuple(item.shape or ())
+    trouble = sources.add_dataset(item, plist)
+    chunks = plist.get_chunk() if plist.get_layout() == h5py.h5d.CHUNKED else None
+    compression = _compression(h5py.Dataset(item)) if plist.get_nfilters() else "none"
+    written = not trouble and is_written(item, plist, shape)
+    return ArrayInfo(shape, item.dtype, chunks, compression, item.get_storage_size(), written, trouble)
+
+
+def _compression(item: h5py.Dataset) -> str:
+    if item.compression is None:
+        return next(iter(other_filters(item.id.get_create_plist()).values()), "none")
+    return item.compression if item.compression_opts is None else f"{item.compression}-{item.compression_opts}"
 
 
 def _scan_masks(file: h5py.File, empty: set[str], notes: list[str], sources: SourceFiles) -> dict[str, tuple[str, ...]]:
     group = _get(file, "mask")
     if not isinstance(group, h5py.Group):
         return {}
-    sources.add(group)
+    sources.add(group.id)
     masks = {}
     for key in sorted(group):
         try:
-            trouble = sources.add(group[key])
+            trouble = sources.add_dataset(group[key].id, group[key].id.get_create_plist())
             if trouble:
                 raise ValueError(f"it {trouble}")
             members = np.asarray(group[key][()])
@@ -323,8 +309,8 @@ def _json_attribute(group: h5py.Group, name: str, notes: list[str]) -> dict[str,
         return None
     try:
         text = group.attrs[name]
-        value = json.loads(text if isinstance(text, (str, bytes)) else str(text))
-    except READ_ERRORS as error:
+        value = json.loads(text if isinstance(text, (str, bytes)) else str(text), parse_constant=_not_json)
+    except (*READ_ERRORS, RecursionError) as error:
         notes.append(f"{name} is not JSON and is left out: {error}")
         return None
     if not isinstance(value, dict):
@@ -333,8 +319,18 @@ def _json_attribute(group: h5py.Group, name: str, notes: list[str]) -> dict[str,
     return value
 
 
-def _int_attribute(group: h5py.Group, name: str) -> int | None:
+def _not_json(name: str) -> None:
+    raise ValueError(f"it holds {name}, which JSON does not have")
+
+
+def _count_attribute(group: h5py.Group, name: str) -> tuple[int | None, bool]:
+    """Returns a number of steps, None if it is absent or not a whole number, and whether it is there but is not one."""
     try:
-        return int(group.attrs[name]) if name in group.attrs else None
-    except READ_ERRORS:
-        return None
+        if name not in group.attrs:
+            return None, False
+        value = np.asarray(group.attrs[name])
+        if value.size == 1 and value.dtype.kind in "iufb" and value.item() == (count := int(value.item())):
+            return count, False
+    except (*READ_ERRORS, OverflowError):
+        pass
+    return None, True
