@@ -10,18 +10,37 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import types
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, fields, is_dataclass
-from pathlib import Path
-from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
+from numbers import Integral, Real
+from pathlib import Path, PurePath
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
-from cache_pipeline.errors import CheckpointError, ConfigError, available
+from cache_pipeline.errors import CheckpointError, OptionError, available
 
 DATA, ENCODER, POLICY = "Data", "Encoder", "Policy"
 OPTIMISATION, RUNNING, OUTPUT = "Optimisation", "Running", "Output"
 GROUPS = (DATA, ENCODER, POLICY, OPTIMISATION, RUNNING, OUTPUT)
+
+LARGEST = 2**63 - 1
+"""Largest number that seeds, counts and sizes may have."""
+MAX_NAME_BYTES = 255
+"""Longest name of a file or folder on common file systems."""
+# Type of a field → accepted Python types, and the type in words.
+KINDS: dict[Any, tuple[Any, str]] = {
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    bool: (bool, "true or false"),
+    str: (str, "text"),
+    Path: ((str, PurePath), "a path"),
+    tuple: (tuple, "a list"),
+    dict: (Mapping, "a mapping from name to value"),
+}
+
+MOST_PIXELS = 16384
 
 BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
@@ -73,25 +92,63 @@ def flag_of(item: Field[Any], option: Option) -> str:
 
 
 def check(config: Any) -> None:
-    """Raises ConfigError for the first value of a config outside its bounds or choices."""
+    """Raises OptionError for the first value of a config with another type, or outside its bounds or choices."""
     for item, option in options_of(config):
-        value = getattr(config, item.name)
-        if value is None:
+        value, kind = getattr(config, item.name), plain_type(item)
+        if value is None and optional(item):
             continue
+        _check_type(item.name, value, kind)
         if option.choices and value not in option.choices:
-            raise ConfigError(f"{item.name} {value!r} is unknown; {available(option.choices, value)}")
-        if isinstance(value, int | float) and not isinstance(value, bool):
+            raise OptionError(f"{item.name} {value!r} is unknown; {available(option.choices, value)}")
+        if kind in (int, float):
             _check_number(item.name, value, option)
+        elif not isinstance(value, bool):
+            check_text(item.name, value)
+
+
+def _check_type(name: str, value: Any, kind: Any) -> None:
+    origin = get_origin(kind)
+    kinds, wanted = KINDS.get(str if origin is Literal else origin or kind, (object, ""))
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kind is not bool):
+        raise OptionError(f"{name} is {value!r}; it must be {wanted}")
 
 
 def _check_number(name: str, value: float, option: Option) -> None:
+    least = option.least if option.least is not None else -math.inf
+    most = option.most if option.most is not None else LARGEST
     if option.least is not None and option.most is not None:
-        if not option.least <= value <= option.most:
-            raise ConfigError(f"{name} is {value}; it must lie between {option.least} and {option.most}")
-    elif option.least is not None and not option.least <= value < math.inf:
-        raise ConfigError(f"{name} is {value}; it must be at least {option.least}")
-    elif option.above is not None and not option.above < value < math.inf:
-        raise ConfigError(f"{name} is {value}; it must be a finite number above {option.above}")
+        wanted = f"lie between {option.least} and {option.most}"
+    elif option.above is not None:
+        wanted = f"be a finite number above {option.above}"
+    else:
+        wanted = f"be a finite number of at least {least}" if value < least else f"be at most {LARGEST}"
+    if not (least <= value <= most and math.isfinite(value) and (option.above is None or value > option.above)):
+        raise OptionError(f"{name} is {value}; it must {wanted}")
+
+
+def check_text(name: str, value: Any) -> None:
+    """Raises OptionError for an empty text or path, or one that no file system can hold; checks the items of a tuple.
+
+    A tuple itself may be empty: it means none.
+    """
+    for item in value if isinstance(value, list | tuple) else (value,):
+        if not isinstance(item, str | PurePath):
+            continue
+        text = str(item)
+        if not text.strip():
+            raise OptionError(f"{name} is empty; give a value, or leave it out")
+        if "\0" in text:
+            raise OptionError(f"{name} {text!r} holds a NUL character; leave it out")
+        longest = max(text.split("/"), key=lambda part: len(os.fsencode(part)))
+        if len(os.fsencode(longest)) > MAX_NAME_BYTES:
+            size = len(os.fsencode(longest))
+            raise OptionError(f"{name} {longest[:32]}… has {size} bytes; a name has at most {MAX_NAME_BYTES}")
+
+
+def optional(item: Field[Any]) -> bool:
+    """Whether None is a value of a field."""
+    kind = get_args(item.type)[0] if get_origin(item.type) is Annotated else item.type
+    return type(None) in get_args(kind)
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -166,53 +223,61 @@ def plain_type(item: Field[Any]) -> Any:
 
 
 def names(text: str) -> tuple[str, ...]:
-    """Reads ``a,b`` as ``("a", "b")``."""
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+    """Reads ``a,b`` as ``("a", "b")``, and ``none`` as no names. Text without a name stays, so that it is not found."""
+    if text.strip().lower() == "none":
+        return ()
+    return tuple(part.strip() for part in text.split(",") if part.strip()) or (text,)
 
 
 def image_shape(text: str) -> tuple[int, int]:
-    """Reads ``76,76`` or ``76x76`` as (height, width) in pixels; raises ConfigError."""
+    """Reads ``76,76`` or ``76x76`` as (height, width) in pixels; raises OptionError."""
     match = re.fullmatch(r"(\d+)[,x](\d+)", text.strip())
-    if match is None or "0" in match.groups():
-        raise ConfigError(f"{text!r} is not an image shape; give height and width in pixels, such as 76,76")
+    if match is None or not all(0 < len(side) <= 5 and 0 < int(side) <= MOST_PIXELS for side in match.groups()):
+        raise OptionError(
+            f"{text!r} is not an image shape; give height and width in pixels, 1 to {MOST_PIXELS}, such as 76,76"
+        )
     return int(match[1]), int(match[2])
 
 
 def byte_count(text: str) -> int:
-    """Reads ``512MiB``, ``2g`` or ``1000000`` as a number of bytes; raises ConfigError."""
-    match = re.fullmatch(r"([\d.]+)\s*([kmg]?i?)b?", text.strip().lower())
-    if match is None or match[2] not in BYTE_UNITS:
-        raise ConfigError(f"{text!r} is not a size; give bytes or a unit, such as 800MB or 2GiB")
+    """Reads ``512MiB``, ``2g`` or ``1000000`` as a number of bytes; raises OptionError."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?|\.\d+)\s*([kmg]?i?)b?", text.strip().lower())
+    if match is None or match[2] not in BYTE_UNITS or len(match[1]) > 20:
+        raise OptionError(f"{text!r} is not a size; give bytes or a unit, such as 800MB or 2GiB")
     return int(float(match[1]) * BYTE_UNITS[match[2]])
 
 
 def number_or_none(text: str) -> float | None:
-    """Reads a number, or ``none``; raises ConfigError."""
+    """Reads a number, or ``none``; raises OptionError."""
     try:
         return None if text.strip().lower() == "none" else float(text)
     except ValueError as error:
-        raise ConfigError(f"{text!r} is not a number; give one such as 0.5, or none") from error
+        raise OptionError(f"{text!r} is not a number; give one such as 0.5, or none") from error
 
 
 def slices(text: str) -> tuple[tuple[int, int], ...]:
-    """Reads ``3:6`` or ``3:6,10:13`` as pairs of start and stop; raises ConfigError."""
+    """Reads ``3:6`` or ``3:6,10:13`` as pairs of start and stop; raises OptionError."""
     pairs = [item.split(":") for item in text.split(",")]
-    if any(len(pair) != 2 or not all(part.strip().isdecimal() for part in pair) for pair in pairs):
-        raise ConfigError(f"rotation_6d {text!r} is not START:STOP; give 3:6, or 3:6,10:13 for two rotations")
+    if any(len(pair) != 2 or not all(re.fullmatch(r"\s*\d{1,6}\s*", part) for part in pair) for pair in pairs):
+        raise OptionError(f"rotation_6d {text!r} is not START:STOP; give 3:6, or 3:6,10:13 for two rotations")
     return tuple((int(start), int(stop)) for start, stop in pairs)
 
 
+def _not_a_value(name: str) -> None:
+    raise OptionError(f"{name} is not a value; give a finite number")
+
+
 def assignments(texts: list[str]) -> dict[str, Any]:
-    """Reads ``NAME=VALUE``; a value that is not JSON stays text. Raises ConfigError."""
+    """Reads ``NAME=VALUE``; a value that is not JSON stays text. Raises OptionError."""
     found: dict[str, Any] = {}
     for text in texts:
         name, mark, value = text.partition("=")
         if not mark or not name:
-            raise ConfigError(f"{text!r} is not NAME=VALUE; give for instance hidden=[512,512]")
+            raise OptionError(f"{text!r} is not NAME=VALUE; give for instance hidden=[512,512]")
         if name in found:
-            raise ConfigError(f"{name} is given twice, but only one counts; give it once")
+            raise OptionError(f"{name} is given twice, but only one counts; give it once")
         try:
-            found[name] = json.loads(value)
+            found[name] = json.loads(value, parse_constant=_not_a_value)
         except ValueError:
             found[name] = value
     return found

@@ -14,7 +14,7 @@ from cache_pipeline.cli.encoder import EncoderOptions
 from cache_pipeline.cli.generated import Given, generated
 from cache_pipeline.errors import CheckFailedError, ConfigError
 from cache_pipeline.extract.config import ExtractConfig
-from cache_pipeline.options import DATA, ENCODER, OUTPUT, RUNNING
+from cache_pipeline.options import DATA, ENCODER, LARGEST, OUTPUT, RUNNING
 
 if TYPE_CHECKING:
     from cache_pipeline.reports.inspection import Inspection
@@ -49,7 +49,8 @@ def extract_features(
         ),
     ] = None,
     seed: Annotated[
-        int, typer.Option("--seed", help="Seed of everything that is random.", rich_help_panel=RUNNING)
+        int,
+        typer.Option("--seed", min=0, max=LARGEST, help="Seed of everything that is random.", rich_help_panel=RUNNING),
     ] = 0,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Print images, bytes and time, and do nothing.", rich_help_panel=RUNNING)

@@ -6,6 +6,7 @@ value equals the default. The configs check conflicts between values, for Python
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -16,7 +17,7 @@ from cache_pipeline.cli.generated import parameter_names, was_typed
 from cache_pipeline.cli.options import results_alone_on_stdout
 from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.errors import OptionError
-from cache_pipeline.options import GROUPS
+from cache_pipeline.options import GROUPS, LARGEST, check_text
 from cache_pipeline.training.config import OWN_POLICY_OPTIONS, TrainConfig
 
 Values = Mapping[str, Any]
@@ -151,9 +152,24 @@ class CheckedCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
+        check_values(ctx)
         refuse_without_effect(ctx)
         with results_alone_on_stdout():
             return super().invoke(ctx)
+
+
+def check_values(ctx: Any) -> None:
+    """Raises OptionError for a value that no option can have: not finite, beyond 64 bits, empty, or too long a name."""
+    for parameter in ctx.command.params:
+        value = ctx.params.get(parameter.name)
+        if value is None or not was_typed(ctx, parameter.name):
+            continue
+        name = parameter.opts[0] if parameter.param_type_name == "option" else str(parameter.name).upper()
+        if isinstance(value, float) and not math.isfinite(value):
+            raise OptionError(f"{name} is {value}; give a finite number")
+        if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
+            raise OptionError(f"{name} is {value}; give a number of at most {LARGEST}")
+        check_text(name, value)
 
 
 def refuse_without_effect(ctx: Any) -> None:

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cache_pipeline.options import OUTPUT
+from cache_pipeline.options import LARGEST, OUTPUT
 
 _results: Any = None
 
@@ -40,7 +40,7 @@ Json = Annotated[
 Datasets = Annotated[list[Path] | None, typer.Option("--dataset", help="A robomimic HDF5 file; may be repeated.")]
 Cameras = Annotated[str | None, typer.Option("--cameras", help="Cameras, comma-separated; all by default.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:0.")]
-Seed = Annotated[int, typer.Option("--seed", help="Seed of everything that is random.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST, help="Seed of everything that is random.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output once the new one is complete.")]
 RgbModelName = Annotated[str, typer.Option("--rgb-model-name", help="resnet18, resnet34 or resnet50.")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="Encoder weights from a .pth or .safetensors file.")]

@@ -20,8 +20,8 @@ from cache_pipeline.encoders.preprocess import Preprocess, preprocess
 from cache_pipeline.encoders.resnet import ResNet
 from cache_pipeline.encoders.views import View
 
-CPU_BATCH = 64
-CUDA_BATCH = 1024
+CPU_BATCH, CPU_BATCH_PIXELS = 64, 64 * 224 * 224
+CUDA_BATCH, CUDA_BATCH_PIXELS = 1024, 1024 * 128 * 128
 
 
 class FrozenEncoder:
@@ -117,6 +117,14 @@ def frozen_encoders(
     return by_camera
 
 
-def preferred_batch_size(device: torch.device | str) -> int:
-    """Returns a batch size at which 84×84 frames encode fast with little memory."""
-    return CUDA_BATCH if torch.device(device).type == "cuda" else CPU_BATCH
+def preferred_batch_size(device: torch.device | str, pixels: int) -> int:
+    """Returns a batch size at which frames encode fast with little memory.
+
+    Args:
+        device: where they are encoded.
+        pixels: height times width of an image as the encoder gets it. Large images make smaller batches, since a
+            ResNet's feature maps take about 150 bytes per pixel.
+    """
+    cuda = torch.device(device).type == "cuda"
+    most, in_all = (CUDA_BATCH, CUDA_BATCH_PIXELS) if cuda else (CPU_BATCH, CPU_BATCH_PIXELS)
+    return max(1, min(most, in_all // pixels))

@@ -47,14 +47,14 @@ class ExtractConfig:
     """rgb obs keys. Cameras that the cache already has are kept."""
     low_dim_keys: Annotated[
         tuple[str, ...] | None,
-        Option("Low-dim obs keys, comma-separated; proprioception by default.", DATA, typed=str, parse=names),
+        Option("Low-dim obs keys, comma-separated, or none; proprioception by default.", DATA, typed=str, parse=names),
     ] = None
     filter_key: Annotated[str | None, Option("Only the demos of this filter key; all by default.", DATA)] = None
     deep: Annotated[bool, Option("Read every frame again instead of trusting size and time.", DATA)] = False
     encoders: "EncoderSpec | Mapping[str, EncoderSpec]" = field(default_factory=_encoder_spec)
     """One encoder for all cameras, or camera → encoder, where the key ``""`` stands for all other cameras."""
     preprocess: "Preprocess | Mapping[str, Preprocess]" = field(default_factory=_preprocess)
-    views: Annotated[int, Option("Fixed views of every frame; the first is clean.", ENCODER, least=1)] = 1
+    views: Annotated[int, Option("Fixed views of every frame; the first is clean.", ENCODER, least=1, most=10000)] = 1
     """A cache with more views keeps them."""
     view_spec: ViewSpec = field(default_factory=ViewSpec)
     device: Annotated[str, Option("auto, cpu or cuda:0.", RUNNING)] = "auto"
@@ -68,7 +68,7 @@ class ExtractConfig:
     batch_size: Annotated[int | None, Option("Images per batch.", RUNNING, least=1)] = None
     """Default: as in the cache, else chosen for the device."""
     store_dtype: Annotated[str, Option("float16 or float32.", OUTPUT, choices=STORE_DTYPES)] = "float16"
-    shard_rows: Annotated[int | None, Option("Rows per unit of work.", OUTPUT, least=1)] = None
+    shard_rows: Annotated[int | None, Option("Rows per unit of work.", OUTPUT, least=1, most=1 << 20)] = None
     """Default: as in the cache, else chosen by size."""
     overwrite: Annotated[bool, Option("Replace the cache once the new one is complete.", OUTPUT)] = False
 

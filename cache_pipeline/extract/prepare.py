@@ -169,13 +169,10 @@ def _target(
         DemoRows(demo.file, demo.name, demo.length, row, was.digests if was else {}, was.view_key if was else demo.name)
         for demo, row, was in zip(dataset.demos, rows, kept, strict=True)
     )
-    batch_size = config.batch_size or (
-        earlier.batch_size if earlier else preferred_batch_size(resolve_device(config.device))
-    )
     return Manifest(
         shard_rows=shard_rows,
         n_rows=n_rows,
-        batch_size=batch_size,
+        batch_size=_batch_size(config, encoders, earlier, min(shard_rows, sum(lengths))),
         dtype=config.store_dtype,
         cameras={camera: encoder.entry for camera, encoder in encoders.items()},
         low_dim={key: tuple(shape) for key, shape in dataset.low_dim.items()},
@@ -189,6 +186,19 @@ def _target(
         render_flags=dataset.render_flags,
         encoders={camera: encoder.file for camera, encoder in encoders.items()},
     )
+
+
+def _batch_size(
+    config: ExtractConfig, encoders: Mapping[str, CameraEncoder], earlier: Manifest | None, unit_frames: int
+) -> int:
+    """Returns the batch size: the option's, the cache's, or one for the device, but never more than a unit can fill."""
+    sides = [e.frozen.preprocess.output_shape(*e.entry.image_shape[:2]) for e in encoders.values()]
+    preferred = preferred_batch_size(resolve_device(config.device), max(height * width for height, width in sides))
+    asked = config.batch_size or (earlier.batch_size if earlier else preferred)
+    most = max(unit_frames, preferred)
+    if config.batch_size and asked > most:
+        logger.warning("batch_size %d is more than the %d frames of a unit; %d is used", asked, unit_frames, most)
+    return min(asked, most)
 
 
 def _shard_rows(config: ExtractConfig, encoders: Mapping[str, CameraEncoder]) -> int:

@@ -12,6 +12,7 @@ from cache_pipeline.errors import ConfigError, OptionError, available
 from cache_pipeline.options import (
     DATA,
     ENCODER,
+    LARGEST,
     OPTIMISATION,
     OUTPUT,
     POLICY,
@@ -159,7 +160,7 @@ class RunConfig:
     ``auto`` in training is the device's fastest: bf16, fp16 on CUDA below 8.0, fp32 on CPUs without bfloat16
     multiplication. ``auto`` in fine-tuning is the precision of the run's features. Cached features keep theirs.
     robomimic's algorithms compute in fp32 or tf32."""
-    seed: Annotated[int, Option("Seed of everything that is random.", RUNNING)] = 0
+    seed: Annotated[int, Option("Seed of everything that is random.", RUNNING, least=0, most=LARGEST)] = 0
     out: Annotated[Path | None, Option("The run folder; by default named after what it is made from.", OUTPUT)] = None
     wandb: Annotated[str | None, Option("Log to this Weights & Biases project too.", OUTPUT)] = None
     resume: Annotated[bool, Option("Continue from the latest checkpoint of --out.", OUTPUT)] = False
@@ -202,7 +203,7 @@ class TrainConfig(RunConfig):
     ] = None
     low_dim_keys: Annotated[
         tuple[str, ...] | None,
-        Option("Low-dim obs keys, comma-separated; all that the data hold by default.", DATA, typed=str, parse=names),
+        Option("Low-dim obs keys, comma-separated, or none; all by default.", DATA, typed=str, parse=names),
     ] = None
     """An empty tuple means none."""
     encoder: "EncoderSpec | None" = None
@@ -234,12 +235,12 @@ class TrainConfig(RunConfig):
     batch_size: Annotated[
         int | None, Option("Windows per step; 64, or what the robomimic config says.", OPTIMISATION, least=1)
     ] = None
-    emb_dim: Annotated[int, Option("Width of the projection of one obs step.", POLICY, least=1)] = 256
+    emb_dim: Annotated[int, Option("Width of the projection of one obs step.", POLICY, least=1, most=65536)] = 256
     obs_horizon: Annotated[
-        int | None, Option("Obs steps that the policy sees (frame_stack); 2 for ours.", POLICY, least=1)
+        int | None, Option("Obs steps that the policy sees (frame_stack); 2 for ours.", POLICY, least=1, most=1000)
     ] = None
     action_horizon: Annotated[
-        int | None, Option("Action steps it predicts (seq_length); 8 for ours.", POLICY, least=1)
+        int | None, Option("Action steps it predicts (seq_length); 8 for ours.", POLICY, least=1, most=1000)
     ] = None
     action_normalization: Annotated[
         ActionNormalization,

@@ -16,7 +16,7 @@ import torch
 
 from cache_pipeline.encoders.frozen import FrozenEncoder, frozen_encoders
 from cache_pipeline.encoders.image_encoder import ImageEncoder
-from cache_pipeline.errors import CheckpointError
+from cache_pipeline.errors import CheckpointError, counted
 from cache_pipeline.policies.robomimic.policy import RobomimicPolicy
 from cache_pipeline.policies.spec import PolicySpec
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
@@ -30,6 +30,7 @@ from cache_pipeline.training.data.sampler import Sampler
 from cache_pipeline.training.data.source import Source, Splits
 from cache_pipeline.training.data.sources import SourcePlan, Sources, plan_source
 from cache_pipeline.training.evaluate import ActionError, evaluate
+from cache_pipeline.training.update.distributed import current_ranks
 from cache_pipeline.training.update.unfreezing import Unfreezing, above_cut, frozen_cut, unfreeze
 
 logger = logging.getLogger("cache_pipeline")
@@ -183,6 +184,8 @@ def assemble(
         start: checkpoint from which fine-tuning starts.
     """
     windows, policy = len(trainee.splits[0]), trainee.policy
+    parts = config.accumulate if isinstance(config, FinetuneConfig) else 1
+    batch_size = fitting_batch_size(trainee.batch_size, windows, parts * current_ranks().world)
     plan = plan_source(
         data,
         windows,
@@ -215,9 +218,18 @@ def assemble(
         splits=trainee.splits,
         sources=sources,
         learner=trainee.learner,
-        sampler=Sampler(windows, trainee.batch_size, config.seed, views=plan.views, blocks=plan.blocks),
+        sampler=Sampler(windows, batch_size, config.seed, views=plan.views, blocks=plan.blocks),
         unfreezing=unfreezing,
     )
+
+
+def fitting_batch_size(asked: int, windows: int, multiple: int) -> int:
+    """Returns the batch size, or the largest multiple that the windows can fill once. Warns if it is smaller."""
+    if asked <= windows:
+        return asked
+    fitting = max(1, windows // multiple) * multiple
+    logger.warning("batch_size %d is more than the data's %s; %d is used", asked, counted(windows, "window"), fitting)
+    return fitting
 
 
 def _new_record(

@@ -73,9 +73,10 @@ def test_an_encoder_of_the_users_own_beside_a_resnet_for_one_camera(dataset, tmp
 
 
 def test_no_cameras_at_all_is_refused(dataset, tmp_path):
-    result = run("extract-features", dataset, "--out", tmp_path / "x.zarr", *RANDOM, "--cameras", "")
-    assert result.exit_code == 1
-    assert "no cameras are given" in result.stderr
+    for value, said in (("none", "no cameras are given"), ("", "--cameras is empty"), (",,", "available: agentview")):
+        result = run("extract-features", dataset, "--out", tmp_path / "x.zarr", *RANDOM, "--cameras", value)
+        assert result.exit_code == (2 if value == "" else 1)
+        assert said in result.stderr
 
 
 def test_a_tuned_encoder_is_cached_again_and_its_old_cache_is_stale_for_it(dataset, tmp_path):

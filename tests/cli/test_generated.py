@@ -80,7 +80,7 @@ def test_a_config_file_with_unknown_settings_is_one_line(tmp_path: Path) -> None
         ({"config": 3}, "--from-cache c", 1, "does not hold settings of train"),
         ([1], "--from-cache c", 1, "it is not a JSON object"),
         ({"datasets": ["d"], "encoder": {"cut": "layer3"}}, "--cut layer4", 2, "names the encoder"),
-        ({"lr": -1}, "--from-cache c", 1, "lr is -1"),
+        ({"lr": -1}, "--from-cache c", 2, "lr is -1"),
     ],
 )
 def test_a_config_file_that_does_not_fit_is_one_line(

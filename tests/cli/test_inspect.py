@@ -116,7 +116,7 @@ def test_extraction_and_training_say_what_they_take_and_leave_out(dataset, cache
     assert taken in extracting
     assert "left out: cameras robot0_eye_in_hand_image; low-dim keys object" in extracting
     training = said(
-        "train", "--from-cache", cache, "--out", tmp_path / "one", "--cameras", key, "--low-dim-keys", "", *TRAIN
+        "train", "--from-cache", cache, "--out", tmp_path / "one", "--cameras", key, "--low-dim-keys", "none", *TRAIN
     )
     assert f"used: cameras {key}; low-dim keys none; action key actions" in training
     assert "left out: cameras robot0_eye_in_hand_image; low-dim keys robot0_eef_pos" in training

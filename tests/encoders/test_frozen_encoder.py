@@ -165,7 +165,9 @@ def test_missing_devices_are_refused(monkeypatch):
     for name in ("gpu", "cuda:3"):
         with pytest.raises(ConfigError, match="--device"):
             resolve_device(name)
-    assert preferred_batch_size(CPU) < preferred_batch_size("cuda")
+    assert preferred_batch_size(CPU, 84 * 84) == 64 < preferred_batch_size("cuda", 84 * 84) == 1024
+    assert preferred_batch_size(CPU, 720 * 1280) == 3
+    assert preferred_batch_size(CPU, 16384 * 16384) == preferred_batch_size("cuda", 16384 * 16384) == 1
 
 
 @pytest.mark.gpu

@@ -115,7 +115,7 @@ def _frozen(setup: BenchSetup, precision: str) -> FrozenEncoder:
 
 def _encoder_alone(setup: BenchSetup, precision: str) -> Work:
     frames, frozen = _frames(setup), _frozen(setup, precision)
-    batches = BatchEncoder(preferred_batch_size(frozen.device), "float16")
+    batches = BatchEncoder(preferred_batch_size(frozen.device, frames.shape[1] * frames.shape[2]), "float16")
     with retained_memory():
         while True:
             yield len(batches(frozen, frames))
