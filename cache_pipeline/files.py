@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import msgspec
 
 from cache_pipeline.errors import CachePipelineError, ConfigError
 
@@ -20,6 +25,7 @@ DIGEST_BYTES = 16
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+OLD_SECONDS = 60
 FULL_BYTES = 1 << 16  # a disk with less free space counts as full
 
 
@@ -27,6 +33,7 @@ FULL_BYTES = 1 << 16  # a disk with less free space counts as full
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yields a temporary path beside ``path``: synced and renamed to ``path`` on success, removed on an error."""
     path = Path(path)
+    remove_partial(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
@@ -35,6 +42,26 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def remove_partial(path: Path) -> None:
+    """Removes temporary files that :func:`atomic_path` of a dead process has left beside ``path``."""
+    for partial in path.parent.glob(f".{glob.escape(path.name)}.*.partial"):
+        process = partial.name.split(".")[-2]
+        with suppress(OSError):
+            # The time protects a process of another machine that writes to the same file system.
+            if process.isdecimal() and not _lives(int(process)) and time.time() - partial.stat().st_mtime > OLD_SECONDS:
+                remove(partial)
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 class FileKind(NamedTuple):
@@ -161,6 +188,23 @@ def write_json(path: str | Path, value: Any) -> None:
 def read_json(path: str | Path) -> Any:
     """Reads one JSON value; raises ``OSError`` or ``ValueError``."""
     return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+def typed(value: Any, kind: Any) -> Any:
+    """Converts a JSON value to a type, such as ``dict[str, int]``, a dataclass or a named tuple; raises ValueError."""
+    try:
+        return msgspec.convert(value, kind)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
+def finite(value: Any) -> Any:
+    """Returns a JSON value in which NaN and infinity, which JSON does not have, are None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: finite(item) for key, item in value.items()}
+    return [finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def digest(*parts: bytes | bytearray | memoryview) -> str:

@@ -18,6 +18,16 @@ from cache_pipeline.isolation import isolated
 READ_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError)
 
 
+def check_exists(path: Path) -> None:
+    """Raises DatasetError if there is no file at a path; names the HDF5 files beside it."""
+    if not path.exists():
+        near = sorted(other.name for other in path.parent.glob("*.hdf5")) if path.parent.is_dir() else []
+        beside = f"; the folder holds {', '.join(near[:12])}" if near else "; check the path"
+        raise DatasetError(f"there is no file {path}{beside}")
+    if path.is_dir():
+        raise DatasetError(f"{path} is a folder; name a robomimic HDF5 file")
+
+
 def open_file(path: Path) -> h5py.File:
     """Opens a file for reading.
 
@@ -25,12 +35,7 @@ def open_file(path: Path) -> h5py.File:
         DatasetError: the file is missing, unreadable, not HDF5, truncated, or being written by another process.
     """
     try:
-        if not path.exists():
-            near = sorted(other.name for other in path.parent.glob("*.hdf5")) if path.parent.is_dir() else []
-            beside = f"; the folder holds {', '.join(near[:12])}" if near else "; check the path"
-            raise DatasetError(f"there is no file {path}{beside}")
-        if path.is_dir():
-            raise DatasetError(f"{path} is a folder; name a robomimic HDF5 file")
+        check_exists(path)
         return h5py.File(path, "r")
     except PermissionError as error:
         raise DatasetError(f"no permission to read {path}; change its permissions") from error

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_pipeline.cache.layout import Unit
-from cache_pipeline.files import json_digest, read_json, write_json
+from cache_pipeline.files import json_digest, read_json, typed, write_json
 
 LOOKED_AT = 1000  # most records to try when looking for a valid one
 
@@ -85,8 +85,7 @@ def _read(file: Path) -> LedgerRecord | None:
         claimed = value.pop("digest")
         if claimed != json_digest(value):
             return None
-        segments = tuple(RecordedSegment(*segment) for segment in value["segments"])
-        return LedgerRecord(**{**value, "rows": tuple(value["rows"]), "segments": segments})
+        return LedgerRecord(*typed([value[name] for name in LedgerRecord._fields], LedgerRecord))
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from cache_pipeline.cache.layout import Segment, Unit, block_segments
 from cache_pipeline.cache.ledger import has_records
 from cache_pipeline.errors import CacheError, CorruptCacheError, IncompleteCacheError, NotACacheError
-from cache_pipeline.files import NOT_ALLOWED, json_digest, read_json, sync_folder, write_json
+from cache_pipeline.files import NOT_ALLOWED, json_digest, read_json, sync_folder, typed, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -38,9 +38,8 @@ class SourceRecord(NamedTuple):
 
     @classmethod
     def from_json(cls, value: Any) -> SourceRecord:
-        """Reads the value of ``to_json``."""
-        path, size, mtime_ns, *linked = value
-        return cls(path, size, mtime_ns, tuple((p, s, t) for p, s, t in linked[0]) if linked else ())
+        """Reads the value of ``to_json``; raises ValueError for any other value."""
+        return cls(*typed(value, cls))
 
 
 class CameraEntry(NamedTuple):
@@ -195,33 +194,29 @@ class Manifest:
 
     @classmethod
     def from_json(cls, value: Any) -> Manifest:
-        """Reads the value of :meth:`to_json`; raises ValueError if the digest does not match."""
+        """Reads the value of :meth:`to_json`; raises ValueError for any other value, or one with a wrong digest."""
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
         rest = {key: item for key, item in value.items() if key != "digest"}
         if not _digest_fits(rest, value):
             raise ValueError("its digest does not match its contents")
         cameras = {
-            name: CameraEntry(
-                tuple(entry["feature_shape"]),
-                tuple(entry["image_shape"]),
-                entry["identity"],
-                entry["views"],
-                entry["view_spec"],
-                entry["measured"],
-            )
-            for name, entry in rest["cameras"].items()
+            name: [entry.get(item) for item in CameraEntry._fields]
+            for name, entry in typed(rest.get("cameras"), dict[str, dict[str, Any]]).items()
         }
-        converted = {
-            "cameras": cameras,
-            "low_dim": {key: tuple(shape) for key, shape in rest["low_dim"].items()},
-            "files": tuple(map(SourceRecord.from_json, rest["files"])),
-            "demos": tuple(DemoRows(*demo) for demo in rest["demos"]),
-            "masks": {key: tuple(demos) for key, demos in rest["masks"].items()},
-            "absent": {key: tuple(names) for key, names in rest.get("absent", {}).items()},
-            "filter_key": rest.get("filter_key", UNKNOWN),
-        }
-        return cls(**{**{key: item for key, item in rest.items() if key != "fingerprint"}, **converted})
+        made: Manifest = typed({"filter_key": UNKNOWN, **rest, "cameras": cameras}, cls)
+        rows = [made.shard_rows, made.batch_size, made.action_dim, *(demo.length for demo in made.demos)]
+        shapes = [*(entry.feature_shape for entry in made.cameras.values()), *made.low_dim.values()]
+        if min(rows, default=1) < 1 or any(side < 1 for shape in shapes for side in shape):
+            raise ValueError("a size in it is not positive")
+        if any(not 0 <= demo.row <= made.n_rows - demo.length for demo in made.demos):
+            raise ValueError("a demo in it has rows outside the cache")
+        members = [number for numbers in made.masks.values() for number in numbers]
+        if any(not 0 <= demo.file < len(made.files) for demo in made.demos) or any(
+            not 0 <= number < len(made.demos) for number in members
+        ):
+            raise ValueError("it names a file or demo that it does not list")
+        return made
 
 
 def _digest_fits(rest: dict[str, Any], value: dict[str, Any]) -> bool:

@@ -58,13 +58,13 @@ def extract_features(
     json: o.Json = False,
 ) -> None:
     """Run the frozen encoder once over DATASET and keep its features in a cache; rerun to resume or to extend."""
-    from cache_pipeline.extract.pipeline import extract_features as run
-    from cache_pipeline.extract.plan import plan_extraction
+    from cache_pipeline.demos.dataset import distinct_paths
 
     paths = (*(datasets or []), *(dataset or []))
     if not paths or out is None:
         missing = "a dataset" if not paths else "--out"
         raise ConfigError(f"{missing} is missing; type: extract-features DATASET.hdf5 --out NAME.zarr")
+    distinct_paths(paths)
     options = given.config(EncoderOptions)
     if encoder_from is not None:
         from cache_pipeline.runs.tuned_encoder import encoders_of_run
@@ -74,6 +74,9 @@ def extract_features(
         chosen = options.for_cameras(camera_encoder, seed)
     config = given.config(ExtractConfig, datasets=paths, out=Path(out), encoders=chosen[0], preprocess=chosen[1])
     config = replace(config, view_spec=replace(config.view_spec, seed=seed))
+    from cache_pipeline.extract.pipeline import extract_features as run
+    from cache_pipeline.extract.plan import plan_extraction
+
     if dry_run:
         plan = plan_extraction(config)
         o.emit(json, plan.to_json(), plan.lines())

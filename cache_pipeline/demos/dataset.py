@@ -37,7 +37,7 @@ from cache_pipeline.demos.layouts.robomimic import DemoInfo, FileInfo, SourceFil
 from cache_pipeline.demos.numbers import check_numbers, lost_variation
 from cache_pipeline.demos.split import VALID_KEY
 from cache_pipeline.errors import DatasetError, available
-from cache_pipeline.hdf5 import damage_as_error
+from cache_pipeline.hdf5 import check_exists, damage_as_error
 from cache_pipeline.isolation import IsolatedCrashError, isolated, isolated_when_free
 
 logger = logging.getLogger("cache_pipeline")
@@ -190,7 +190,7 @@ class Dataset:
 
 
 def distinct_paths(paths: Paths) -> list[Path]:
-    """Returns the paths in order; raises ``DatasetError`` for no path or a repeated path."""
+    """Returns the paths in order; raises ``DatasetError`` for no path, a repeated path, or one without a file."""
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
         raise DatasetError("no dataset is given; name one or several robomimic HDF5 files")
@@ -198,6 +198,7 @@ def distinct_paths(paths: Paths) -> list[Path]:
     for path in (Path(path).expanduser() for path in given):
         if path.resolve() in found:
             raise DatasetError(f"{path} is named twice; name each file once")
+        check_exists(path)
         found[path.resolve()] = path
     return list(found.values())
 

@@ -18,6 +18,7 @@ from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.resnet import RESNETS, ResNet, get_resnet
 from cache_pipeline.encoders.weights import imagenet_sha256, state_digest
 from cache_pipeline.errors import EncoderError, available
+from cache_pipeline.files import typed
 
 OUTPUT = "output"
 PROBE_SIDE = 224
@@ -86,8 +87,12 @@ class EncoderSpec:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> EncoderSpec:
-        """Inverts ``to_json``."""
-        return cls(**value)
+        """Inverts ``to_json``; raises EncoderError for any other value."""
+        try:
+            made: EncoderSpec = typed(value, cls)
+        except ValueError as error:
+            raise EncoderError(f"the recorded encoder cannot be read: {error}") from error
+        return made
 
 
 class ImageEncoder(nn.Module):

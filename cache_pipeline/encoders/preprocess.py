@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from cache_pipeline.encoders.views import View, ViewBatch, crop_frames, jitter_colors, view_batch
 from cache_pipeline.errors import EncoderError
+from cache_pipeline.files import typed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -72,8 +73,12 @@ class Preprocess:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Preprocess:
-        """Inverts ``to_json``, up to settings with the same effect."""
-        return cls(**value)
+        """Inverts ``to_json``, up to settings with the same effect; raises EncoderError for any other value."""
+        try:
+            made: Preprocess = typed(value, cls)
+        except ValueError as error:
+            raise EncoderError(f"the recorded preprocessing cannot be read: {error}") from error
+        return made
 
 
 def preprocess(frames: Tensor, p: Preprocess, view: View | None = None) -> Tensor:

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Self
 
-from cache_pipeline.errors import ConfigError
+from cache_pipeline.errors import ConfigError, EncoderError
+from cache_pipeline.files import typed
 from cache_pipeline.options import ENCODER, Option, check
 
 
@@ -36,5 +37,9 @@ class ViewSpec:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
-        """Inverts ``to_json``."""
-        return cls(**value)
+        """Inverts ``to_json``; raises EncoderError for any other value."""
+        try:
+            made: Self = typed(value, cls)
+        except ValueError as error:
+            raise EncoderError(f"the recorded augmentation cannot be read: {error}") from error
+        return made

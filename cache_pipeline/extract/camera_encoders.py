@@ -21,7 +21,7 @@ from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.factory import Factories
-from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.encoders.frozen import FrozenEncoder, preferred_batch_size
 from cache_pipeline.encoders.identity import collapse_warning, feature_statistics
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder
 from cache_pipeline.encoders.precision import error_over_variation, nearest_precision, resolve_precision
@@ -199,7 +199,9 @@ def _measure(
         exact: the same encoder in float32.
         free: whether to use ``exact`` if the error of ``frozen`` exceeds the bound.
     """
-    encode, stored = BatchEncoder(SAMPLE // 2, "float32"), DTYPES[config.store_dtype]
+    height, width = exact.preprocess.output_shape(*frames.shape[1:3])
+    size = min(SAMPLE // 2, preferred_batch_size(exact.device, height * width))
+    encode, stored = BatchEncoder(size, "float32"), DTYPES[config.store_dtype]
     wanted = torch.from_numpy(encode(exact, frames))
 
     def error_of(features: Tensor) -> float:
@@ -208,7 +210,8 @@ def _measure(
     found = wanted if frozen is exact else torch.from_numpy(encode(frozen, frames))
     error, statistics = error_of(found), feature_statistics(wanted)
     if not error <= config.precision_bound and free and frozen is not exact:
-        logger.info("%s: the error of %s is %s, so fp32 is used", camera, frozen.precision, _of_bound(error, config))
+        made = frozen.precision
+        logger.info("%s: %s is too inexact: its error is %s; fp32 is used", camera, made, _of_bound(error, config))
         frozen, error = exact, error_of(wanted)
     warning = collapse_warning(statistics, camera)
     if warning is None and not error <= config.precision_bound:
@@ -221,7 +224,7 @@ def _measure(
 
 
 def _of_bound(error: float, config: ExtractConfig) -> str:
-    return f"{error:.2g} of the features' variation over frames (bound: {config.precision_bound:g})"
+    return f"{error:.2g} of the features' variation over frames, and {config.precision_bound:g} is allowed"
 
 
 def _figure(value: float) -> float:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +19,8 @@ from cache_pipeline.extract.units import Job
 from cache_pipeline.files import resolved
 
 TIMED_BATCHES = 3
+UNITS_IN_FLIGHT = 4
+"""Units whose frames are in memory: one in the child that reads, two read ahead, and the one that is encoded."""
 
 
 class ExtractionPlan(NamedTuple):
@@ -26,6 +31,8 @@ class ExtractionPlan(NamedTuple):
         units: units to write; units_reused: finished units.
         bytes: upper bound of the bytes to write.
         seconds: estimate from a few batches of real frames on this machine; None if nothing must be encoded.
+        memory: largest memory of the process so far, which has encoded such batches, and of the units in flight, in
+            bytes; None as above.
         added, changed, removed: names of demos.
     """
 
@@ -39,6 +46,7 @@ class ExtractionPlan(NamedTuple):
     units_reused: int
     bytes: int
     seconds: float | None
+    memory: int | None
     added: tuple[str, ...]
     changed: tuple[str, ...]
     removed: tuple[str, ...]
@@ -57,6 +65,8 @@ class ExtractionPlan(NamedTuple):
         ]
         if self.seconds is not None:
             lines.append(f"about {self.seconds:.0f} s on this machine")
+        if self.memory is not None:
+            lines.append(f"about {self.memory / 1e9:.1f} GB of memory at most")
         for what in ("added", "changed", "removed"):
             names = getattr(self, what)
             if names:
@@ -84,6 +94,7 @@ def plan_extraction(config: ExtractConfig) -> ExtractionPlan:
         units_reused=work.units_reused,
         bytes=planned_bytes(prepared) if work.units else 0,
         seconds=_estimate(prepared) if work.images else None,
+        memory=_memory(prepared) if work.images else None,
         added=matching.added,
         changed=matching.changed,
         removed=matching.removed,
@@ -100,6 +111,13 @@ def _estimate(prepared: Prepared) -> float:
                 timed[job.camera] = _seconds_per_image(prepared, job, batches)
             seconds += timed[job.camera] * job.rows * len(job.views)
     return seconds
+
+
+def _memory(prepared: Prepared) -> int:
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    shapes = [prepared.manifest.cameras[job.camera].image_shape for job in prepared.work.jobs if job.views]
+    unit = prepared.manifest.shard_rows * max(math.prod(shape) for shape in shapes)
+    return largest + UNITS_IN_FLIGHT * unit
 
 
 def _seconds_per_image(prepared: Prepared, job: Job, batches: BatchEncoder) -> float:

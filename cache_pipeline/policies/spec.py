@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from cache_pipeline.errors import CheckpointError
+from cache_pipeline.files import typed
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +48,21 @@ class PolicySpec:
     @classmethod
     def from_json(cls, value: Any) -> PolicySpec:
         """Inverts ``to_json``; raises CheckpointError for anything else."""
-        names = {item.name for item in fields(cls)}
+        if isinstance(value, dict) and (unknown := sorted(value.keys() - {item.name for item in fields(cls)})):
+            raise CheckpointError(f"the run's policy has {unknown[0]!r}, unsupported by this version")
         try:
-            shapes = {
-                name: {key: tuple(shape) for key, shape in value[name].items()} for name in ("cameras", "low_dim")
-            }
-            if unknown := set(value) - names:
-                raise CheckpointError(f"the run's policy has {sorted(unknown)[0]!r}, unsupported by this version")
-            rotations = tuple((start, stop) for start, stop in value.get("rotation_6d", ()))
-            return cls(**{**value, **shapes, "rotation_6d": rotations})
-        except (TypeError, KeyError, AttributeError) as error:
+            spec: PolicySpec = typed(value, cls)
+            sizes = [spec.emb_dim, spec.obs_horizon, spec.action_horizon, spec.action_dim]
+            shapes = [*spec.cameras.values(), *spec.low_dim.values()]
+            if min(sizes) < 1 or any(side < 1 for shape in shapes for side in shape):
+                raise ValueError("a size in it is not positive")
+            if not spec.cameras.keys() == spec.preprocess.keys() == spec.encoder_files.keys():
+                raise ValueError("its cameras, preprocessing and encoders have different names")
+            if any(Path(file).name != file for file in spec.encoder_files.values()):
+                raise ValueError("an encoder's file is not in the run folder")
+        except ValueError as error:
             raise CheckpointError(f"the run's policy cannot be read: {error}") from error
+        return spec
 
 
 def _lists(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, list[int]]:

@@ -9,22 +9,29 @@ A checkpoint is written to a hidden folder and renamed when complete; ``checkpoi
 
 from __future__ import annotations
 
+import logging
+import math
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cache_pipeline.errors import CheckpointError
-from cache_pipeline.files import free_path, remove, write_json
+from cache_pipeline.files import finite, free_path, remove, typed, write_json
 from cache_pipeline.runs.record import FORMAT, RUN_JSON, read_object
 from cache_pipeline.runs.tensors import check_tensors, first_not_finite, place_folder, read_tensors, write_tensors
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+logger = logging.getLogger("cache_pipeline")
+
 CHECKPOINT_JSON, INDEX = "checkpoint.json", "index.json"
 MODEL, EMA, RESUME = "model.safetensors", "ema.safetensors", "resume/optimizer.safetensors"
 CHECKPOINTS = "checkpoints"
+_told: set[Path] = set()
 
 
 class State(NamedTuple):
@@ -61,6 +68,35 @@ class Checkpoint(NamedTuple):
     state: State
 
 
+@dataclass(frozen=True)
+class Best:
+    """One of the best checkpoints."""
+
+    name: str
+    step: int
+    valid_action_mse: float
+
+
+class Index(NamedTuple):
+    """The index of a run: names of the latest checkpoint, of the best ones, best first, and of all that it made."""
+
+    latest: str | None = None
+    best: tuple[Best, ...] = ()
+    made: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        return {"latest": self.latest, "best": [asdict(entry) for entry in self.best], "made": list(self.made)}
+
+
+class Description(NamedTuple):
+    """The contents of checkpoint.json."""
+
+    step: int
+    metrics: dict[str, float | list[float] | None]
+    progress: dict[str, Any]
+    files: dict[str, str]
+
+
 class CheckpointFolder:
     """The ``checkpoints`` folder of a run.
 
@@ -77,20 +113,20 @@ class CheckpointFolder:
         self._index = read_index(run)
 
     @property
-    def best(self) -> dict[str, Any] | None:
-        """``{name, step, valid_action_mse}`` of the checkpoint with the lowest held-out action error, if any."""
-        return self._index["best"][0] if self._index["best"] else None
+    def best(self) -> Best | None:
+        """The checkpoint with the lowest held-out action error, if any."""
+        return self._index.best[0] if self._index.best else None
 
     @property
     def latest(self) -> Path | None:
         """Folder of the last saved checkpoint; None if there is none."""
-        name = self._index["latest"]
+        name = self._index.latest
         return None if name is None else self._run / CHECKPOINTS / name
 
     def is_among_best(self, error: float) -> bool:
         """Whether a checkpoint with this held-out action error would be kept as one of the best."""
-        best = self._index["best"]
-        return self._keep > 0 and (len(best) < self._keep or error < best[-1]["valid_action_mse"])
+        best = self._index.best
+        return self._keep > 0 and (len(best) < self._keep or error < best[-1].valid_action_mse)
 
     def save(
         self, step: int, state: State, metrics: dict[str, Any], progress: dict[str, Any], error: float | None
@@ -106,11 +142,11 @@ class CheckpointFolder:
         partial = _partial(folder / name)
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._write_index({**self._index, "made": list(dict.fromkeys([*self._index["made"], name]))})
+            self._write_index(self._index._replace(made=tuple(dict.fromkeys([*self._index.made, name]))))
             remove(partial)
             (partial / "resume").mkdir(parents=True)
             files = {file: write_tensors(partial / file, values) for file, values in state.by_file().items()}
-            write_json(partial / CHECKPOINT_JSON, {**value, "progress": progress, "files": files})
+            write_json(partial / CHECKPOINT_JSON, {**finite(value), "progress": finite(progress), "files": files})
             place_folder(partial, folder / name)
             self._enter(name, step, error)
             if self._saved is not None:
@@ -140,60 +176,82 @@ class CheckpointFolder:
     def _name(self, step: int) -> str:
         """Returns a name for the checkpoint that no foreign folder has."""
         path = self._run / CHECKPOINTS / f"step_{step:07d}"
-        return path.name if path.name in self._index["made"] else free_path(path).name
+        return path.name if path.name in self._index.made else free_path(path).name
 
     def _enter(self, name: str, step: int, error: float | None) -> None:
-        best = [entry for entry in self._index["best"] if entry["name"] != name]
+        best = [entry for entry in self._index.best if entry.name != name]
         if error is not None:
-            best.append({"name": name, "step": step, "valid_action_mse": error})
-        best.sort(key=lambda entry: (entry["valid_action_mse"], entry["step"]))
-        index = {"latest": name, "best": best[: self._keep]}
-        kept = {name, *(entry["name"] for entry in index["best"])}
-        self._write_index({**index, "made": self._index["made"]})
+            best.append(Best(name, step, error))
+        best.sort(key=lambda entry: (entry.valid_action_mse, entry.step))
+        index = Index(name, tuple(best[: self._keep]), self._index.made)
+        kept = {name, *(entry.name for entry in index.best)}
+        self._write_index(index)
         folder, left = self._run / CHECKPOINTS, []
-        for made in self._index["made"]:
+        for made in index.made:
             if made not in kept:
                 shutil.rmtree(folder / made, ignore_errors=True)
                 shutil.rmtree(_partial(folder / made), ignore_errors=True)
             if made in kept or (folder / made).exists():
                 left.append(made)
-        self._write_index({**index, "made": left})
+        self._write_index(index._replace(made=tuple(left)))
 
-    def _write_index(self, index: dict[str, Any]) -> None:
-        write_json(self._run / CHECKPOINTS / INDEX, index)
+    def _write_index(self, index: Index) -> None:
+        write_json(self._run / CHECKPOINTS / INDEX, index.to_json())
         self._index = index
 
 
-def read_index(run: Path) -> dict[str, Any]:
-    """Reads {"latest": name or None, "best": [{name, step, valid_action_mse}, …], "made": [name, …]}, best first."""
+def read_index(run: Path) -> Index:
+    """Reads the index of a run. A damaged index is rebuilt from the checkpoints in its folder, with a warning."""
     path = run / CHECKPOINTS / INDEX
     if not path.is_file():
-        return {"latest": None, "best": [], "made": []}
-    value = read_object(path)
-    best, latest = value.get("best", []), value.get("latest")
-    names = [*([] if latest is None else [latest]), *(entry.get("name") for entry in best)]
-    made = value.get("made", names)
-    if not all(isinstance(name, str) and Path(name).name == name for name in [*names, *made]):
-        raise CheckpointError(f"{path} is damaged: it has invalid names; remove it and resume from a checkpoint folder")
-    return {"latest": latest, "best": best, "made": made}
+        return Index()
+    try:
+        value = read_object(path)
+        best, latest = typed(value.get("best", []), tuple[Best, ...]), typed(value.get("latest"), str | None)
+        names = [*([] if latest is None else [latest]), *(entry.name for entry in best)]
+        made = typed(value.get("made", names), tuple[str, ...])
+        for name in (*names, *made):
+            if name in ("", ".", "..") or Path(name).name != name:
+                raise ValueError(f"{name!r} is not a name of a checkpoint")
+        for name in names:
+            if not (path.parent / name / CHECKPOINT_JSON).is_file():
+                raise ValueError(f"it names {name}, which is missing")
+        return Index(latest, best, made)
+    except (CheckpointError, ValueError) as error:
+        index = _rebuilt_index(path.parent)
+        found = "no checkpoint was found beside it" if index.latest is None else f"{index.latest} is the latest"
+        reason = str(error).removeprefix(f"{path} is damaged ").strip("()")
+        if path not in _told:
+            _told.add(path)
+            logger.warning("%s is damaged (%s); it is rebuilt from the checkpoints beside it: %s", path, reason, found)
+        return index
+
+
+def _rebuilt_index(folder: Path) -> Index:
+    """Lists the checkpoints in a folder. None of them but the latest and the best counts as made by this run, so that
+    folders that the user put there are never removed."""
+    found: list[Best] = []
+    for path in sorted(folder.glob("step_*")):
+        with suppress(CheckpointError):
+            described = describe_checkpoint(path)
+            error = described.metrics.get("validation/action_mse")
+            found.append(Best(path.name, described.step, error if isinstance(error, int | float) else math.inf))
+    if not found:
+        return Index()
+    latest = max(found, key=lambda entry: entry.step).name
+    best = sorted((e for e in found if math.isfinite(e.valid_action_mse)), key=lambda e: (e.valid_action_mse, e.step))
+    return Index(latest, tuple(best[:1]), tuple(dict.fromkeys([latest, *(entry.name for entry in best[:1])])))
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether a run has saved a checkpoint; a damaged index counts as one."""
-    try:
-        return read_index(run)["latest"] is not None
-    except CheckpointError:
-        return True
+    """Whether a run has saved a checkpoint."""
+    return read_index(run).latest is not None
 
 
 def remove_checkpoints(run: Path) -> None:
     """Removes the checkpoints that a run's index records; other folders stay."""
     folder = run / CHECKPOINTS
-    try:
-        made = read_index(run)["made"]
-    except CheckpointError:
-        made = []
-    for name in made:
+    for name in read_index(run).made:
         remove(folder / name)
         remove(_partial(folder / name))
     (folder / INDEX).unlink(missing_ok=True)
@@ -212,8 +270,7 @@ def find_checkpoint(path: Path, *, latest: bool = False) -> tuple[Path, Path]:
     if not (path / RUN_JSON).is_file():
         raise CheckpointError(f"{path} is neither a run (run.json) nor a checkpoint (checkpoint.json); train makes one")
     index = read_index(path)
-    names = [entry["name"] for entry in index["best"]]
-    name = index["latest"] if latest or not names else names[0]
+    name = index.latest if latest or not index.best else index.best[0].name
     if name is None:
         raise CheckpointError(f"{path} has no checkpoint yet; wait for its first save, or start its command again")
     return path, path / CHECKPOINTS / name
@@ -221,27 +278,31 @@ def find_checkpoint(path: Path, *, latest: bool = False) -> tuple[Path, Path]:
 
 def read_checkpoint(path: Path) -> Checkpoint:
     """Reads one checkpoint folder and checks the digest of every file; raises CheckpointError."""
-    value = _described(path)
-    read = [read_tensors(path / file, str(value["files"].get(file))) for file in (MODEL, EMA, RESUME)]
-    return Checkpoint(path, value["step"], value.get("metrics", {}), value.get("progress", {}), State(*read))
+    value = describe_checkpoint(path)
+    read = [read_tensors(path / file, str(value.files.get(file))) for file in (MODEL, EMA, RESUME)]
+    return Checkpoint(path, value.step, value.metrics, value.progress, State(*read))
 
 
 def check_checkpoint(path: Path) -> None:
     """Checks the digest of every file without building tensors; raises CheckpointError."""
-    value = _described(path)
+    value = describe_checkpoint(path)
     for file in (MODEL, EMA, RESUME):
-        check_tensors(path / file, str(value["files"].get(file)))
+        check_tensors(path / file, str(value.files.get(file)))
 
 
-def _described(path: Path) -> dict[str, Any]:
-    value = read_object(path / CHECKPOINT_JSON)
-    if (
-        value.get("format") != FORMAT
-        or not isinstance(value.get("files"), dict)
-        or not isinstance(value.get("step"), int)
-    ):
-        raise CheckpointError(f"{path / CHECKPOINT_JSON} is not a checkpoint of format {FORMAT}")
-    return value
+def describe_checkpoint(path: Path) -> Description:
+    """Reads checkpoint.json without the tensors; raises CheckpointError."""
+    file = path / CHECKPOINT_JSON
+    value = read_object(file)
+    if value.get("format") != FORMAT:
+        raise CheckpointError(f"{file} is not a checkpoint of format {FORMAT}")
+    try:
+        found: Description = typed([value.get(name, {}) for name in Description._fields], Description)
+        if found.step < 0:
+            raise ValueError(f"its step is {found.step}")
+    except ValueError as error:
+        raise CheckpointError(f"{file} is damaged: {error}") from error
+    return found
 
 
 def _partial(checkpoint: Path) -> Path:

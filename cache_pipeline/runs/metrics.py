@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import logging
 import os
 import socket
 import time
@@ -12,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from cache_pipeline.errors import CheckpointError, MissingExtraError, install_command
-from cache_pipeline.files import atomic_path, read_json
+from cache_pipeline.files import atomic_path, free_path, read_json
+from cache_pipeline.runs.checkpoint import CHECKPOINTS, describe_checkpoint
+
+logger = logging.getLogger("cache_pipeline")
 
 COLUMNS = (
     "step",
@@ -24,6 +28,8 @@ COLUMNS = (
     "time/seconds",
     "time/steps_per_s",
 )
+# Columns of every version.
+ALWAYS = tuple(name for name in COLUMNS if name not in ("training/lr", "training/encoder_lr"))
 CSV_NAME, TENSORBOARD = "metrics.csv", "tensorboard"
 
 
@@ -41,7 +47,7 @@ class MetricsLog:
 
     def __init__(self, run: Path, start: int, wandb: str | None = None, place: Path | None = None) -> None:
         self._path = run / CSV_NAME
-        rows = read_metrics(run)
+        rows = _rows_or_rebuilt(run)
         self._before = [row for row in rows if row["step"] <= start]
         self._later = [row for row in rows if row["step"] > start]
         try:
@@ -72,7 +78,7 @@ class MetricsLog:
     def _rewrite(self) -> None:
         """Replaces the file by one with all rows, and opens it for appending."""
         with atomic_path(self._path) as partial, partial.open("w", newline="", encoding="utf-8") as file:
-            rows = csv.DictWriter(file, COLUMNS, restval="")
+            rows = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
             rows.writeheader()
             rows.writerows(
                 {name: value for name, value in row.items() if value is not None}
@@ -158,10 +164,34 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         return []
     try:
         with path.open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(line for line in file if line.endswith("\n")))
-        return [
-            {name: int(value) if name == "step" else (float(value) if value else None) for name, value in row.items()}
-            for row in rows
-        ]
+            reader = csv.DictReader(line for line in file if line.endswith("\n"))
+            if lacking := [name for name in ALWAYS if reader.fieldnames and name not in reader.fieldnames]:
+                raise ValueError(f"it has no column {lacking[0]}")
+            return [{**dict.fromkeys(COLUMNS), **_row(row)} for row in reader]
     except (OSError, ValueError, TypeError, csv.Error) as error:
-        raise CheckpointError(f"{path} is damaged ({error}); move it away and the run continues without it") from error
+        raise CheckpointError(
+            f"{path} is damaged ({error}); resume the run to rebuild it from the checkpoints, or move it away"
+        ) from error
+
+
+def _row(row: dict[str, str]) -> dict[str, Any]:
+    if None in row or None in row.values():
+        raise ValueError(f"the row of step {row.get('step')} has another number of values than the header")
+    return {name: int(value) if name == "step" else (float(value) if value else None) for name, value in row.items()}
+
+
+def _rows_or_rebuilt(run: Path) -> list[dict[str, Any]]:
+    """Reads the rows of a run. A damaged file is moved aside, and the metrics of the checkpoints take its place."""
+    try:
+        return read_metrics(run)
+    except CheckpointError as error:
+        path, aside = run / CSV_NAME, free_path(run / f"{CSV_NAME}.damaged")
+        with suppress(OSError):
+            path.rename(aside)
+        logger.warning("%s; it is rebuilt from the checkpoints, and kept as %s", str(error).split(";")[0], aside.name)
+    rows = []
+    for folder in sorted((run / CHECKPOINTS).glob("step_*")):
+        with suppress(CheckpointError):
+            saved = describe_checkpoint(folder)
+            rows.append({"step": saved.step, **{name: saved.metrics.get(name) for name in COLUMNS if name != "step"}})
+    return sorted(rows, key=lambda row: row["step"])

@@ -12,11 +12,12 @@ from typing import Any, Literal
 from cache_pipeline import __version__
 from cache_pipeline.cache.manifest import SourceRecord
 from cache_pipeline.errors import CheckpointError
-from cache_pipeline.files import read_json, write_json
+from cache_pipeline.files import read_json, typed, write_json
 from cache_pipeline.policies.spec import PolicySpec
 
 FORMAT = 1
 RUN_JSON = "run.json"
+
 
 Digests = dict[str, str | None]
 """Camera, ``actions``, ``low_dim/<key>``, … → digest; ``None`` if the data do not have it."""
@@ -72,8 +73,8 @@ class DataRecord:
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> DataRecord:
         """Reads the value of ``to_json``; raises KeyError, TypeError or ValueError for any other value."""
-        named = [(int(file), str(name)) for file, name in (*value["train"], *value["valid"])]
-        contents = value.get("contents", [None] * len(named))
+        named = typed([*value["train"], *value["valid"]], list[tuple[int, str]])
+        contents = typed(value.get("contents", [None] * len(named)), list[Digests | None])
         if len(contents) != len(named):
             raise ValueError(f"it lists {len(named)} demos but the digests of {len(contents)}")
         demos = [
@@ -82,14 +83,14 @@ class DataRecord:
         ]
         count = len(value["train"])
         return cls(
-            cache=value.get("cache"),
-            fingerprint=value.get("fingerprint"),
-            datasets=tuple(value["datasets"]),
+            cache=typed(value.get("cache"), str | None),
+            fingerprint=typed(value.get("fingerprint"), str | None),
+            datasets=typed(value["datasets"], tuple[str, ...]),
             files=tuple(SourceRecord.from_json(source) for source in value.get("files", ())),
             train=tuple(demos[:count]),
             valid=tuple(demos[count:]),
-            env_args=value.get("env_args"),
-            render_flags=value.get("render_flags"),
+            env_args=typed(value.get("env_args"), dict[str, Any] | None),
+            render_flags=typed(value.get("render_flags"), dict[str, Any] | None),
         )
 
 
@@ -162,15 +163,15 @@ def read_record(run: Path) -> RunRecord:
         raise CheckpointError(f"{path} is not a run of format {FORMAT}")
     try:
         return RunRecord(
-            kind=value["kind"],
-            config=dict(value["config"]),
+            kind=typed(value["kind"], Literal["train", "finetune"]),
+            config={**typed(value["config"], dict[str, Any]), "steps": typed(value["config"]["steps"], int)},
             policy=PolicySpec.from_json(value.get("policy")),
             data=DataRecord.from_json(value["data"]),
-            order=value.get("order", {"views": 1, "blocks": None}),
-            precision=value.get("precision"),
-            start=value.get("from"),
-            versions=value.get("versions", {}),
-            command=tuple(value.get("command", ())),
+            order=typed(value.get("order", {"views": 1, "blocks": None}), dict[str, Any]),
+            precision=typed(value.get("precision"), str | None),
+            start=typed(value.get("from"), str | None),
+            versions=typed(value.get("versions", {}), dict[str, str]),
+            command=typed(value.get("command", ()), tuple[str, ...]),
         )
     except CheckpointError:
         raise

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cache_pipeline.runs.checkpoint import CHECKPOINT_JSON, CHECKPOINTS, read_index
-from cache_pipeline.runs.record import read_object, read_record
+from cache_pipeline.runs.checkpoint import CHECKPOINT_JSON, CHECKPOINTS, describe_checkpoint, read_index
+from cache_pipeline.runs.record import read_record
 
 
 class RunSummary(NamedTuple):
@@ -47,9 +47,8 @@ def inspect_run(path: str | Path) -> RunSummary:
     spec = record.policy
     metrics: dict[str, Any] = {}
     step = 0
-    if index["latest"] is not None:
-        latest = read_object(run / CHECKPOINTS / index["latest"] / CHECKPOINT_JSON)
-        step, metrics = latest.get("step", 0), latest.get("metrics", {})
+    if index.latest is not None:
+        step, metrics = describe_checkpoint(run / CHECKPOINTS / index.latest)[:2]
     return RunSummary(
         run=run,
         kind=record.kind,
@@ -61,6 +60,6 @@ def inspect_run(path: str | Path) -> RunSummary:
         action_dim=spec.action_dim,
         valid_action_mse=metrics.get("validation/action_mse"),
         mean_action_mse=metrics.get("validation/mean_action_mse"),
-        latest=index["latest"],
-        best=tuple(entry["name"] for entry in index["best"]),
+        latest=index.latest,
+        best=tuple(entry.name for entry in index.best),
     )

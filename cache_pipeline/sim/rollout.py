@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.errors import ConfigError, counted
-from cache_pipeline.files import FileKind, check_output, output_file, read_json, write_json
+from cache_pipeline.files import FileKind, check_output, finite, output_file, read_json, write_json
 from cache_pipeline.progress import Progress
 from cache_pipeline.sim.env_args import EnvArgs, read_env_args
 from cache_pipeline.sim.environment import Environment, Obs, Step
@@ -206,7 +206,7 @@ def keep(result: RolloutResult, config: RolloutConfig) -> Path:
     """Writes the result to ``RUN/rollouts/seed_<seed>_<episodes>.json``, which ``report`` reads."""
     path = result_file(config)
     with output_file(path, ROLLOUT_JSON, overwrite=True) as partial:
-        write_json(partial, result.to_json())
+        write_json(partial, finite(result.to_json()))
     return path
 
 

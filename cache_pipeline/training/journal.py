@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cache_pipeline.errors import CheckpointError, ConfigError
+from cache_pipeline.files import typed
 from cache_pipeline.runs.checkpoint import Checkpoint, CheckpointFolder
 from cache_pipeline.runs.metrics import MetricsLog
 from cache_pipeline.training.session import Session
@@ -34,10 +35,14 @@ class Carried(NamedTuple):
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Carried:
         """Reads the progress from ``checkpoint``; raises CheckpointError if it is damaged."""
+        defaults = cls()._asdict()
         try:
-            return cls(**checkpoint.progress)
-        except TypeError as error:
+            progress: Carried = typed([{**defaults, **checkpoint.progress}[name] for name in defaults], cls)
+            if progress.step != checkpoint.step:
+                raise ValueError(f"its progress is that of step {progress.step}, not {checkpoint.step}")
+        except ValueError as error:
             raise CheckpointError(f"{checkpoint.path} cannot be resumed: {error}") from error
+        return progress
 
 
 class Journal:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_pipeline.errors import counted
+from cache_pipeline.runs.checkpoint import Best
 from cache_pipeline.training.journal import START_ERROR
 from cache_pipeline.training.loop import LoopResult
 
@@ -41,7 +41,7 @@ class TrainResult(NamedTuple):
         run: Path,
         loop: LoopResult,
         metrics: dict[str, Any],
-        best: Mapping[str, Any] | None = None,
+        best: Best | None = None,
         notes: tuple[str, ...] = (),
     ) -> TrainResult:
         """Builds the result from a finished loop, its last measurement and its best checkpoint."""
@@ -57,8 +57,8 @@ class TrainResult(NamedTuple):
             source=loop.source,
             checkpoint=loop.checkpoint,
             start_action_mse=metrics.get(START_ERROR),
-            best_action_mse=None if best is None else best["valid_action_mse"],
-            best_step=None if best is None else best["step"],
+            best_action_mse=None if best is None else best.valid_action_mse,
+            best_step=None if best is None else best.step,
             notes=notes,
         )
 

@@ -138,7 +138,7 @@ def test_a_named_precision_is_used_and_its_error_is_logged(
     extract(cache, dataset, encoders=LARGE, precision="bf16")
     assert computed(cache) == "bf16"
     assert f"{CAMERA}: the error of bf16, stored as float16, is {error(cache):.2g} of" in caplog.text
-    assert "(bound: 0.05); --precision fp32 is more exact" in caplog.text
+    assert "and 0.05 is allowed; --precision fp32 is more exact" in caplog.text
     summary = inspect_cache(cache)
     assert any(f"error {error(cache):.1e} of the features' variation over frames" in line for line in summary.lines())
     assert summary.to_json()["cameras"][CAMERA]["measured"]["error_over_variation"] == error(cache)

@@ -125,7 +125,7 @@ def emptied(folder: Path) -> None:
 def test_a_run_killed_anywhere_at_its_start_can_be_started_again(again: dict[str, bool], tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     for _ in kills(lambda: write(runs / "lift", 1), lambda: emptied(runs)):
-        saved = (runs / "lift").is_dir() and read_index(runs / "lift")["latest"] is not None
+        saved = (runs / "lift").is_dir() and read_index(runs / "lift").latest is not None
         if saved and not again:
             with pytest.raises(CheckpointError, match="give --resume"):
                 write(runs / "lift", 2)
@@ -302,7 +302,7 @@ def test_only_checkpoints_that_the_index_records_are_removed(tmp_path: Path) -> 
         (folder / name / "thesis.txt").write_text("years of work")
     write(tmp_path / "lift", 1, resume=True, steps=4)
     assert len(list(folder.glob("*/thesis.txt"))) == 4
-    assert read_index(tmp_path / "lift")["made"] == [find_checkpoint(tmp_path / "lift")[1].name]
+    assert read_index(tmp_path / "lift").made == (find_checkpoint(tmp_path / "lift")[1].name,)
 
 
 def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_pipeline.errors import ConfigError, available
-from cache_pipeline.files import FileKind, check_output, output_file, read_json, write_json
+from cache_pipeline.files import FileKind, check_output, finite, output_file, read_json, write_json
 from cache_pipeline.progress import logger
 from cache_pipeline.reports.bench.case import BenchRow, BenchSetup
 from cache_pipeline.reports.sample import sample_dataset
@@ -92,7 +92,7 @@ def run_bench(
     result = BenchResult(describe_device(resolved), tuple(rows))
     if out is not None:
         with output_file(out, BENCH_JSON, overwrite=overwrite) as partial:
-            write_json(partial, result.to_json())
+            write_json(partial, finite(result.to_json()))
     return result
 
 

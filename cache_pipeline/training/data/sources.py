@@ -12,6 +12,8 @@ import torch
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.errors import CheckpointError
+from cache_pipeline.files import typed
 from cache_pipeline.training.config import Order, SourceName
 from cache_pipeline.training.data.live import DemoFrames, LiveSource
 from cache_pipeline.training.data.memory import fits, host_budget, memory_budget
@@ -42,9 +44,18 @@ class SourcePlan(NamedTuple):
         return {"views": self.views, "blocks": None if self.blocks is None else asdict(self.blocks)}
 
     def with_order(self, order: dict[str, Any]) -> SourcePlan:
-        """Returns the same source with the order of the resumed run, whatever memory is free now."""
-        blocks = order["blocks"]
-        return SourcePlan(self.source, order["views"], None if blocks is None else BlockOrder(**blocks))
+        """Returns the same source with the order of the resumed run, whatever memory is free now.
+
+        Raises:
+            CheckpointError: ``order`` is not the value of ``order``.
+        """
+        try:
+            views, blocks = typed(order["views"], int), typed(order["blocks"], BlockOrder | None)
+            if views < 1:
+                raise ValueError(f"{views} views")
+        except (KeyError, ValueError, AssertionError) as error:
+            raise CheckpointError(f"run.json is damaged: its order of samples cannot be read ({error})") from error
+        return SourcePlan(self.source, views, blocks)
 
 
 def plan_source(
