@@ -68,7 +68,9 @@ def bench(
     ] = None,
     rgb_model_name: o.RgbModelName = "resnet18",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows per training step.")] = 64,
-    seconds: Annotated[float, typer.Option("--seconds", min=0.1, help="Least seconds per measurement.")] = 10.0,
+    seconds: Annotated[
+        float, typer.Option("--seconds", min=0.1, max=3600, help="Least seconds per measurement.")
+    ] = 10.0,
     out: Annotated[Path | None, typer.Option("--out", help="Write the results as JSON to this file.")] = None,
     overwrite: o.Overwrite = False,
     device: o.Device = "auto",

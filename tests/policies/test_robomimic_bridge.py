@@ -71,7 +71,7 @@ def test_given_horizons_override_the_config_and_set_the_networks_horizon() -> No
     [
         ({"algo_name": "hbc"}, "available: bc, bcq, cql, iql, td3_bc"),
         ({"train": {"sequence_length": 3}}, "sequence_length"),
-        ({"train": 3}, "not a config of robomimic"),
+        ({"train": 3}, "robomimic expects an object"),
         ({"train": {"seq_length": 0}}, "train.seq_length is 0"),
         ({"train": {"goal_mode": "last"}}, "goals"),
         ({"observation": {"modalities": {"obs": {"rgb": []}}}}, "names no cameras"),

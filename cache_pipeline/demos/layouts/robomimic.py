@@ -291,10 +291,12 @@ def _scan_masks(file: h5py.File, empty: set[str], notes: list[str], sources: Sou
     masks = {}
     for key in sorted(group):
         try:
-            trouble = sources.add_dataset(group[key].id, group[key].id.get_create_plist())
-            if trouble:
+            item = group[key]
+            if not isinstance(item, h5py.Dataset):
+                raise ValueError("it is not a list of names")
+            if trouble := sources.add_dataset(item.id, item.id.get_create_plist()):
                 raise ValueError(f"it {trouble}")
-            members = np.asarray(group[key][()])
+            members = np.asarray(item[()])
             if members.ndim != 1:
                 raise ValueError(f"its shape is {members.shape}, not a list of names")
             names = [name.decode() if isinstance(name, bytes) else str(name) for name in members.tolist()]

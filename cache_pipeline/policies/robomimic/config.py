@@ -19,6 +19,7 @@ from typing import Any
 
 from cache_pipeline.errors import ConfigError, MissingExtraError, available, install_command
 from cache_pipeline.files import read_json
+from cache_pipeline.options import LARGEST
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -50,6 +51,18 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "pool_class": ("SpatialSoftmax", "SpatialMeanPool"),
     "obs_randomizer_class": ("CropRandomizer", "ColorRandomizer", "GaussianNoiseRandomizer"),
 }
+
+# Type of a robomimic default → accepted types, and the type in words.
+TYPES: dict[type, tuple[tuple[type, ...], str]] = {
+    bool: ((bool,), "true or false"),
+    int: ((int,), "a whole number"),
+    float: ((int, float), "a number"),
+    str: ((str,), "text"),
+    list: ((list,), "a list"),
+    dict: ((dict,), "an object"),
+}
+MOST = 10**7
+"""Largest size of a network, batch or epoch; more would not fit any memory."""
 
 # Exceptions of robomimic for configs that it cannot use; it has no error classes of its own.
 CONFIG_ERRORS = (RuntimeError, NotImplementedError, AssertionError, KeyError, TypeError, ValueError, AttributeError)
@@ -198,6 +211,7 @@ def read_config(path: Path) -> RobomimicConfig:
     if algorithm not in known:
         raise ConfigError(f"{path} is for the algorithm {algorithm!r}; {available(known)}")
     try:
+        _check_types(given, _defaults(algorithm), path)
         config = RobomimicConfig(json=_defaults(algorithm, given))
         _check_obs(config, path)
     except CONFIG_ERRORS as error:
@@ -205,6 +219,31 @@ def read_config(path: Path) -> RobomimicConfig:
             raise
         raise ConfigError(f"{path} is not a config of robomimic 0.3 for {algorithm}: {_one_line(error)}") from error
     return config
+
+
+def _check_types(given: Mapping[str, Any], defaults: Mapping[str, Any], path: Path, place: str = "") -> None:
+    """Compares the types of settings with those of robomimic's defaults. A setting may always be null.
+
+    Raises:
+        ConfigError: a setting has another type, is not finite, or is larger than any sensible size.
+    """
+    for key in given.keys() & defaults.keys():
+        value, default, here = given[key], defaults[key], f"{place}{key}"
+        if value is None:
+            continue
+        if isinstance(default, dict) and isinstance(value, dict):
+            _check_types(value, default, path, f"{here}.")
+            continue
+        for kind, (accepted, words) in TYPES.items():
+            if isinstance(default, kind):
+                if not isinstance(value, accepted) or isinstance(value, bool) != (kind is bool):
+                    raise ConfigError(f"{path}: {here} is {str(value)[:60]!r}, but robomimic expects {words}")
+                break
+        for number in value if isinstance(value, list) else (value,):
+            if isinstance(number, int | float) and not abs(number) <= (LARGEST if key == "seed" else MOST):
+                raise ConfigError(f"{path}: {here} is {number:.6g}; give a number between -{MOST} and {MOST}")
+            if isinstance(default, list) and default and type(number) is not type(default[0]):
+                raise ConfigError(f"{path}: {here} holds {str(number)[:60]!r}; robomimic's default is {default}")
 
 
 def check_classes(value: Any, place: str = "") -> None:

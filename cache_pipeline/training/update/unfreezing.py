@@ -73,6 +73,8 @@ def check_freeze(policy: VisuomotorPolicy, unfreezing: tuple[Unfreezing, ...], f
     names = dict.fromkeys(_inner(name) for name, _ in policy.encoder_parameters())
     learning = [name for name in names if ALL in layers or name.split(".")[0] in layers]
     patterns = _names(freeze) if freeze else ()
+    if freeze and not patterns:
+        raise OptionError(f"--freeze {freeze} names no parameter; {available(learning)}")
     for pattern in patterns:
         if not any(fnmatch(name, pattern) for name in learning):
             raise OptionError(
