@@ -21,6 +21,8 @@ from cache_pipeline.isolation import isolated, progress
 
 BLOCK_BYTES = 4 << 20
 """Arrays of many demos are checked together, about this many bytes at once."""
+LARGEST = 1e15
+"""Largest value of an action or low-dim obs; sums of squares of larger values overflow in float32."""
 LOST_STEPS = 4
 """Variation is lost if float32 has fewer than this many steps within one standard deviation."""
 
@@ -154,19 +156,20 @@ class _Check:
         if not waiting:
             return
         rows = np.concatenate([values.reshape(len(values), -1) for _, values in waiting])
-        finite = np.isfinite(as_float32(rows)).all(axis=1)
+        finite = (np.abs(as_float32(rows)) <= LARGEST).all(axis=1)
         if not finite.all():
-            self._findings += [finding for demo, values in waiting for finding in self._not_finite(demo, values)]
+            self._findings += [finding for demo, values in waiting for finding in self._unusable(demo, values)]
         if self._moments is None:
             self._moments = _Moments(rows.shape[1])
         if rows.shape[1] == self._moments.dim:
             self._moments.add(rows[finite].astype(np.float64))
 
-    def _not_finite(self, demo: str, values: NDArray) -> Iterator[Finding]:
+    def _unusable(self, demo: str, values: NDArray) -> Iterator[Finding]:
         values = as_float32(values)
-        bad = np.argwhere(~np.isfinite(values))
+        bad = np.argwhere(~(np.abs(values) <= LARGEST))
         if len(bad):
-            count = f"{len(np.unique(bad[:, 0]))} of {len(values)} frames are not finite"
+            what = "not finite" if not np.isfinite(values[tuple(bad[0])]) else f"beyond ±{LARGEST:.0e}; rescale them"
+            count = f"{len(np.unique(bad[:, 0]))} of {len(values)} frames are {what}"
             sentence = f"{self._path} is {values[tuple(bad[0])]} at frame {bad[0][0]} ({count})"
             yield Finding(demo, self._path, sentence)
 

@@ -79,6 +79,41 @@ def split_demos(
     return _by_keys(train, held, _why(used, filter_key, valid_key))._replace(warnings=tuple(warnings))
 
 
+def keep_together(split: Split, contents: Mapping[int, Hashable], names: Sequence[str]) -> Split:
+    """Moves training demos whose contents equal those of a held-out demo to the held-out side, and warns of them.
+
+    Otherwise the held-out error would be measured on what was trained on. If no demo were left to train on, the split
+    stays.
+
+    Args:
+        split: the split.
+        contents: demo → a value that is equal for equal contents.
+        names: the name of each demo, for the warning.
+    """
+    first: dict[Hashable, int] = {}
+    copies: dict[int, int] = {}
+    for demo in (*split.valid, *split.train):  # a held-out demo is the original of its copies
+        original = first.setdefault(contents[demo], demo)
+        if original != demo:
+            copies[demo] = original
+    if not copies:
+        return split
+    some = ", ".join(f"{names[copy]} = {names[original]}" for copy, original in list(copies.items())[:5])
+    repeat = "demo repeats" if len(copies) == 1 else "demos repeat"
+    warning = f"{len(copies)} {repeat} the contents of others ({some}{', …' if len(copies) > 5 else ''})"
+    leaked = [demo for demo in split.train if demo in copies and copies[demo] in split.valid]
+    train = tuple(demo for demo in split.train if demo not in leaked)
+    if not leaked:
+        return split._replace(warnings=(*split.warnings, warning))
+    if not train:
+        warning += "; all training demos repeat held-out ones, so the held-out error says nothing about new demos"
+        return split._replace(warnings=(*split.warnings, warning))
+    warning += f"; {counted(len(leaked), 'training demo')} equal to held-out ones are held out with them"
+    return split._replace(
+        train=train, valid=tuple(sorted((*split.valid, *leaked))), warnings=(*split.warnings, warning)
+    )
+
+
 def _without_held_out(
     demos: Sequence[Hashable],
     masks: Mapping[str, Collection[Hashable]],

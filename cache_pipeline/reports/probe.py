@@ -195,7 +195,8 @@ def _fit(x: Array, y: Array, penalty: float) -> Any:
 
 def _score(name: str, x: Mapping[str, Array], target: str, y: tuple[Array, Array]) -> ProbeScore:
     mean, deviation = x["train"].mean(0), x["train"].std(0)
-    deviation = np.where(deviation > 1e-6, deviation, 1.0) * np.sqrt(x["train"].shape[1])
+    varies = deviation > 1e-6 * np.abs(mean)  # else rounding errors
+    deviation = np.where(varies, deviation, 1.0) * np.sqrt(x["train"].shape[1])
     train, valid = (x["train"] - mean) / deviation, (x["valid"] - mean) / deviation
     truth = y[1].astype(np.float64)
     return ProbeScore(

@@ -17,6 +17,7 @@ from cache_pipeline.reports.inspection import inspect_path
 from cache_pipeline.reports.page import is_ours
 from cache_pipeline.reports.run_report import write_report
 from cache_pipeline.reports.sample import sample_dataset
+from cache_pipeline.runs.metrics import of_mean_action
 
 DOWNLOAD_TIMEOUT_S = 10.0
 
@@ -40,9 +41,8 @@ class QuickstartResult(NamedTuple):
 
     def lines(self) -> list[str]:
         error = "no held-out demos"
-        if self.valid_action_mse is not None and self.mean_action_mse:
-            fraction = self.valid_action_mse / self.mean_action_mse
-            error = f"{self.valid_action_mse:.4g}, {fraction:.0%} of the error of always predicting the mean action"
+        if self.valid_action_mse is not None and self.mean_action_mse is not None:
+            error = f"{self.valid_action_mse:.4g}, {of_mean_action(self.valid_action_mse, self.mean_action_mse)}"
         return [
             f"encoder weights      {self.weights}",
             f"extraction           {self.images_per_s:.0f} images/s",

@@ -154,6 +154,16 @@ def _wandb() -> Any:
     return wandb
 
 
+def of_mean_action(mse: float, mean_action_mse: float) -> str:
+    """Returns the held-out error as a percentage of the error of always predicting the mean action, in words.
+
+    The percentage is undefined if the held-out actions are constant.
+    """
+    if not mean_action_mse > 0:
+        return "the held-out actions are all equal to the mean action, so there is no error to compare with"
+    return f"{mse / mean_action_mse:.0%} of the error of always predicting the mean action ({mean_action_mse:.4g})"
+
+
 def read_metrics(run: Path) -> list[dict[str, Any]]:
     """Reads the rows of ``metrics.csv``: ``step`` is an int, other values floats or None. Empty if there is no file.
 

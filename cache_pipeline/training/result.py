@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from cache_pipeline.errors import counted
 from cache_pipeline.runs.checkpoint import Best
+from cache_pipeline.runs.metrics import of_mean_action
 from cache_pipeline.training.journal import START_ERROR
 from cache_pipeline.training.loop import LoopResult
 
@@ -74,11 +75,8 @@ class TrainResult(NamedTuple):
             f"loss {self.first_loss:.4g} → {self.final_loss:.4g}",
         ]
         if self.valid_action_mse is not None and self.mean_action_mse is not None:
-            share = self.valid_action_mse / max(self.mean_action_mse, 1e-12)
-            lines.append(
-                f"held-out action error {self.valid_action_mse:.4g}, "
-                f"{share:.0%} of the error of always predicting the mean action ({self.mean_action_mse:.4g})"
-            )
+            compared = of_mean_action(self.valid_action_mse, self.mean_action_mse)
+            lines.append(f"held-out action error {self.valid_action_mse:.4g}, {compared}")
         return [*lines, *self._verdict(), f"checkpoint {self.checkpoint}", *self.notes]
 
     def _verdict(self) -> list[str]:

@@ -16,9 +16,10 @@ from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.stillness import still_cameras
 from cache_pipeline.demos.choice import Choice, choose_from
 from cache_pipeline.demos.dataset import Dataset
-from cache_pipeline.demos.split import Split
+from cache_pipeline.demos.split import Split, keep_together
 from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.errors import ConfigError
+from cache_pipeline.files import json_digest
 from cache_pipeline.runs.contents import Contents, Known, split_of_run
 from cache_pipeline.runs.record import DataRecord, DemoRecord, Digests
 from cache_pipeline.training.data.rows import RunRows, choose_keys, chosen_split, rows_of_cache, rows_of_dataset
@@ -183,6 +184,9 @@ def _split(data: Any, names: DemoChoice, contents: Contents, shapes: DataShapes)
         split = split_of_run(data, contents, names.recorded, names.where)
     else:
         split = chosen_split(data, names.filter_key, names.valid_key, names.seed)
+        demos = (*split.train, *split.valid)
+        keys = {demo: json_digest(found) for demo, found in zip(demos, contents.digests(demos), strict=True)}
+        split = keep_together(split, keys, [demo.name for demo in data.demos])
     logger.info("%s", split.rule)
     for warning in split.warnings:
         logger.warning("%s", warning)
