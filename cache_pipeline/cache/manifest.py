@@ -118,6 +118,9 @@ class Manifest:
     """The filter key whose demos were extracted; ``None`` for all demos, ``UNKNOWN`` for caches that do not say."""
     metadata: dict[str, str] = field(default_factory=dict)
     """Path of a file inside the cache that is neither a shard nor a ledger record → digest of its bytes."""
+    asked: dict[str, Any] | None = None
+    """What the last extraction asked for, with what it left out: the keys ``cameras``, ``low_dim_keys`` and ``choice``.
+    The same request, on files that have not changed, gives the same demos and keys."""
     format: int = FORMAT
 
     @property
@@ -189,6 +192,7 @@ class Manifest:
             "encoders": self.encoders,
             "units": self.units,
             "metadata": self.metadata,
+            "asked": self.asked,
         }
         return {**value, "digest": json_digest(value)}
 

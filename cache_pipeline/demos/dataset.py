@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -32,6 +32,7 @@ from cache_pipeline.demos.checks import (
     structure_problems,
     unused_images,
 )
+from cache_pipeline.demos.choice import Choice
 from cache_pipeline.demos.frames import close_files, frames_in_words, read_frames, read_rows
 from cache_pipeline.demos.layouts.robomimic import DemoInfo, FileInfo, SourceFile, scan_file
 from cache_pipeline.demos.numbers import check_numbers, lost_variation
@@ -54,7 +55,7 @@ class Demo(NamedTuple):
 
 
 class Dataset:
-    """Demos of one or several robomimic files; create it with :meth:`open`.
+    """Demos of one or several robomimic files; :meth:`open` reads and checks what the arguments hold.
 
     Files are read in a child process, because a damaged file can crash HDF5. Safe to fork, pickle and read from several
     threads.
@@ -71,17 +72,24 @@ class Dataset:
         env_args, render_flags: JSON attributes of the files; ``None`` if the files differ.
     """
 
-    def __init__(self, infos: Sequence[FileInfo], chosen: Sequence[Sequence[DemoInfo]], wanted: Wanted) -> None:
-        self.files = tuple(SourceFile(i.path.absolute(), i.size, i.mtime_ns, i.linked) for i in infos)
-        self.demos = tuple(Demo(i, demo.name, demo.length) for i, demos in enumerate(chosen) for demo in demos)
-        first = chosen[0][0]
-        self.cameras = {camera: _image_size(first.obs[camera].shape) for camera in wanted.cameras}
-        self.low_dim = {key: (math.prod(first.obs[key].shape[1:]),) for key in wanted.low_dim}
-        self.choice = choice_of(list(chain.from_iterable(chosen)), wanted)
-        self.action_dim: int = first.arrays["actions"].shape[1]
-        self.masks, self.absent = _combine_masks(infos, self.demos)
-        self.env_args: dict[str, Any] | None = _common([info.env_args for info in infos])
-        self.render_flags: dict[str, Any] | None = _common([info.render_flags for info in infos])
+    def __init__(
+        self,
+        files: Sequence[SourceFile],
+        demos: Sequence[Demo],
+        *,
+        cameras: Mapping[str, tuple[int, int, int]],
+        low_dim: Mapping[str, tuple[int, ...]],
+        action_dim: int,
+        choice: Choice,
+        masks: Mapping[str, tuple[int, ...]],
+        absent: Mapping[str, tuple[str, ...]],
+        env_args: dict[str, Any] | None,
+        render_flags: dict[str, Any] | None,
+    ) -> None:
+        self.files, self.demos = tuple(files), tuple(demos)
+        self.cameras, self.low_dim, self.action_dim = dict(cameras), dict(low_dim), action_dim
+        self.choice, self.masks, self.absent = choice, dict(masks), dict(absent)
+        self.env_args, self.render_flags = env_args, render_flags
         weakref.finalize(self, isolated_when_free, close_files, self.files).atexit = False
 
     @classmethod
@@ -116,7 +124,21 @@ class Dataset:
         for info, part in zip(infos, chosen, strict=True):
             _raise_first(info.path, _problems(info, part, wanted, found_by_type=cameras is None))
         _check_agreement(infos, chosen, wanted)
-        return cls(infos, chosen, wanted)
+        table = tuple(Demo(i, demo.name, demo.length) for i, part in enumerate(chosen) for demo in part)
+        masks, absent = _combine_masks(infos, table)
+        first = demos[0]
+        return cls(
+            [SourceFile(info.path.absolute(), info.size, info.mtime_ns, info.linked) for info in infos],
+            table,
+            cameras={camera: _image_size(first.obs[camera].shape) for camera in wanted.cameras},
+            low_dim={key: (math.prod(first.obs[key].shape[1:]),) for key in wanted.low_dim},
+            action_dim=first.arrays["actions"].shape[1],
+            choice=choice_of(demos, wanted),
+            masks=masks,
+            absent=absent,
+            env_args=_common([info.env_args for info in infos]),
+            render_flags=_common([info.render_flags for info in infos]),
+        )
 
     @property
     def steps(self) -> int:

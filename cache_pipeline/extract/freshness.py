@@ -6,16 +6,22 @@ import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
-from cache_pipeline.cache.manifest import UNKNOWN, SourceRecord
+from cache_pipeline.cache.manifest import UNKNOWN
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset, distinct_paths
-from cache_pipeline.demos.layouts.robomimic import FileStamp
 from cache_pipeline.errors import StaleCacheError
-from cache_pipeline.extract.matching import Matching, array_digest, camera_frame_digests, match_demos
+from cache_pipeline.extract.matching import (
+    Matching,
+    array_digest,
+    camera_frame_digests,
+    match_demos,
+    recorded_dataset,
+    source_state,
+)
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -49,16 +55,6 @@ def check_sources(cache: FeatureCache, datasets: Sequence[str | Path] = (), *, d
         there = [Path(path) for path, state in states.items() if state != "gone"]
         if there:
             _compare(cache, there, deep=deep, whole=not gone)
-
-
-def source_state(source: SourceRecord) -> Literal["as recorded", "changed", "gone"]:
-    """Compares a source file and its linked files with the record, by size and time."""
-    try:
-        stamps = [FileStamp.of(Path(path)) for path in (source.path, *(item[0] for item in source.linked))]
-    except OSError:
-        return "gone"
-    now = [stamp[1:] for stamp in stamps]
-    return "as recorded" if now == [source[1:3], *(item[1:] for item in source.linked)] else "changed"
 
 
 def _compare(cache: FeatureCache, paths: Sequence[Path], *, deep: bool, whole: bool) -> None:
@@ -155,6 +151,9 @@ def open_sources(cache: FeatureCache) -> Dataset:
         DatasetError: a file is missing or cannot be read.
         StaleCacheError: a demo has changed or moved.
     """
+    dataset = recorded_dataset(cache.manifest)
+    if dataset is not None:
+        return dataset
     dataset = Dataset.open([Path(source.path) for source in cache.manifest.files], cameras=tuple(cache.cameras))
     for old, new in require_same_demos(cache, dataset).items():
         was, now = cache.demos[old], dataset.demos[new]

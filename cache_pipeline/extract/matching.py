@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.cache.manifest import DemoRows, Manifest, SourceRecord
-from cache_pipeline.demos.dataset import Dataset
-from cache_pipeline.files import DIGEST_BYTES, digest
+from cache_pipeline.demos.choice import Choice
+from cache_pipeline.demos.dataset import Dataset, Demo
+from cache_pipeline.demos.layouts.robomimic import FileStamp, SourceFile
+from cache_pipeline.files import DIGEST_BYTES, digest, typed
 
 FRAMES_AT_ONCE = 256
 
@@ -40,6 +42,42 @@ def source_records(dataset: Dataset) -> tuple[SourceRecord, ...]:
         SourceRecord(str(Path(f.path).resolve()), f.size, f.mtime_ns, tuple((str(p), s, t) for p, s, t in f.linked))
         for f in dataset.files
     )
+
+
+def recorded_dataset(manifest: Manifest) -> Dataset | None:
+    """Returns the dataset that a complete cache was made from, without reading it; None unless its files are as
+    recorded, by size and time."""
+    if any(source_state(source) != "as recorded" for source in manifest.files):
+        return None
+    try:
+        choice = Choice(*typed([(manifest.asked or {})["choice"].get(name) for name in Choice._fields], Choice))
+    except (KeyError, AttributeError, ValueError):  # a cache of an earlier version
+        return None
+    return Dataset(
+        [
+            SourceFile(Path(path), size, time, tuple(FileStamp(Path(p), s, t) for p, s, t in linked))
+            for path, size, time, linked in manifest.files
+        ],
+        [Demo(demo.file, demo.name, demo.length) for demo in manifest.demos],
+        cameras={camera: entry.image_shape for camera, entry in manifest.cameras.items()},
+        low_dim=manifest.low_dim,
+        action_dim=manifest.action_dim,
+        choice=choice,
+        masks=manifest.masks,
+        absent=manifest.absent,
+        env_args=manifest.env_args,
+        render_flags=manifest.render_flags,
+    )
+
+
+def source_state(source: SourceRecord) -> Literal["as recorded", "changed", "gone"]:
+    """Compares a source file and its linked files with the record, by size and time."""
+    try:
+        stamps = [FileStamp.of(Path(path)) for path in (source.path, *(item[0] for item in source.linked))]
+    except OSError:
+        return "gone"
+    now = [stamp[1:] for stamp in stamps]
+    return "as recorded" if now == [source[1:3], *(item[1:] for item in source.linked)] else "changed"
 
 
 def frame_digests(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -137,9 +175,9 @@ def _match_by_content(manifest: Manifest, dataset: Dataset, contents: _Contents,
 
 
 def _describe(manifest: Manifest, dataset: Dataset, kept: list[int | None], changed: set[int]) -> Matching:
-    names = {demo.name for demo in dataset.demos}
+    names, still = {demo.name for demo in dataset.demos}, set(kept)
     new = [number for number, old in enumerate(kept) if old is None]
-    gone: list[DemoRows] = [d for index, d in enumerate(manifest.demos) if index not in set(kept)]
+    gone: list[DemoRows] = [d for index, d in enumerate(manifest.demos) if index not in still]
     replaced = [number for number in new if number in changed]
     # A demo of the same name at another path counts as changed: its file was moved and edited.
     moved = {demo.name for demo in gone}

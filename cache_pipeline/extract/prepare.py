@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from cache_pipeline.extract.camera_encoders import (
     for_cameras,
 )
 from cache_pipeline.extract.config import ExtractConfig
-from cache_pipeline.extract.matching import Matching, match_demos, source_records
+from cache_pipeline.extract.matching import Matching, match_demos, recorded_dataset, source_records
 from cache_pipeline.extract.staleness import MEND, check_camera, check_rows, check_store
 from cache_pipeline.extract.units import Work, find_work
 from cache_pipeline.files import digest
@@ -113,6 +113,10 @@ def _open_dataset(config: ExtractConfig, old: Manifest | None) -> Dataset:
     cameras = config.cameras
     if cameras is not None and old is not None:
         cameras = tuple(dict.fromkeys([*old.cameras, *cameras]))
+    if old is not None and not config.deep and _same_request(config, cameras, old):
+        dataset = recorded_dataset(old)
+        if dataset is not None:
+            return dataset
     dataset = Dataset.open(
         config.datasets, cameras=cameras, low_dim_keys=config.low_dim_keys, filter_key=config.filter_key
     )
@@ -121,6 +125,19 @@ def _open_dataset(config: ExtractConfig, old: Manifest | None) -> Dataset:
         meaning = f"the dataset has no camera {missing[0]}"
         raise StaleCacheError("cameras", list(old.cameras) if old else [], list(dataset.cameras), meaning, MEND)
     return dataset
+
+
+def _same_request(config: ExtractConfig, cameras: tuple[str, ...] | None, old: Manifest) -> bool:
+    """Whether the last extraction into the cache asked for the same files, demos and keys."""
+    asked, wanted = old.asked or {}, _asked(cameras, config.low_dim_keys)
+    files = [str(path.resolve()) for path in config.datasets]
+    same = all(asked.get(name) == value for name, value in wanted.items())
+    return same and old.filter_key == config.filter_key and files == [source.path for source in old.files]
+
+
+def _asked(cameras: tuple[str, ...] | None, low_dim_keys: tuple[str, ...] | None) -> dict[str, Any]:
+    pairs = {"cameras": cameras, "low_dim_keys": low_dim_keys}
+    return {name: None if names is None else list(names) for name, names in pairs.items()}
 
 
 def _check_stale(
@@ -185,6 +202,10 @@ def _target(
         env_args=dataset.env_args,
         render_flags=dataset.render_flags,
         encoders={camera: encoder.file for camera, encoder in encoders.items()},
+        asked={
+            **_asked(config.cameras, config.low_dim_keys),
+            "choice": {name: list(names) for name, names in dataset.choice._asdict().items()},
+        },
     )
 
 

@@ -27,6 +27,7 @@ from cache_pipeline.errors import DatasetError, counted
 from cache_pipeline.extract.camera_encoders import restore_encoders
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.freshness import require_same_demos
+from cache_pipeline.extract.matching import recorded_dataset
 
 TOLERANCE = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 3e-2}
 STORE_TOLERANCE = {"float32": 0.0, "float16": 1e-3}
@@ -145,8 +146,7 @@ def verify(
     batches = BatchEncoder(cache.manifest.batch_size, "float32")
     for camera, entry in cache.cameras.items():
         frozen = _frozen(encoders[camera], entry, device)
-        pieces = [dataset.frames(sources[d], camera, t, t + 1) for d, t in zip(demos, offsets, strict=True)]
-        frames = np.concatenate(pieces)
+        frames = dataset.gather(camera, [(sources[d], t, t + 1) for d, t in zip(demos, offsets.tolist(), strict=True)])
         spec = ViewSpec.from_json(entry.view_spec or {})
         keys = [cache.demos[demo].view_key for demo in demos]
         bounds = _bounds(entry, frozen.precision, cache.manifest.dtype)
@@ -196,6 +196,8 @@ def _frozen(encoder: ImageEncoder, entry: CameraEntry, device: str) -> FrozenEnc
 
 
 def _source(cache: FeatureCache, datasets: Sequence[str | Path] | None) -> Dataset:
+    if not datasets and (dataset := recorded_dataset(cache.manifest)) is not None:
+        return dataset
     paths = [Path(path) for path in datasets] if datasets else [Path(s.path) for s in cache.manifest.files]
     gone = [path for path in paths if not path.is_file()]
     if gone:
