@@ -64,7 +64,6 @@ def extract_features(
     if not paths or out is None:
         missing = "a dataset" if not paths else "--out"
         raise ConfigError(f"{missing} is missing; type: extract-features DATASET.hdf5 --out NAME.zarr")
-    distinct_paths(paths)
     options = given.config(EncoderOptions)
     if encoder_from is not None:
         from cache_pipeline.runs.tuned_encoder import encoders_of_run
@@ -72,6 +71,7 @@ def extract_features(
         chosen: Any = encoders_of_run(encoder_from, options.cut, encoder=options.encoder)
     else:
         chosen = options.for_cameras(camera_encoder, seed)
+    distinct_paths(paths)
     config = given.config(ExtractConfig, datasets=paths, out=Path(out), encoders=chosen[0], preprocess=chosen[1])
     config = replace(config, view_spec=replace(config.view_spec, seed=seed))
     from cache_pipeline.extract.pipeline import extract_features as run

@@ -62,11 +62,12 @@ def split_demos(
         return _without_held_out(demos, masks, here, seed, filter_key)
     train_key = filter_key or (TRAIN_KEY if valid_key is None and here.get(TRAIN_KEY) else None)
     chosen = range(len(demos)) if train_key is None else here[train_key]
-    train = tuple(i for i in chosen if i not in set(held))
+    apart = set(held)
+    train = tuple(i for i in chosen if i not in apart)
     used = [held_key] if train_key is None else [train_key, held_key]
     warnings = [*_absent(used, masks, place)]
     if train_key is not None and len(train) < len(chosen):
-        shared = [demos[i] for i in chosen if i in set(held)]
+        shared = [demos[i] for i in chosen if i in apart]
         overlap = f"filter keys {train_key!r} and {held_key!r} share {len(shared)} demos ({shared[0]}, …)"
         if filter_key is not None and valid_key is not None:
             raise DatasetError(f"{overlap}; the held-out error would be meaningless: name keys without common demos")

@@ -198,6 +198,8 @@ def outcome(tmp_path_factory):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("here"))
+        for name in ("a.hdf5", "more.hdf5"):
+            Path(name).touch()
         Path("settings.json").write_text(json.dumps({"config": SETTINGS}))
         for name in FUNCTIONS:
             patch.setattr(f"cache_pipeline.{name}", fake(name))
