@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from cache_pipeline.text import SHOWN_NAMES, listed
+
 
 class CachePipelineError(Exception):
     """Base class of all errors of this project; the command line prints one line and exits with 1."""
@@ -86,7 +88,7 @@ class CheckFailedError(CachePipelineError):
     """A check has completed and failed; the command line exits with 3."""
 
 
-def available(names: Iterable[str], asked: str | None = None, limit: int = 12) -> str:
+def available(names: Iterable[str], asked: str | None = None, limit: int = SHOWN_NAMES) -> str:
     """Returns a list of the valid names for a message, with the name nearest to ``asked``.
 
     >>> available(["agentview_image", "eye_image"], "agentview")
@@ -95,9 +97,8 @@ def available(names: Iterable[str], asked: str | None = None, limit: int = 12) -
     names = list(names)
     if not names:
         return "available: none"
-    shown = ", ".join(names[:limit]) + (f", … ({len(names) - limit} more)" if len(names) > limit else "")
     near = get_close_matches(asked, names, n=1) if asked is not None else []
-    return f"available: {shown}" + (f" (did you mean {near[0]}?)" if near else "")
+    return f"available: {listed(names, limit)}" + (f" (did you mean {near[0]}?)" if near else "")
 
 
 def counted(count: int, noun: str) -> str:

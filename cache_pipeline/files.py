@@ -181,6 +181,8 @@ def _holds(kind: FileKind, path: Path) -> bool:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes ``value`` as JSON, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    if not text.isascii() and any(0xD800 <= ord(sign) <= 0xDFFF for sign in text):  # of a path that is not UTF-8
+        text = json.dumps(value, indent=1, allow_nan=False)
     with atomic_path(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
 

@@ -85,7 +85,7 @@ class Page:
         """Writes the page atomically and returns its path; raises ConfigError if the path may not be replaced."""
         path = Path(path)
         with output_file(path, HTML, overwrite=overwrite) as partial:
-            partial.write_text(self.html(), encoding="utf-8")
+            partial.write_text(self.html(), encoding="utf-8", errors="backslashreplace")
         return path
 
 
