@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
-from cache_pipeline.text import SHOWN_NAMES, listed
+from cache_pipeline.text import SHOWN_NAMES, listed, shortened
+
+LONGEST_VALUE = 500
 
 
 class CachePipelineError(Exception):
@@ -51,8 +53,13 @@ class StaleCacheError(CacheError):
     def __init__(self, field: str, cached: object, wanted: object, meaning: str, command: str) -> None:
         self.field, self.cached, self.wanted = field, cached, wanted
         super().__init__(
-            f"the cache is stale: {field} is {cached!r} in the cache and {wanted!r} now: {meaning}; {command}"
+            f"the cache is stale: {field} is {_value(cached)} in the cache and {_value(wanted)} now: "
+            f"{meaning}; {command}"
         )
+
+
+def _value(value: object) -> str:
+    return f"[{listed(map(repr, value))}]" if isinstance(value, list | tuple) else shortened(repr(value), LONGEST_VALUE)
 
 
 class ConfigError(CachePipelineError, ValueError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 LONGEST_NAME = 60
 LONGEST_FILE_NAME = 255
@@ -62,8 +62,20 @@ def by_name(sentences: Mapping[str, str], noun: str, limit: int = SHOWN_LINES, m
         names.setdefault(sentence, []).append(name)
     lines = [f"{listed(same)}: {sentence}" for sentence, same in names.items()]
     rest = sum(len(same) for same in list(names.values())[limit:])
-    hint = f" ({more})" if more else ""
-    return [*lines[:limit], *([f"… and {rest} more {noun}{'s' * (rest > 1)}{hint}"] if rest else [])]
+    return [*lines[:limit], *_count_of_rest(rest, noun, more)]
+
+
+def few(lines: Sequence[str], noun: str, limit: int = SHOWN_LINES, more: str = "") -> list[str]:
+    """Returns the first lines, and a last one that counts the others.
+
+    >>> few(["a", "b", "c", "d"], "warning", limit=2)
+    ['a', 'b', '… and 2 more warnings']
+    """
+    return [*lines[:limit], *_count_of_rest(len(lines) - limit, noun, more)]
+
+
+def _count_of_rest(rest: int, noun: str, more: str) -> list[str]:
+    return [f"… and {rest} more {noun}{'s' * (rest > 1)}" + (f" ({more})" if more else "")] if rest > 0 else []
 
 
 def printable(text: str) -> str:

@@ -16,6 +16,7 @@ from cache_pipeline.cli.terminal import when_interrupted
 from cache_pipeline.errors import CheckFailedError, ConfigError
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.options import DATA, ENCODER, LARGEST, OUTPUT, RUNNING
+from cache_pipeline.text import listed
 
 if TYPE_CHECKING:
     from cache_pipeline.reports.inspection import Inspection
@@ -132,7 +133,7 @@ def verify(
         if not checked.ok:
             raise CheckFailedError(
                 f"{cache}: {len(checked.broken)} of {checked.units} units are damaged: "
-                f"{', '.join(checked.broken[:5])}; "
+                f"{listed(checked.broken, limit=5)}; "
                 "run the extract-features command again to write only these again"
             )
         return
