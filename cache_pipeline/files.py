@@ -244,6 +244,12 @@ def free_path(path: Path) -> Path:
     return next(path for path in tried if not os.path.lexists(path))
 
 
+def numbered(path: Path) -> Iterator[Path]:
+    """Yields ``name.json``, ``name_2.json``, ``name_3.json``, …"""
+    yield path
+    yield from (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in count(2))
+
+
 def sync_folder(path: Path) -> None:
     """Syncs a folder's list of names to the disk."""
     _sync(path, os.O_RDONLY)

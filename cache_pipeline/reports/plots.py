@@ -20,7 +20,7 @@ COLORS = ("#1f6fb2", "#d9622b", "#2e8b57", "#8a5bb5", "#b8860b", "#5f6b76", "#c2
 WIDTH_IN, DPI = 9.0, 110
 Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 """Steps, and the values measured there."""
-MOSAIC_COLUMNS, MOSAIC_PIXELS = 12, 64
+LEAST_COLUMNS, MOSAIC_COLUMNS, MOSAIC_PIXELS = 4, 12, 64
 
 
 def curves(series: Mapping[str, Series], mean_action_mse: float | None = None) -> bytes:
@@ -91,7 +91,7 @@ def stage_times(stages: Mapping[str, float], title: str) -> bytes:
 
 def contact_sheet(rows: Mapping[str, Sequence[NDArray[np.uint8]]]) -> bytes:
     """Draws frames (H, W, 3) side by side, one labelled row per name."""
-    columns = max(len(frames) for frames in rows.values())
+    columns = max(LEAST_COLUMNS, *(len(frames) for frames in rows.values()))
     strips = {name: _tiled(frames, columns) for name, frames in rows.items()}
     heights = [WIDTH_IN * strip.shape[0] / strip.shape[1] + 0.25 for strip in strips.values()]
     figure, axes = _axes(len(rows), 1, height=sum(heights), heights=heights)

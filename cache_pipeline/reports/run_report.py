@@ -241,6 +241,8 @@ def _rollouts(page: Page, folder: Path) -> None:
             continue
         low, high = result["ci95"]
         page.heading(f"Rollouts {path.stem}")
+        if settings := {key: value for key, value in result.get("settings", {}).items() if value is not None}:
+            page.text(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items()))
         page.facts(
             [
                 (f"{result['successes']} of {result['episodes']}", "episodes succeeded"),

@@ -20,7 +20,7 @@ from cache_pipeline.progress import logger
 from cache_pipeline.reports import plots
 
 COLUMNS = 6
-SHOWN_CAMERAS = 12
+SHOWN_ROWS = 12
 
 
 def write_view_sheet(cache_path: Path, out: Path, *, overwrite: bool = False) -> Path:
@@ -37,7 +37,8 @@ def write_view_sheet(cache_path: Path, out: Path, *, overwrite: bool = False) ->
     except CachePipelineError as error:
         raise CacheError(f"the frames of {cache_path} cannot be read, so its views cannot be drawn: {error}") from error
     rows: dict[str, list[NDArray[np.uint8]]] = {}
-    shown = dict(list(cache.cameras.items())[:SHOWN_CAMERAS])
+    views = max(entry.views for entry in cache.cameras.values())
+    shown = dict(list(cache.cameras.items())[: max(1, SHOWN_ROWS // views)])
     if len(shown) < len(cache.cameras):
         logger.info("the first %d of %d cameras are drawn", len(shown), len(cache.cameras))
     for camera, entry in shown.items():

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import h5py
 import pytest
 from cache_fakes import CAMERA
 from fakes import make_dataset
@@ -138,3 +139,43 @@ def test_an_interrupted_command_says_what_is_kept(function, monkeypatch, tmp_pat
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 130, result.output
     assert result.stderr == f"interrupted: {said}\n"
+
+
+def test_sixty_cameras_take_few_lines(tmp_path):
+    cameras = {f"cam{number:02d}_image": (8, 8, 3) for number in range(60)}
+    dataset = make_dataset(tmp_path / "d.hdf5", cameras=cameras, action_dim=200)
+    cache, run = tmp_path / "d.zarr", tmp_path / "run"
+    common = ["--device", "cpu", "--encoder", TINY]
+    commands = (
+        ["extract-features", dataset, "--out", cache, *common],
+        ["train", "--from-cache", cache, "--out", run, "--steps", 2, "--batch-size", 4, *common],
+        ["inspect", dataset],
+        ["inspect", cache],
+        ["inspect", run],
+        ["cache", "export", cache, "--out", tmp_path / "d.npz"],
+        ["verify", cache, *common],
+    )
+    for command in commands:
+        result = CliRunner().invoke(app, list(map(str, command)))
+        assert result.exit_code == 0, result.output
+        lines = result.output.splitlines()
+        assert len(lines) < 25, result.output
+        assert max(map(len, lines)) < 700, max(lines, key=len)
+    for path in (dataset, cache, run):
+        assert "cam59_image" in CliRunner().invoke(app, ["inspect", str(path), "--json"]).stdout
+
+
+def test_sixty_black_cameras_take_few_warnings(tmp_path):
+    cameras = {f"cam{number:02d}_image": (8, 8, 3) for number in range(60)}
+    dataset = make_dataset(tmp_path / "d.hdf5", cameras=cameras)
+    with h5py.File(dataset, "r+") as file:
+        for demo in file["data"].values():
+            for camera in cameras:
+                demo[f"obs/{camera}"][...] = 0
+    command = ["extract-features", dataset, "--out", tmp_path / "d.zarr", "--device", "cpu", "--encoder", TINY]
+    result = CliRunner().invoke(app, ["-q", *map(str, command)])
+    assert result.exit_code == 0, result.output
+    lines = result.stderr.splitlines()
+    assert len(lines) < 15, result.stderr
+    assert any("(48 more): features of different frames differ" in line for line in lines)
+    assert any("and 52 more cameras" in line for line in lines)
