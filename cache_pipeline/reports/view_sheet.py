@@ -20,7 +20,7 @@ from cache_pipeline.progress import logger
 from cache_pipeline.reports import plots
 
 COLUMNS = 6
-SHOWN_ROWS = 12
+SHOWN_ROWS = 10
 
 
 def write_view_sheet(cache_path: Path, out: Path, *, overwrite: bool = False) -> Path:
