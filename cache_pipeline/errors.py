@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from cache_pipeline.text import SHOWN_NAMES, listed, shortened
+
+LONGEST_VALUE = 500
+
 
 class CachePipelineError(Exception):
     """Base class of all errors of this project; the command line prints one line and exits with 1."""
@@ -49,8 +53,13 @@ class StaleCacheError(CacheError):
     def __init__(self, field: str, cached: object, wanted: object, meaning: str, command: str) -> None:
         self.field, self.cached, self.wanted = field, cached, wanted
         super().__init__(
-            f"the cache is stale: {field} is {cached!r} in the cache and {wanted!r} now: {meaning}; {command}"
+            f"the cache is stale: {field} is {_value(cached)} in the cache and {_value(wanted)} now: "
+            f"{meaning}; {command}"
         )
+
+
+def _value(value: object) -> str:
+    return f"[{listed(map(repr, value))}]" if isinstance(value, list | tuple) else shortened(repr(value), LONGEST_VALUE)
 
 
 class ConfigError(CachePipelineError, ValueError):
@@ -86,7 +95,7 @@ class CheckFailedError(CachePipelineError):
     """A check has completed and failed; the command line exits with 3."""
 
 
-def available(names: Iterable[str], asked: str | None = None, limit: int = 12) -> str:
+def available(names: Iterable[str], asked: str | None = None, limit: int = SHOWN_NAMES) -> str:
     """Returns a list of the valid names for a message, with the name nearest to ``asked``.
 
     >>> available(["agentview_image", "eye_image"], "agentview")
@@ -95,9 +104,8 @@ def available(names: Iterable[str], asked: str | None = None, limit: int = 12) -
     names = list(names)
     if not names:
         return "available: none"
-    shown = ", ".join(names[:limit]) + (f", … ({len(names) - limit} more)" if len(names) > limit else "")
     near = get_close_matches(asked, names, n=1) if asked is not None else []
-    return f"available: {shown}" + (f" (did you mean {near[0]}?)" if near else "")
+    return f"available: {listed(names, limit)}" + (f" (did you mean {near[0]}?)" if near else "")
 
 
 def counted(count: int, noun: str) -> str:

@@ -181,6 +181,8 @@ def _holds(kind: FileKind, path: Path) -> bool:
 def write_json(path: str | Path, value: Any) -> None:
     """Writes ``value`` as JSON, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    if not text.isascii() and any(0xD800 <= ord(sign) <= 0xDFFF for sign in text):  # of a path that is not UTF-8
+        text = json.dumps(value, indent=1, allow_nan=False)
     with atomic_path(path) as partial:
         partial.write_text(text + "\n", encoding="utf-8")
 
@@ -240,6 +242,12 @@ def free_path(path: Path) -> Path:
     """Returns ``path`` if it is free, else the first free ``path_2``, ``path_3``, …"""
     tried = chain([path], (path.with_name(f"{path.name}_{number}") for number in count(2)))
     return next(path for path in tried if not os.path.lexists(path))
+
+
+def numbered(path: Path) -> Iterator[Path]:
+    """Yields ``name.json``, ``name_2.json``, ``name_3.json``, …"""
+    yield path
+    yield from (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in count(2))
 
 
 def sync_folder(path: Path) -> None:

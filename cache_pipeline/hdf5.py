@@ -13,6 +13,7 @@ from isal import igzip_lib
 
 from cache_pipeline.errors import DatasetError
 from cache_pipeline.isolation import isolated
+from cache_pipeline.text import listed
 
 # Exceptions of h5py for damaged objects, broken links and types that NumPy lacks.
 READ_ERRORS = (OSError, KeyError, RuntimeError, ValueError, TypeError)
@@ -22,7 +23,7 @@ def check_exists(path: Path) -> None:
     """Raises DatasetError if there is no file at a path; names the HDF5 files beside it."""
     if not path.exists():
         near = sorted(other.name for other in path.parent.glob("*.hdf5")) if path.parent.is_dir() else []
-        beside = f"; the folder holds {', '.join(near[:12])}" if near else "; check the path"
+        beside = f"; the folder holds {listed(near)}" if near else "; check the path"
         raise DatasetError(f"there is no file {path}{beside}")
     if path.is_dir():
         raise DatasetError(f"{path} is a folder; name a robomimic HDF5 file")

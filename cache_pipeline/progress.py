@@ -10,6 +10,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from cache_pipeline.text import printable, shortened
+
 LOG_EVERY_S = 30.0
 
 logger = logging.getLogger("cache_pipeline")
@@ -27,17 +29,17 @@ class Progress:
     """
 
     def __init__(self, label: str, total: int, unit: str, done: int = 0, stream: TextIO | None = None) -> None:
-        self._label, self._unit, self._total = label, unit, total
+        self._label, self._unit, self._total = printable(shortened(label)), unit, total
         self._stream = stream if stream is not None else sys.stderr
         self._done = self._initial = done
         self._started = self._logged = time.monotonic()
         self._notes: dict[str, Any] = {}
         self._bar: Any = None
-        if self._stream.isatty():
+        if self._stream is not None and self._stream.isatty():
             self._bar = tqdm(
                 total=total,
                 initial=done,
-                desc=label,
+                desc=self._label,
                 unit=f" {unit}",
                 file=self._stream,
                 dynamic_ncols=True,

@@ -10,6 +10,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "cache_pipeline"
 LAYERS = {
+    "text": -2,
     "errors": -1,  # below all, so that every other module may raise them
     "isolation": -1,
     "files": 0,

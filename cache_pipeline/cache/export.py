@@ -14,6 +14,7 @@ from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.errors import CacheError, DatasetError
 from cache_pipeline.files import FileKind, check_output, output_file
 from cache_pipeline.hdf5 import group_attributes, holds_hdf5
+from cache_pipeline.text import SHOWN_NAMES, few, shortened
 
 FINGERPRINT = "feature_cache_fingerprint"
 
@@ -55,10 +56,9 @@ class ExportResult(NamedTuple):
 
     def lines(self) -> list[str]:
         """For people."""
-        return [
-            f"{self.path}: {self.demos} demos, {self.rows} rows, {self.bytes / 1e6:.1f} MB",
-            *(f"  {key} {'×'.join(map(str, shape)) or '1'}" for key, shape in self.keys.items()),
-        ]
+        keys = [f"  {shortened(key)} {'×'.join(map(str, shape)) or '1'}" for key, shape in self.keys.items()]
+        head = f"{self.path}: {self.demos} demos, {self.rows} rows, {self.bytes / 1e6:.1f} MB"
+        return [head, *few(keys, "key", SHOWN_NAMES, "--json lists all")]
 
 
 def feature_key(camera: str, view: int = 0) -> str:

@@ -10,6 +10,7 @@ from cache_pipeline.cache.arrays import StoredArray
 from cache_pipeline.cache.manifest import Manifest
 from cache_pipeline.errors import CacheError
 from cache_pipeline.files import digest
+from cache_pipeline.text import listed, shortened
 
 NAMED = 5
 
@@ -42,5 +43,5 @@ def still_cameras(path: Path, manifest: Manifest) -> tuple[str, ...]:
 
 
 def _sentence(camera: str, state: str, names: list[str]) -> str:
-    shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
-    return f"camera {camera} is {state} through {len(names)} whole demo{'s' * (len(names) > 1)} ({shown})"
+    count = f"{len(names)} whole demo{'s' * (len(names) > 1)}"
+    return f"camera {shortened(camera)} is {state} through {count} ({listed(names, limit=NAMED)})"

@@ -11,7 +11,9 @@ from cache_pipeline.cache.ledger import read_record
 from cache_pipeline.cache.manifest import Manifest, is_cache, read_manifest, read_pending
 from cache_pipeline.cache.stillness import still_cameras
 from cache_pipeline.errors import CorruptCacheError, IncompleteCacheError, NotACacheError
+from cache_pipeline.text import by_name, few, listed, shortened
 
+ALL = "--json lists all"
 State = Literal["complete", "incomplete", "corrupt"]
 
 
@@ -84,7 +86,7 @@ class CacheSummary(NamedTuple):
             lines.append(f"  {self.units_done} of {self.units} units are done")
         if self.manifest is not None:
             lines += [f"  {line}" for line in _manifest_lines(self.manifest, self.dead_rows)]
-        return [*lines, *(f"  note: {note}" for note in self.notes)]
+        return [*lines, *(f"  note: {note}" for note in few(self.notes, "note", more=ALL))]
 
 
 def inspect_cache(path: str | Path) -> CacheSummary:
@@ -141,20 +143,22 @@ def _manifest_lines(manifest: Manifest, dead_rows: int) -> list[str]:
     ]
     if dead_rows:
         lines.append(f"{dead_rows} rows are dead; cache compact frees them")
+    said = {}
     for name, entry in manifest.cameras.items():
         identity = entry.identity
         weights, precision = identity.get("weights", {}), identity.get("precision", {})
-        lines.append(
-            f"camera {name}: {_shape(entry.image_shape)} → {_shape(entry.feature_shape)}, {entry.views} "
+        said[name] = (
+            f"{_shape(entry.image_shape)} → {_shape(entry.feature_shape)}, {entry.views} "
             f"view{'s' if entry.views > 1 else ''}, {identity.get('architecture')} at {identity.get('cut')}, weights "
             f"{weights.get('source')} ({str(weights.get('digest'))[:12]}), computed in {precision.get('compute')}"
             f"{_measured(entry.measured or {})}"
         )
-    keys = ", ".join(f"{key} {_shape(shape)}" for key, shape in manifest.low_dim.items())
+    lines += [line if line.startswith("…") else f"camera {line}" for line in by_name(said, "camera", more=ALL)]
+    keys = listed(f"{shortened(key)} {_shape(shape)}" for key, shape in manifest.low_dim.items())
     lines.append(f"low-dim obs: {keys or 'none'}; actions {manifest.action_dim}")
-    lines.append("filter keys: " + (", ".join(f"{k} ({len(v)})" for k, v in manifest.masks.items()) or "none"))
-    lines += [f"from {source.path}" for source in manifest.files]
-    return lines
+    masks = listed(f"{shortened(key)} ({len(demos)})" for key, demos in manifest.masks.items())
+    lines.append(f"filter keys: {masks or 'none'}")
+    return [*lines, *few([f"from {source.path}" for source in manifest.files], "file", more=ALL)]
 
 
 def _measured(measured: dict[str, Any]) -> str:

@@ -15,6 +15,7 @@ from typer.core import TyperGroup
 from cache_pipeline import __version__
 from cache_pipeline.cli import data, reports, simulation, training
 from cache_pipeline.cli.effects import CheckedCommand
+from cache_pipeline.cli.terminal import DELETED_FOLDER, LineFormatter, any_streams, folder_is_deleted, say
 from cache_pipeline.errors import CachePipelineError, CheckFailedError, OptionError
 from cache_pipeline.files import NO_SPACE, NOT_ALLOWED
 
@@ -25,6 +26,8 @@ def told(error: OSError) -> str:
     """Describes an operating-system error in one line: where, what, and what to do."""
     where = " → ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
     what = (error.strerror or str(error) or type(error).__name__).lower()
+    if error.errno == errno.ENOENT and folder_is_deleted():
+        return DELETED_FOLDER
     if error.errno in NO_SPACE:
         hint = "; free some space and run the same command again"
     elif error.errno in NOT_ALLOWED:
@@ -40,22 +43,29 @@ class ErrorGroup(TyperGroup):
     Any other exception is a bug and keeps its traceback.
     """
 
+    def main(self, *args: Any, **options: Any) -> Any:
+        with any_streams():
+            try:
+                return super().main(*args, **options)
+            except OSError as error:  # help could not be written
+                error.filename = error.filename or "standard output"
+                say("error", told(error))
+                raise SystemExit(EXIT_ERROR) from error
+
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except CachePipelineError as error:
-            message = " ".join(str(error).split())
-            typer.echo(f"error: {message}", err=True)
+            say("error", str(error))
             raise typer.Exit(_exit_code(error)) from error
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise  # the reader closed the pipe; click exits silently
-            typer.echo(f"error: {' '.join(told(error).split())}", err=True)
+            say("error", told(error))
             raise typer.Exit(EXIT_ERROR) from error
         except KeyboardInterrupt as interrupt:
             if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process prints
-                said = str(interrupt) or "run the same command again to continue"
-                typer.echo(f"interrupted: {said}", err=True)
+                say("interrupted", str(interrupt) or "nothing was saved", whole=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
 
 
@@ -90,7 +100,7 @@ def configure(
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")] = False,
 ) -> None:
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(message)s"))
+    handler.setFormatter(LineFormatter())
     logger = logging.getLogger("cache_pipeline")
     logger.handlers[:] = [handler]
     logger.propagate = False

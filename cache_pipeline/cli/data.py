@@ -12,9 +12,11 @@ from cache_pipeline.cli import options as o
 from cache_pipeline.cli.effects import CheckedCommand
 from cache_pipeline.cli.encoder import EncoderOptions
 from cache_pipeline.cli.generated import Given, generated
+from cache_pipeline.cli.terminal import when_interrupted
 from cache_pipeline.errors import CheckFailedError, ConfigError
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.options import DATA, ENCODER, LARGEST, OUTPUT, RUNNING
+from cache_pipeline.text import listed
 
 if TYPE_CHECKING:
     from cache_pipeline.reports.inspection import Inspection
@@ -77,11 +79,8 @@ def extract_features(
     from cache_pipeline.extract.pipeline import extract_features as run
     from cache_pipeline.extract.plan import plan_extraction
 
-    if dry_run:
-        plan = plan_extraction(config)
-        o.emit(json, plan.to_json(), plan.lines())
-        return
-    result = run(config)
+    with when_interrupted("finished units are kept; run the same command again to continue"):
+        result = plan_extraction(config) if dry_run else run(config)
     o.emit(json, result.to_json(), result.lines())
 
 
@@ -134,7 +133,7 @@ def verify(
         if not checked.ok:
             raise CheckFailedError(
                 f"{cache}: {len(checked.broken)} of {checked.units} units are damaged: "
-                f"{', '.join(checked.broken[:5])}; "
+                f"{listed(checked.broken, limit=5)}; "
                 "run the extract-features command again to write only these again"
             )
         return

@@ -15,8 +15,9 @@ from typer.core import TyperCommand
 
 from cache_pipeline.cli.generated import parameter_names, was_typed
 from cache_pipeline.cli.options import results_alone_on_stdout
+from cache_pipeline.cli.terminal import DELETED_FOLDER, folder_is_deleted
 from cache_pipeline.encoders.view_spec import ViewSpec
-from cache_pipeline.errors import OptionError
+from cache_pipeline.errors import ConfigError, OptionError
 from cache_pipeline.options import GROUPS, LARGEST, check_text
 from cache_pipeline.training.config import OWN_POLICY_OPTIONS, TrainConfig
 
@@ -152,6 +153,8 @@ class CheckedCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
+        if folder_is_deleted():  # torch ends the process there
+            raise ConfigError(DELETED_FOLDER)
         check_values(ctx)
         refuse_without_effect(ctx)
         with results_alone_on_stdout():
@@ -170,6 +173,17 @@ def check_values(ctx: Any) -> None:
         if isinstance(value, int) and not -LARGEST <= value <= LARGEST:
             raise OptionError(f"{name} is {value}; give a number of at most {LARGEST}")
         check_text(name, value)
+        if name == "--out" and not _is_text(str(value)):
+            raise OptionError(f"{name} {value} is not valid UTF-8, which safetensors needs; choose another name")
+
+
+def _is_text(value: str) -> bool:
+    """Whether a path is valid UTF-8; other bytes are lone surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def refuse_without_effect(ctx: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from cache_pipeline.cli.terminal import write_result
 from cache_pipeline.files import finite
 from cache_pipeline.options import LARGEST, OUTPUT
 
@@ -32,7 +33,7 @@ def results_alone_on_stdout() -> Iterator[None]:
 def emit(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
     """Prints one JSON object, or the lines for a person, to stdout."""
     for line in [json.dumps(finite(value), allow_nan=False)] if as_json else lines:
-        typer.echo(line, file=_results)
+        write_result(line, _results)
 
 
 Json = Annotated[

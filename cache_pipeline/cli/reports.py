@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from cache_pipeline.cli import options as o
+from cache_pipeline.cli.terminal import when_interrupted
 
 
 def quickstart(
@@ -26,7 +27,8 @@ def quickstart(
     """The whole path on the sample: inspect, extract, verify, train, evaluate, and an HTML report."""
     from cache_pipeline.reports.quickstart import run_quickstart
 
-    result = run_quickstart(out, dataset=dataset, steps=steps, weights=weights, device=device, seed=seed)
+    with when_interrupted("features so far are kept; run the same command again to continue"):
+        result = run_quickstart(out, dataset=dataset, steps=steps, weights=weights, device=device, seed=seed)
     o.emit(json, result.to_json(), result.lines())
 
 

@@ -16,6 +16,7 @@ import typer
 from cache_pipeline.cli import options as o
 from cache_pipeline.cli.encoder import EncoderOptions
 from cache_pipeline.cli.generated import Given, generated
+from cache_pipeline.cli.terminal import when_interrupted
 from cache_pipeline.errors import CheckpointError, ConfigError, OptionError, RunStopped
 from cache_pipeline.options import DATA, ENCODER, read_fields
 from cache_pipeline.training.config import NESTED, FinetuneConfig, TrainConfig
@@ -29,6 +30,10 @@ logger = logging.getLogger("cache_pipeline")
 OF_ONE_RUN = ("out", "resume", "overwrite")
 # Settings of a live run that a cache replaces.
 ENCODER_SETTINGS = ("encoder", "preprocess")
+# A stop that saves names the command that continues; this is for one before the first step or in the middle of a step.
+INTERRUPTED = (
+    "steps since the last checkpoint are lost; run the same command again, with --resume if there is a checkpoint"
+)
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", help="Settings from a run.json; typed options override them.", rich_help_panel=DATA),
@@ -91,10 +96,11 @@ def _emit(run: Callable[[], TrainResult], json: bool) -> None:
     """Runs and prints the result; under torchrun only the first process prints."""
     from cache_pipeline.training.update.distributed import launched
 
-    try:
-        result = run()
-    except RunStopped as stopped:
-        raise KeyboardInterrupt(f"{stopped}; continue with: {resuming_command()}") from None
+    with when_interrupted(INTERRUPTED):
+        try:
+            result = run()
+        except RunStopped as stopped:
+            raise KeyboardInterrupt(f"{stopped}; continue with: {resuming_command()}") from None
     if launched().first:
         o.emit(json, result.to_json(), result.lines())
 

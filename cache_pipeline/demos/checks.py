@@ -16,6 +16,7 @@ from cache_pipeline.demos.choice import Choice, choose_from
 from cache_pipeline.demos.layouts.robomimic import ArrayInfo, DemoInfo, FileInfo, demo_order
 from cache_pipeline.demos.split import absent_demos
 from cache_pipeline.errors import DatasetError, available
+from cache_pipeline.text import listed
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -88,8 +89,8 @@ def select_demos(info: FileInfo, filter_key: str | None) -> tuple[DemoInfo, ...]
 
 def skipped_demos(info: FileInfo) -> str:
     """Returns one sentence that names the demos without steps."""
-    names = ", ".join(info.empty[:5]) + (", …" if len(info.empty) > 5 else "")
-    return f"{len(info.empty)} of {len(info.empty) + len(info.demos)} demos have no steps and are skipped ({names})"
+    count = f"{len(info.empty)} of {len(info.empty) + len(info.demos)} demos"
+    return f"{count} have no steps and are skipped ({listed(info.empty, limit=5)})"
 
 
 def structure_problems(demos: Sequence[DemoInfo], wanted: Wanted) -> Iterator[str]:

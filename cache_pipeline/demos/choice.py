@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from cache_pipeline.text import listed
+
 
 class Choice(NamedTuple):
     """Cameras, low-dim keys and action arrays: those used, and those present but left out."""
@@ -37,4 +39,4 @@ def choose_from(there: Iterable[str], taken: Sequence[str]) -> tuple[str, ...]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names) or "none"
+    return listed(names) or "none"

@@ -231,7 +231,7 @@ def _choose(
     cameras: Sequence[str] | None,
     low_dim_keys: Sequence[str] | None,
 ) -> Wanted:
-    where = ", ".join(str(info.path) for info in infos)
+    where = str(infos[0].path) if len(infos) == 1 else f"{infos[0].path} and {len(infos) - 1} more"
     chosen = find_cameras(demos) if cameras is None else _named("camera", cameras, find_cameras(demos), demos, where)
     if cameras is None and not chosen:
         _raise_first(infos[0].path, unused_images(demos))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -74,7 +75,7 @@ def broken_link(group: h5py.Group, name: str) -> str | None:
         return further or f"is a link to {value.decode()}, which does not exist"
     if kind != h5py.h5l.TYPE_EXTERNAL:
         return None
-    file, path = _beside(_file_of(group.id), value[0].decode()), value[1].decode()
+    file, path = _beside(_file_of(group.id), os.fsdecode(value[0])), value[1].decode()
     if not file.is_file():
         return f"is a link into {file}, which is missing: put the file back, or copy the data into one file"
     return f"is a link to {path} in {file}, which cannot be opened there"
@@ -107,7 +108,8 @@ class SourceFiles:
         if missing is not None:
             return f"is compressed with {missing}, an HDF5 filter that is not installed here: pip install {PLUGINS}"
         for name, *_ in map(plist.get_external, range(plist.get_external_count())):
-            raw = Path(name.decode()) if Path(name.decode()).is_file() else holder.parent / name.decode()
+            raw = Path(os.fsdecode(name))
+            raw = raw if raw.is_file() else holder.parent / raw
             if not raw.is_file():
                 return f"is stored in {raw}, which is missing: put the file back"
             self.found[raw.absolute()] = None
@@ -148,7 +150,7 @@ class SourceFiles:
 
 def _file_of(item: h5py.h5g.GroupID | h5py.h5d.DatasetID) -> Path:
     name = h5py.h5f.get_name(item)
-    return Path(name.decode() if isinstance(name, bytes) else name).absolute()
+    return Path(os.fsdecode(name)).absolute()
 
 
 def _beside(holder: Path, name: str) -> Path:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from cache_pipeline.errors import DatasetError, available, counted
+from cache_pipeline.text import listed
 
 TRAIN_KEY, VALID_KEY = "train", "valid"
 HELD_OUT = 0.1
@@ -149,9 +150,8 @@ def _absent(
 
 def absent_demos(key: str, absent: Sequence[str], named: int) -> str:
     """Returns the warning for a filter key that names demos that are not in the data."""
-    some = ", ".join(absent[:5]) + (", …" if len(absent) > 5 else "")
     return (
-        f"filter key {key!r} names {len(absent)} demos that are not in the data ({some}); "
+        f"filter key {key!r} names {len(absent)} demos that are not in the data ({listed(absent, limit=5)}); "
         f"the other {named - len(absent)} of {named} are used"
     )
 

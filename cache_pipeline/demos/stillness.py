@@ -11,6 +11,7 @@ import numpy as np
 from cache_pipeline.demos.layouts.robomimic import ArrayInfo, DemoInfo
 from cache_pipeline.hdf5 import READ_ERRORS, damage_as_error, open_file
 from cache_pipeline.isolation import isolated, progress
+from cache_pipeline.text import listed, shortened
 
 MOST_DEMOS = 1000
 """Number of demos that are checked, spread over the file."""
@@ -53,8 +54,8 @@ def _still_demos(path: Path, camera: str, demos: Sequence[str]) -> dict[str, lis
 
 def still_sentence(camera: str, state: str, names: Sequence[str]) -> str:
     """Returns the sentence that reports a black or frozen camera."""
-    shown = ", ".join(names[:NAMED]) + (", …" if len(names) > NAMED else "")
-    return f"camera {camera} is {state} through {len(names)} whole demo{'s' * (len(names) > 1)} ({shown})"
+    count = f"{len(names)} whole demo{'s' * (len(names) > 1)}"
+    return f"camera {shortened(camera)} is {state} through {count} ({listed(names, limit=NAMED)})"
 
 
 def _state(file: h5py.File, path: str) -> str:

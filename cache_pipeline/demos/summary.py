@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,10 @@ from cache_pipeline.demos.layouts.robomimic import DemoInfo, FileInfo, scan_file
 from cache_pipeline.demos.numbers import NumbersReport, Statistics, check_numbers, lost_variation
 from cache_pipeline.demos.stillness import still_cameras
 from cache_pipeline.errors import DatasetError, counted
+from cache_pipeline.text import few, listed, shortened
 
 SHOWN = 12
+ALL = "--json lists all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,18 +74,16 @@ class FileSummary:
         rows = [
             ("size", f"{self.bytes / 1e6:.1f} MB"),
             ("demos", f"{self.demos}, {steps}, {low} / {middle:g} / {high} per demo (min / median / max)"),
-            *(("camera", _camera_line(name, camera)) for name, camera in self.cameras.items()),
-            ("low-dim", ", ".join(f"{key} {width}" for key, width in self.low_dim.items()) or "none"),
+            *(("camera", line) for line in _camera_lines(self.cameras)),
+            ("low-dim", listed(f"{shortened(key)} {width}" for key, width in self.low_dim.items()) or "none"),
             *_action_lines(self.actions),
-            ("filter keys", ", ".join(f"{key} {count}" for key, count in self.filter_keys.items()) or "none"),
+            ("filter keys", listed(f"{shortened(key)} {count}" for key, count in self.filter_keys.items()) or "none"),
             ("environment", f"{env.get('env_name', 'unknown')} {env.get('env_version', '')}".strip()),
         ]
         if self.render_flags is not None:
-            rows.append(("render flags", ", ".join(f"{key} {value}" for key, value in self.render_flags.items())))
+            rows.append(("render flags", listed(f"{key} {value}" for key, value in self.render_flags.items())))
         for label, findings in (("PROBLEM", self.problems), ("note", self.notes)):
-            rows += [(label, finding) for finding in findings[:SHOWN]]
-            if len(findings) > SHOWN:
-                rows.append((label, f"… and {len(findings) - SHOWN} more (--json lists all)"))
+            rows += [(label, line) for line in few(findings, label.lower(), SHOWN, ALL)]
         return [self.path, *(f"  {label:<12}  {text}" for label, text in rows)]
 
 
@@ -211,10 +211,15 @@ def _camera_summary(name: str, demos: Iterable[DemoInfo]) -> CameraSummary:
     return CameraSummary(height, width, " and ".join(kinds), stored, raw)
 
 
-def _camera_line(name: str, camera: CameraSummary) -> str:
+def _camera_lines(cameras: Mapping[str, CameraSummary]) -> list[str]:
+    lines = [f"{shortened(name)} {_camera_line(camera)}" for name, camera in cameras.items()]
+    return few(lines, "camera", more=ALL)
+
+
+def _camera_line(camera: CameraSummary) -> str:
     packed = f", {camera.stored_bytes / 1e6:.1f} MB stored" if camera.compression != "none" else ""
     size = f"{camera.height}×{camera.width}, {camera.raw_bytes / 1e6:.1f} MB"
-    return f"{name} {size}, compression {camera.compression}{packed}"
+    return f"{size}, compression {camera.compression}{packed}"
 
 
 def _low_dim_width(key: str, demos: Iterable[DemoInfo]) -> int:
@@ -237,7 +242,7 @@ def _action_summary(actions: Statistics | None) -> ActionSummary | None:
 def _action_lines(actions: ActionSummary | None) -> list[tuple[str, str]]:
     if actions is None:
         return [("actions", "none are readable")]
-    ranges = ", ".join(f"{low:.2f}…{high:.2f}" for low, high in zip(actions.min, actions.max, strict=True))
+    ranges = listed(f"{low:.2f}…{high:.2f}" for low, high in zip(actions.min, actions.max, strict=True))
     return [("actions", f"dim {actions.dim}: {ranges}")]
 
 
@@ -246,9 +251,9 @@ def _action_notes(actions: ActionSummary | None) -> Iterator[str]:
         return
     if actions.steps_beyond_one:
         dims = [i for i in range(actions.dim) if actions.min[i] < -1 or actions.max[i] > 1]
-        yield f"actions are beyond ±1 in {actions.steps_beyond_one} steps (dims {_listed(dims)})"
+        yield f"actions are beyond ±1 in {actions.steps_beyond_one} steps (dims {listed(dims)})"
     if actions.constant_dims:
-        yield f"actions never change in dims {_listed(actions.constant_dims)}"
+        yield f"actions never change in dims {listed(actions.constant_dims)}"
 
 
 def _metadata_notes(info: FileInfo) -> Iterator[str]:
@@ -259,18 +264,18 @@ def _metadata_notes(info: FileInfo) -> Iterator[str]:
         yield f"data.attrs total is {info.total}, but there are {steps} steps"
     incomplete = [key for key in info.masks if info.absent(key)]
     if incomplete:
-        some = _listed([f"{key} {len(info.present(key))} of {len(info.masks[key])}" for key in incomplete], limit=3)
+        some = listed([f"{key} {len(info.present(key))} of {len(info.masks[key])}" for key in incomplete], limit=3)
         yield (
             f"{len(incomplete)} of {len(info.masks)} filter keys name demos that are not in the file; "
             f"those in the file are used ({some})"
         )
     empty = [key for key, names in info.masks.items() if not names]
     if empty:
-        yield f"filter keys without demos: {_listed(empty)}"
+        yield f"filter keys without demos: {listed(empty)}"
     for path in ("rewards", "dones"):
         lacking = [demo.name for demo in info.demos if path not in demo.arrays]
         if lacking:
-            yield f"no {path} in {len(lacking)} of {len(info.demos)} demos ({_listed(lacking, limit=3)}): read as NaN"
+            yield f"no {path} in {len(lacking)} of {len(info.demos)} demos ({listed(lacking, limit=3)}): read as NaN"
     unread = {
         f"{key} {array}": None
         for demo in info.demos[:1]
@@ -278,7 +283,7 @@ def _metadata_notes(info: FileInfo) -> Iterator[str]:
         if not array.is_image and not array.is_low_dim
     }
     if unread:
-        yield f"obs that are neither an rgb image nor low-dim: {_listed(unread)}"
+        yield f"obs that are neither an rgb image nor low-dim: {listed(unread)}"
     if not checks.find_cameras(info.demos):
         yield "no cameras: no features can be extracted"
 
@@ -287,24 +292,19 @@ def _numbering_notes(info: FileInfo) -> Iterator[str]:
     numbers = [int(found[1]) for demo in info.demos if (found := re.fullmatch(r"demo_([0-9]+)", demo.name))]
     other = [demo.name for demo in info.demos if not re.fullmatch(r"demo_([0-9]+)", demo.name)]
     if other:
-        yield f"names that are not demo_<number>: {_listed(other, limit=5)}"
+        yield f"names that are not demo_<number>: {listed(other, limit=5)}"
     if numbers and max(numbers) - min(numbers) + 1 > len(set(numbers)):
         yield f"demo numbers have gaps: {len(numbers)} demos between {min(numbers)} and {max(numbers)}"
     odd = [demo.name for demo in info.demos if demo.odd_num_samples]
     if odd:
-        yield f"num_samples is not a whole number in {len(odd)} of {len(info.demos)} demos ({_listed(odd, limit=3)})"
+        yield f"num_samples is not a whole number in {len(odd)} of {len(info.demos)} demos ({listed(odd, limit=3)})"
     lacking = [demo.name for demo in info.demos if demo.num_samples is None and not demo.odd_num_samples]
     if lacking:
-        yield f"no num_samples in {len(lacking)} of {len(info.demos)} demos ({_listed(lacking, limit=3)})"
+        yield f"no num_samples in {len(lacking)} of {len(info.demos)} demos ({listed(lacking, limit=3)})"
     wrong = [
         f"{demo.name} says {demo.num_samples} of {demo.length}"
         for demo in info.demos
         if demo.num_samples not in (None, demo.length)
     ]
     if wrong:
-        yield f"num_samples is not the number of actions in {len(wrong)} demos ({_listed(wrong, limit=3)})"
-
-
-def _listed(items: Iterable[object], limit: int = SHOWN) -> str:
-    names = [str(item) for item in items]
-    return ", ".join(names[:limit]) + (", …" if len(names) > limit else "")
+        yield f"num_samples is not the number of actions in {len(wrong)} demos ({listed(wrong, limit=3)})"

@@ -80,13 +80,13 @@ def feature_statistics(features: Tensor) -> FeatureStatistics:
     return FeatureStatistics(rms, spread, float((deviation.abs().amax(0) == 0).double().mean()), True)
 
 
-def collapse_warning(statistics: FeatureStatistics, camera: str) -> str | None:
-    """Returns a one-line warning for a collapsed encoder, or ``None``."""
+def collapse_warning(statistics: FeatureStatistics) -> str:
+    """Returns a one-line warning for a collapsed encoder, else an empty string."""
     if not statistics.collapsed:
-        return None
+        return ""
     if not statistics.finite:
-        return f"{camera}: features are not finite; use --precision fp32 or other weights"
+        return "features are not finite; use --precision fp32 or other weights"
     return (
-        f"{camera}: features of different frames differ by {statistics.spread:.1e} of their size: the encoder has "
+        f"features of different frames differ by {statistics.spread:.1e} of their size: the encoder has "
         f"collapsed and a policy cannot learn from it; check its weights and normalisation"
     )

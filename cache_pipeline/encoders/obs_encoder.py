@@ -25,6 +25,7 @@ from cache_pipeline.encoders.preprocess import Preprocess, preprocess
 from cache_pipeline.encoders.resnet import as_backbone
 from cache_pipeline.encoders.views import ViewBatch
 from cache_pipeline.errors import EncoderError, available
+from cache_pipeline.text import by_name, listed
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -348,8 +349,10 @@ class MultiImageObsEncoder(nn.Module):
 
     def log_encoders(self) -> None:
         """Logs the encoder and the weights of each camera."""
-        for camera, encoder in self.key_model_map.items():
-            logger.info("%s: %s, weights: %s", camera, encoder.architecture, encoder.source)
+        items = self.key_model_map.items()
+        said = {camera: f"{encoder.architecture}, weights: {encoder.source}" for camera, encoder in items}
+        for line in by_name(said, "camera"):
+            logger.info("%s", line)
 
 
 def _split(rows: Tensor, leading: tuple[int, ...]) -> Tensor:
@@ -394,5 +397,5 @@ def _per_camera(name: str, value: Any, cameras: Sequence[str]) -> dict[str, Any]
             raise EncoderError(f"{name} is given for the unknown camera {camera!r}; {available(cameras, camera)}")
     missing = [camera for camera in cameras if camera not in value]
     if missing:
-        raise EncoderError(f"{name} is missing for the camera {missing[0]!r}; given for: {', '.join(value)}")
+        raise EncoderError(f"{name} is missing for the camera {missing[0]!r}; given for: {listed(value)}")
     return dict(value)

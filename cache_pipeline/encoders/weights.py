@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cache_pipeline.errors import EncoderError
 from cache_pipeline.files import DIGEST_BYTES
+from cache_pipeline.text import listed
 
 STATE_KEYS = ("state_dict", "model_state_dict", "model", "net", "encoder", "backbone")
 COUNTER = "num_batches_tracked"
@@ -103,7 +104,7 @@ def _find_state(value: Any, path: Path) -> dict[str, Tensor]:
         for key in STATE_KEYS:
             if key in value:
                 return _find_state(value[key], path)
-        keys = ", ".join(map(str, list(value)[:8])) or "nothing"
+        keys = listed(value, limit=8) or "nothing"
     else:
         keys = f"a {type(value).__name__}"
     raise EncoderError(f"{path} holds no state dict but {keys}; save model.state_dict() and give that file")
@@ -119,7 +120,7 @@ def strip_prefix(state: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     ends = (name.removesuffix(marks[0]) for name in state if name.endswith(marks[0]))
     prefixes = [prefix for prefix in ends if all(prefix + mark in state for mark in marks)]
     if len(prefixes) != 1:
-        found = ", ".join(prefixes) if prefixes else ", ".join(list(state)[:6])
+        found = listed(prefixes) if prefixes else listed(state, limit=6)
         what = "several ResNets, under the prefixes" if prefixes else "no ResNet; its tensors are named"
         raise EncoderError(f"{source} holds {what} {found}; save the state dict of one ResNet and give that file")
     (prefix,) = prefixes

@@ -32,6 +32,7 @@ from cache_pipeline.errors import ConfigError, EncoderError, OptionError, availa
 from cache_pipeline.extract.config import OTHERS, ExtractConfig
 from cache_pipeline.extract.encode import DTYPES, BatchEncoder
 from cache_pipeline.files import digest
+from cache_pipeline.text import by_name, listed
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -46,6 +47,15 @@ FLAGS = {
 
 
 Built = dict[EncoderSpec, ImageEncoder]
+
+
+class Measured(NamedTuple):
+    """The encoder to use for a camera, what was measured, and what the user should know; empty if nothing."""
+
+    frozen: FrozenEncoder
+    figures: dict[str, float]
+    info: str
+    warning: str
 
 
 class CameraEncoder(NamedTuple):
@@ -118,6 +128,8 @@ def for_cameras(
         return FrozenEncoder(built[spec], preprocess, device, precision)
 
     found = {}
+    infos: dict[str, str] = {}
+    warnings: dict[str, str] = {}
     for camera, image_shape in dataset.cameras.items():
         entry = cached.cameras.get(camera) if cached else None
         spec, preprocess = config.encoder_for(camera), config.preprocess_for(camera)
@@ -130,7 +142,10 @@ def for_cameras(
         if measured is None:
             exact = runs_in(spec, preprocess, "fp32")
             frames, free = _sample(dataset, camera), entry is None and config.precision == "auto"
-            frozen, measured = _measure(frozen, exact, frames, camera, config, free=free)
+            result = _measure(frozen, exact, frames, config, free=free)
+            frozen, measured = result.frozen, result.figures
+            infos |= {camera: result.info} if result.info else {}
+            warnings |= {camera: result.warning} if result.warning else {}
             precision = frozen.precision if free else precision
         identity = _as_json({**frozen.identity(image_shape), "precision": {"compute": precision}})
         views = max(config.views, entry.views if entry else 1)
@@ -141,6 +156,9 @@ def for_cameras(
             whole = identity["weights"]["digest"] if above is None else built[spec].weights_digest()
             files[spec] = f"encoder/{whole}.safetensors"
         found[camera] = CameraEncoder(built[spec], frozen, made, files[spec])
+    for level, said in ((logging.INFO, infos), (logging.WARNING, warnings)):
+        for line in by_name(said, "camera", more="inspect --json has the error of each"):
+            logger.log(level, "%s", line)
     return found
 
 
@@ -169,7 +187,7 @@ def check_names(config: ExtractConfig, dataset: Dataset) -> None:
             if getattr(others, name) != getattr(plain, name):
                 raise OptionError(
                     f"{flag} ({getattr(others, name)}) has no effect: every camera has its own encoder "
-                    f"({', '.join(dataset.cameras)}); leave it out"
+                    f"({listed(dataset.cameras)}); leave it out"
                 )
 
 
@@ -188,11 +206,10 @@ def _measure(
     frozen: FrozenEncoder,
     exact: FrozenEncoder,
     frames: NDArray[np.uint8],
-    camera: str,
     config: ExtractConfig,
     *,
     free: bool,
-) -> tuple[FrozenEncoder, dict[str, float]]:
+) -> Measured:
     """Returns the encoder to use, and the error (as stored) and spread of its features on frames of the dataset.
 
     Args:
@@ -208,19 +225,18 @@ def _measure(
         return error_over_variation(features.to(stored), wanted)
 
     found = wanted if frozen is exact else torch.from_numpy(encode(frozen, frames))
-    error, statistics = error_of(found), feature_statistics(wanted)
+    error, statistics, info = error_of(found), feature_statistics(wanted), ""
     if not error <= config.precision_bound and free and frozen is not exact:
         made = frozen.precision
-        logger.info("%s: %s is too inexact: its error is %s; fp32 is used", camera, made, _of_bound(error, config))
+        info = f"{made} is too inexact: its error is {_of_bound(error, config)}; fp32 is used"
         frozen, error = exact, error_of(wanted)
-    warning = collapse_warning(statistics, camera)
-    if warning is None and not error <= config.precision_bound:
+    warning = collapse_warning(statistics)
+    if not warning and not error <= config.precision_bound:
         mend = "--store-dtype float32" if frozen is exact else "--precision fp32"
         done = f"the error of {frozen.precision}, stored as {config.store_dtype}, is {_of_bound(error, config)}"
-        warning = f"{camera}: {done}; {mend} is more exact"
-    if warning is not None:
-        logger.warning("%s", warning)
-    return frozen, {"error_over_variation": _figure(error), "spread": _figure(statistics.spread)}
+        warning = f"{done}; {mend} is more exact"
+    figures = {"error_over_variation": _figure(error), "spread": _figure(statistics.spread)}
+    return Measured(frozen, figures, info, warning)
 
 
 def _of_bound(error: float, config: ExtractConfig) -> str:

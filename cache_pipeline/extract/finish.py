@@ -16,6 +16,7 @@ from cache_pipeline.extract.matching import array_digest
 from cache_pipeline.extract.prepare import Prepared
 from cache_pipeline.extract.units import UnitCheck
 from cache_pipeline.files import digest
+from cache_pipeline.text import few
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -38,7 +39,7 @@ def finish(prepared: Prepared, metadata: dict[str, str]) -> Manifest:
     _check_sources(prepared)
     units = _recorded_units(prepared)
     demos = _with_digests(prepared)
-    for sentence in still_cameras(prepared.path, prepared.manifest):
+    for sentence in few(still_cameras(prepared.path, prepared.manifest), "camera", more="inspect --json lists all"):
         logger.warning("%s; a policy cannot learn from these frames: render them again", sentence)
     return replace(prepared.manifest, demos=demos, units=units, metadata=metadata)
 

@@ -22,6 +22,7 @@ from cache_pipeline.extract.matching import (
     recorded_dataset,
     source_state,
 )
+from cache_pipeline.text import listed
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -122,7 +123,7 @@ def _check_masks(cache: FeatureCache, dataset: Dataset, matching: Matching) -> N
         found = [matching.kept[new] for new in dataset.masks.get(key, ())]
         now = {cache.demos[old].name for old in found if old is not None}
         if sorted(cache.masks.get(key, ())) != sorted(old for old in found if old is not None):
-            differ = ", ".join(sorted(was ^ now)[:5])
+            differ = listed(sorted(was ^ now), limit=5)
             meaning = f"its demos have changed ({differ})"
             mend = "run the extract-features command of this cache again; it records the change and encodes nothing"
             raise StaleCacheError(f"filter key {key}", f"{len(was)} demos", f"{len(now)} demos", meaning, mend)
@@ -170,7 +171,7 @@ def _raise_changed(cache: FeatureCache, dataset: Dataset, new: int) -> NoReturn:
     if old is None:
         names = {row.name for row in cache.demos}
         more = [other.name for other in dataset.demos if other.file == demo.file and other.name not in names]
-        meaning = f"{file} has {len(more)} demos more than the cache ({', '.join(more[:5])})"
+        meaning = f"{file} has {len(more)} demos more than the cache ({listed(more, limit=5)})"
         raise StaleCacheError(f"demo {demo.name}", "absent", "present", meaning, EXTEND)
     if old.length != demo.length:
         raise StaleCacheError(f"demo {demo.name} length", old.length, demo.length, f"it has changed in {file}", EXTEND)

@@ -29,6 +29,7 @@ from cache_pipeline.extract.prepare import Prepared, metadata_digests, planned_b
 from cache_pipeline.extract.worker import Worker
 from cache_pipeline.files import NOT_ALLOWED, digest, resolved
 from cache_pipeline.memory import retained_memory
+from cache_pipeline.text import listed
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -66,7 +67,7 @@ class ExtractResult(NamedTuple):
         images = counted(self.images, "image")
         return [
             f"{self.cache}: complete, {self.bytes / 1e6:.1f} MB, fingerprint {self.fingerprint}",
-            f"{images} of {', '.join(self.cameras)} in {self.seconds:.1f} s, {self.images_per_s:.1f}/s",
+            f"{images} of {listed(self.cameras, limit=5)} in {self.seconds:.1f} s, {self.images_per_s:.1f}/s",
             f"stages (in parallel): {stages}",
             f"{counted(self.units_encoded, 'unit')} written, {self.units_reused} reused",
         ]
@@ -156,8 +157,7 @@ def _tell_changes(prepared: Prepared) -> None:
     for what in ("added", "changed", "removed"):
         names = getattr(prepared.matching, what)
         if names:
-            shown = ", ".join(names[:5]) + (f", … ({len(names) - 5} more)" if len(names) > 5 else "")
-            logger.info("%s: %d demos %s: %s", prepared.out, len(names), what, shown)
+            logger.info("%s: %d demos %s: %s", prepared.out, len(names), what, listed(names, limit=5))
 
 
 def _begin(prepared: Prepared, background: Executor) -> Future[dict[str, str]]:

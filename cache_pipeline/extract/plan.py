@@ -17,6 +17,7 @@ from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.prepare import Prepared, planned_bytes, prepare
 from cache_pipeline.extract.units import Job
 from cache_pipeline.files import resolved
+from cache_pipeline.text import listed
 
 TIMED_BATCHES = 3
 UNITS_IN_FLIGHT = 4
@@ -57,8 +58,9 @@ class ExtractionPlan(NamedTuple):
 
     def lines(self) -> list[str]:
         """For people."""
+        cameras = listed(self.cameras, limit=5)
         lines = [
-            f"{self.cache}: {counted(self.demos, 'demo')}, {', '.join(self.cameras)}, {counted(self.views, 'view')}",
+            f"{self.cache}: {counted(self.demos, 'demo')}, {cameras}, {counted(self.views, 'view')}",
             f"{counted(self.images, 'image')} to encode, {self.images_reused} already in the cache",
             f"{counted(self.units, 'unit')} to write, {self.units_reused} already in the cache",
             f"{self.bytes / 1e6:.1f} MB to write at most",
@@ -70,8 +72,7 @@ class ExtractionPlan(NamedTuple):
         for what in ("added", "changed", "removed"):
             names = getattr(self, what)
             if names:
-                shown = ", ".join(names[:10]) + (f", … ({len(names) - 10} more)" if len(names) > 10 else "")
-                lines.append(f"{counted(len(names), 'demo')} {what}: {shown}")
+                lines.append(f"{counted(len(names), 'demo')} {what}: {listed(names, limit=10)}")
         return lines
 
 

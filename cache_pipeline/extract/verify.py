@@ -28,6 +28,7 @@ from cache_pipeline.extract.camera_encoders import restore_encoders
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.freshness import require_same_demos
 from cache_pipeline.extract.matching import recorded_dataset
+from cache_pipeline.text import by_name
 
 TOLERANCE = {"fp32": 1e-4, "tf32": 5e-3, "fp16": 5e-3, "bf16": 3e-2}
 STORE_TOLERANCE = {"float32": 0.0, "float16": 1e-3}
@@ -142,7 +143,8 @@ def verify(
     packed = np.sort(rng.choice(int(cache.lengths.sum()), min(rows, int(cache.lengths.sum())), replace=False))
     demos = np.searchsorted(cache.packed_starts, packed, side="right") - 1
     offsets = packed - cache.packed_starts[demos]
-    results, notes = [], []
+    results: list[VerifyResult] = []
+    notes: dict[str, str] = {}
     batches = BatchEncoder(cache.manifest.batch_size, "float32")
     for camera, entry in cache.cameras.items():
         frozen = _frozen(encoders[camera], entry, device)
@@ -153,12 +155,12 @@ def verify(
         recorded = entry.identity["precision"]["compute"]
         if frozen.precision != recorded:
             where = f"{frozen.device} lacks {recorded}"
-            notes.append(f"{camera}: {where}, so frames were encoded in {frozen.precision} (tolerance {bounds[0]:.0e})")
+            notes[camera] = f"{where}, so frames were encoded in {frozen.precision} (tolerance {bounds[0]:.0e})"
         for view in range(entry.views):
             views = [view_parameters(spec, key, camera, view) for key in keys] if view else None
             stored = _rows(cache.features(camera, cache.starts[demos] + offsets, view))
             results.append(_Compared(stored, _rows(batches(frozen, frames, views)), *bounds).result())
-    return _together(results)._replace(note="; ".join(notes))
+    return _together(results)._replace(note="; ".join(by_name(notes, "camera")))
 
 
 def _rows(features: NDArray) -> Tensor:

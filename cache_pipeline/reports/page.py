@@ -25,11 +25,13 @@ td.number{text-align:right;font-variant-numeric:tabular-nums}
 .fact b{display:block;font-size:1.35rem}
 code,pre{font:13px/1.45 ui-monospace,Menlo,monospace;background:#f5f7f9;border-radius:4px;padding:.1rem .3rem}
 pre{padding:.7rem;overflow:auto}
+h1,h2,p,td,.fact{overflow-wrap:anywhere}
 """
 
 
 HTML = FileKind("an HTML page", begins_with(b"<!doctype html", b"<html"))
 GENERATOR = '<meta name="generator" content="cache_pipeline report">'
+VIEWPORT = '<meta name="viewport" content="width=device-width,initial-scale=1">'
 
 
 def is_ours(path: Path) -> bool:
@@ -76,7 +78,7 @@ class Page:
         self._blocks.append(f'<video controls loop muted src="data:video/mp4;base64,{data}"></video>')
 
     def html(self) -> str:
-        head = f'<meta charset="utf-8">{GENERATOR}<title>{escape(self._title)}</title><style>{STYLE}</style>'
+        head = f'<meta charset="utf-8">{VIEWPORT}{GENERATOR}<title>{escape(self._title)}</title><style>{STYLE}</style>'
         return (
             f'<!doctype html><html lang="en"><head>{head}</head><body>' + "\n".join(self._blocks) + "</body></html>\n"
         )
@@ -85,7 +87,7 @@ class Page:
         """Writes the page atomically and returns its path; raises ConfigError if the path may not be replaced."""
         path = Path(path)
         with output_file(path, HTML, overwrite=overwrite) as partial:
-            partial.write_text(self.html(), encoding="utf-8")
+            partial.write_text(self.html(), encoding="utf-8", errors="backslashreplace")
         return path
 
 

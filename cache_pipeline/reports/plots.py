@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from cache_pipeline.text import printable, shortened
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -15,32 +18,34 @@ if TYPE_CHECKING:
 INK, GRID = "#22313f", "#d8dee4"
 COLORS = ("#1f6fb2", "#d9622b", "#2e8b57", "#8a5bb5", "#b8860b", "#5f6b76", "#c2407a")
 WIDTH_IN, DPI = 9.0, 110
+Series = tuple[NDArray[np.int64], NDArray[np.float64]]
+"""Steps, and the values measured there."""
+LEAST_COLUMNS, MOSAIC_COLUMNS, MOSAIC_PIXELS = 4, 12, 64
 
 
-def curves(metrics: Mapping[str, NDArray[Any]], mean_action_mse: float | None = None) -> bytes:
+def curves(series: Mapping[str, Series], mean_action_mse: float | None = None) -> bytes:
     """Plots training loss and held-out action error over steps, with the error of the mean action as baseline.
 
     Args:
-        metrics: columns ``step``, ``training/loss`` and, with a held-out split, ``validation/action_mse``; NaN for
-            missing values.
+        series: ``training/loss`` and, with a held-out split, ``validation/action_mse``, each as steps and the values
+            measured there. NaN and infinity are gaps.
         mean_action_mse: error of a baseline that always predicts the mean training action, in the same units.
     """
     figure, axes = _axes(1, 2, height=3.2)
     loss, error = axes
-    step = metrics["step"]
-    _line(loss, step, metrics["training/loss"], COLORS[0], "training loss")
-    loss.set(title="Training loss", xlabel="step", yscale="log")
-    valid = metrics.get("validation/action_mse")
-    if valid is not None and np.isfinite(valid).any():
-        _line(error, step, valid, COLORS[1], "held-out error", marker="o")
-        if mean_action_mse is not None:
+    _line(loss, series["training/loss"], COLORS[0], "training loss")
+    loss.set(title="Training loss", xlabel="step", yscale=_scale(series["training/loss"]))
+    valid = series.get("validation/action_mse")
+    if valid is not None and np.isfinite(valid[1]).any():
+        _line(error, valid, COLORS[1], "held-out error", marker="o")
+        if mean_action_mse is not None and mean_action_mse > 0:
             error.axhline(
                 mean_action_mse, color=COLORS[5], linestyle="--", linewidth=1.2, label="always the mean action"
             )
-        error.set(title="Held-out action error (MSE)", xlabel="step", yscale="log")
+        error.set(title="Held-out action error (MSE)", xlabel="step", yscale=_scale(valid))
         error.legend(frameon=False, fontsize=8)
     else:
-        error.text(0.5, 0.5, "no held-out demos", ha="center", va="center", color=COLORS[5])
+        error.text(0.5, 0.5, "no held-out error", ha="center", va="center", color=COLORS[5])
         error.set_axis_off()
     return _png(figure)
 
@@ -59,7 +64,16 @@ def actions(demo: NDArray[Any], predicted: NDArray[Any], title: str) -> bytes:
         axis.plot(predicted[:, d], color=COLORS[0], linewidth=1.3, label="policy")
         axis.set_title(f"action[{d}]", fontsize=9)
     axes[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(title, fontsize=10, color=INK)
+    figure.suptitle(_label(title), fontsize=10, color=INK)
+    return _png(figure)
+
+
+def action_errors(demo: NDArray[Any], predicted: NDArray[Any], title: str) -> bytes:
+    """Plots the root mean square difference of two action sequences (T, A), one bar per dimension."""
+    figure, (axis,) = _axes(1, 1, height=2.4)
+    errors = np.sqrt(np.mean((predicted.astype(np.float64) - demo) ** 2, axis=0))
+    axis.stairs(errors, np.arange(len(errors) + 1) - 0.5, fill=True, color=COLORS[0])
+    axis.set(title=_label(title), xlabel="action dimension", ylabel="RMS difference", xlim=(-0.5, len(errors) - 0.5))
     return _png(figure)
 
 
@@ -77,16 +91,41 @@ def stage_times(stages: Mapping[str, float], title: str) -> bytes:
 
 def contact_sheet(rows: Mapping[str, Sequence[NDArray[np.uint8]]]) -> bytes:
     """Draws frames (H, W, 3) side by side, one labelled row per name."""
-    columns = max(len(frames) for frames in rows.values())
-    figure, axes = _axes(len(rows), columns, height=(WIDTH_IN / columns + 0.2) * len(rows))
-    for r, (name, frames) in enumerate(rows.items()):
-        for c in range(columns):
-            axis = axes[r * columns + c]
-            axis.set_axis_off()
-            if c < len(frames):
-                axis.imshow(frames[c], interpolation="nearest")
-        axes[r * columns].set_title(name, fontsize=8, loc="left", color=INK)
+    columns = max(LEAST_COLUMNS, *(len(frames) for frames in rows.values()))
+    strips = {name: _tiled(frames, columns) for name, frames in rows.items()}
+    heights = [WIDTH_IN * strip.shape[0] / strip.shape[1] + 0.25 for strip in strips.values()]
+    figure, axes = _axes(len(rows), 1, height=sum(heights), heights=heights)
+    for axis, (name, strip) in zip(axes, strips.items(), strict=True):
+        axis.set_axis_off()
+        axis.imshow(strip, interpolation="nearest")
+        axis.set_title(_label(name), fontsize=8, loc="left", color=INK)
     return _png(figure)
+
+
+def mosaic(frames: Sequence[NDArray[np.uint8]]) -> bytes:
+    """Draws one frame (H, W, 3) per camera as small pictures of one size, row by row, without labels."""
+    picked = [frame[_places(frame.shape[0])][:, _places(frame.shape[1])] for frame in frames]
+    tiles = _tiled(picked, min(len(frames), MOSAIC_COLUMNS))
+    figure, (axis,) = _axes(1, 1, height=WIDTH_IN * tiles.shape[0] / tiles.shape[1])
+    axis.set_axis_off()
+    axis.imshow(tiles, interpolation="nearest")
+    return _png(figure)
+
+
+def _places(size: int) -> NDArray[np.int64]:
+    return np.arange(MOSAIC_PIXELS) * size // MOSAIC_PIXELS
+
+
+def _tiled(frames: Sequence[NDArray[np.uint8]], columns: int) -> NDArray[np.uint8]:
+    """Joins frames of one size row by row, with white gaps."""
+    height, width, channels = frames[0].shape
+    gap = max(1, width // 24)
+    rows = -(-len(frames) // columns)
+    sheet = np.full((rows * (height + gap) - gap, columns * (width + gap) - gap, channels), 255, np.uint8)
+    for number, frame in enumerate(frames):
+        top, left = (number // columns) * (height + gap), (number % columns) * (width + gap)
+        sheet[top : top + height, left : left + width] = frame
+    return sheet
 
 
 def feature_map(projected: Sequence[NDArray[Any]], title: str) -> bytes:
@@ -99,7 +138,7 @@ def feature_map(projected: Sequence[NDArray[Any]], title: str) -> bytes:
         points = axis.scatter(demo[:, 0], demo[:, 1], c=time, cmap="viridis", s=9, zorder=2, vmin=0, vmax=1)
     if points is not None:
         figure.colorbar(points, ax=axis, label="start → end of the demo", ticks=[])
-    axis.set(title=title, xlabel="first component", ylabel="second component")
+    axis.set(title=_label(title), xlabel="first component", ylabel="second component")
     return _png(figure)
 
 
@@ -111,19 +150,31 @@ def bars(groups: Mapping[str, Mapping[str, float]], title: str, ylabel: str) -> 
     for i, name in enumerate(series):
         x = np.arange(len(groups)) + (i - (len(series) - 1) / 2) * width
         axis.bar(x, [values.get(name, np.nan) for values in groups.values()], width * 0.92, label=name, color=COLORS[i])
-    axis.set_xticks(np.arange(len(groups)), list(groups))
+    axis.set_xticks(np.arange(len(groups)), list(map(_label, groups)))
     axis.set(title=title, ylabel=ylabel)
     axis.grid(visible=False, axis="x")
     axis.legend(frameon=False, fontsize=8, ncols=len(series), loc="upper center", bbox_to_anchor=(0.5, -0.08))
     return _png(figure)
 
 
-def _line(axis: Any, x: NDArray[Any], y: NDArray[Any], color: str, label: str, marker: str | None = None) -> None:
-    known = np.isfinite(y)
-    axis.plot(x[known], y[known], color=color, linewidth=1.5, marker=marker, markersize=3, label=label)
+def _line(axis: Any, series: Series, color: str, label: str, marker: str | None = None) -> None:
+    steps, values = series
+    values = np.where(np.isfinite(values), values, np.nan)
+    axis.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=3, label=label)
 
 
-def _axes(rows: int, columns: int, height: float) -> tuple[Figure, list[Any]]:
+def _scale(series: Series) -> str:
+    """Returns ``log``, or ``linear`` for values that a logarithm lacks, such as a negative log-likelihood."""
+    finite = series[1][np.isfinite(series[1])]
+    return "log" if finite.size and finite.min() > 0 else "linear"
+
+
+def _label(name: str) -> str:
+    """Returns a name as a text of matplotlib, which takes text between dollar signs for mathematics."""
+    return printable(shortened(name)).replace("$", r"\$")
+
+
+def _axes(rows: int, columns: int, height: float, heights: Sequence[float] | None = None) -> tuple[Figure, list[Any]]:
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -133,7 +184,7 @@ def _axes(rows: int, columns: int, height: float) -> tuple[Figure, list[Any]]:
     with mpl.rc_context({**style, "font.size": 9, "axes.titlesize": 10}):
         figure = Figure(figsize=(WIDTH_IN, height), dpi=DPI, layout="constrained")
         FigureCanvasAgg(figure)
-        axes = list(np.atleast_1d(figure.subplots(rows, columns)).ravel())
+        axes = list(np.atleast_1d(figure.subplots(rows, columns, height_ratios=heights)).ravel())
     for axis in axes:
         axis.grid(color=GRID, linewidth=0.6)
         axis.set_axisbelow(True)
@@ -143,5 +194,7 @@ def _axes(rows: int, columns: int, height: float) -> tuple[Figure, list[Any]]:
 
 def _png(figure: Figure) -> bytes:
     out = io.BytesIO()
-    figure.savefig(out, format="png")
+    with warnings.catch_warnings():  # a glyph that the font lacks, such as an emoji in a name, is drawn as a box
+        warnings.filterwarnings("ignore", message=r"Glyph .* missing", category=UserWarning)
+        figure.savefig(out, format="png")
     return out.getvalue()

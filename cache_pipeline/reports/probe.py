@@ -9,7 +9,7 @@ linear classifier probes, 2016, arXiv:1610.01644).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -158,10 +158,9 @@ def _against_random(gain: float) -> str:
 def ridge(x: Array, y: Array, x_valid: Array) -> Array:
     """Returns predictions (M, A) of ridge regression; the penalty is chosen on the last fifth of the training rows."""
     held = max(1, len(x) // 5)
-    best = min(
-        RIDGES, key=lambda penalty: float(np.mean((_fit(x[:-held], y[:-held], penalty)(x[-held:]) - y[-held:]) ** 2))
-    )
-    return _fit(x, y, best)(x_valid)
+    fit = _ridge_of(x[:-held], y[:-held])
+    best = min(RIDGES, key=lambda penalty: float(np.mean((fit(penalty)(x[-held:]) - y[-held:]) ** 2)))
+    return _ridge_of(x, y)(best)(x_valid)
 
 
 def nearest(x: Array, y: Array, x_valid: Array, neighbours: int = NEIGHBOURS) -> Array:
@@ -184,13 +183,18 @@ def r_squared(predicted: Array, truth: Array) -> float:
     return float(np.mean(np.maximum(1 - residual[varies] / total[varies], 0)))
 
 
-def _fit(x: Array, y: Array, penalty: float) -> Any:
+def _ridge_of(x: Array, y: Array) -> Callable[[float], Callable[[Array], Array]]:
+    """Returns penalty → predictor. The products of the rows, which take the time, are computed once."""
     mean = y.mean(0)
-    if x.shape[1] <= len(x):
-        weights = np.linalg.solve(x.T @ x + penalty * len(x) * np.eye(x.shape[1]), x.T @ (y - mean))
-    else:
-        weights = x.T @ np.linalg.solve(x @ x.T + penalty * len(x) * np.eye(len(x)), y - mean)
-    return lambda other: other @ weights + mean
+    wide = x.shape[1] > len(x)
+    gram, target = (x @ x.T, y - mean) if wide else (x.T @ x, x.T @ (y - mean))
+
+    def fit(penalty: float) -> Callable[[Array], Array]:
+        solved = np.linalg.solve(gram + penalty * len(x) * np.eye(len(gram)), target)
+        weights = x.T @ solved if wide else solved
+        return lambda other: other @ weights + mean
+
+    return fit
 
 
 def _score(name: str, x: Mapping[str, Array], target: str, y: tuple[Array, Array]) -> ProbeScore:
@@ -283,13 +287,17 @@ def _are_resnets(cache: FeatureCache) -> bool:
 
 def _encode_random(cache: FeatureCache, dataset: Dataset, rows: NDArray[np.int64], seed: int, device: str) -> Array:
     per_camera = []
+    built: dict[Any, FrozenEncoder] = {}
     for camera, entry in cache.cameras.items():
         saved = saved_spec(cache.encoder_file(camera))
         assert saved is not None
         spec = EncoderSpec(rgb_model_name=saved.rgb_model_name, weights="random", seed=seed, cut=entry.identity["cut"])
         preprocess = Preprocess.from_json(entry.identity["preprocess"])
         precision = nearest_precision(entry.identity["precision"]["compute"], resolve_device(device))
-        frozen = FrozenEncoder(build_encoder(spec), preprocess, resolve_device(device), precision)
+        if (spec, preprocess, precision) not in built:
+            encoder = build_encoder(spec)
+            built[spec, preprocess, precision] = FrozenEncoder(encoder, preprocess, resolve_device(device), precision)
+        frozen = built[spec, preprocess, precision]
         parts, batches = [], BatchEncoder(PROBE_BATCH, "float32")
         with Progress(f"random weights {camera}", len(rows), "images") as progress:
             for images in _picked_frames(cache, dataset, camera, rows):

@@ -145,7 +145,8 @@ def _download_timeout() -> Iterator[None]:
 
 
 def _say(stage: str, command: str) -> None:
-    logger.info("\n%s   (cache-pipeline %s)", stage, command)
+    logger.info("")
+    logger.info("%s   (cache-pipeline %s)", stage, command)
 
 
 def _log(lines: list[str]) -> None:

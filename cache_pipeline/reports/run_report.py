@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +23,16 @@ from cache_pipeline.reports import plots
 from cache_pipeline.reports.page import HTML, Page, is_ours
 from cache_pipeline.runs.checkpoint import find_checkpoint
 from cache_pipeline.runs.contents import Contents, recorded_contents, split_of_run
-from cache_pipeline.runs.metrics import read_metrics
+from cache_pipeline.runs.metrics import of_mean_action, read_metrics
 from cache_pipeline.runs.policy import load_policy
 from cache_pipeline.runs.record import RunRecord, read_record
 from cache_pipeline.runs.summary import inspect_run
 from cache_pipeline.sim.rollout import ROLLOUTS
+from cache_pipeline.text import listed, shortened
 
 SHOWN_FRAMES = 6
+SHOWN_CAMERAS, MOST_SMALL = 8, 240
+SHOWN_DIMS = 16
 MAPPED_DEMOS = 5
 
 
@@ -96,9 +99,9 @@ def write_report(
 def _figures(page: Page, record: RunRecord, summary: Any) -> None:
     facts = [(f"{summary.step:,}", f"of {summary.steps:,} steps")]
     if summary.valid_action_mse is not None:
-        share = summary.valid_action_mse / summary.mean_action_mse
+        share, *of_what = of_mean_action(summary.valid_action_mse, summary.mean_action_mse).split(" of ", 1)
         facts.append((f"{summary.valid_action_mse:.4g}", "held-out action error (MSE)"))
-        facts.append((f"{share:.0%}", "of the error of always predicting the mean action"))
+        facts.append((share, f"of {of_what[0]}") if of_what else ("no ratio", share))
     facts.append((summary.policy, "policy"))
     facts.append((f"{len(record.data.train)} + {len(record.data.valid)}", "demos: training + held out"))
     page.facts(facts)
@@ -108,13 +111,15 @@ def _curves(page: Page, folder: Path, mean_action_mse: float | None) -> None:
     rows = read_metrics(folder)
     if not rows:
         return
-    columns = {name: np.array([_number(row.get(name)) for row in rows]) for name in rows[0]}
+    series = {name: _series(rows, name) for name in ("training/loss", "validation/action_mse")}
     page.heading("Training")
-    page.picture(plots.curves(columns, mean_action_mse), "training loss and held-out action error")
+    page.picture(plots.curves(series, mean_action_mse), "training loss and held-out action error")
 
 
-def _number(value: Any) -> float:
-    return float("nan") if value is None else float(value)
+def _series(rows: Sequence[Mapping[str, Any]], name: str) -> plots.Series:
+    """Returns the steps at which a metric was measured, and its values."""
+    known = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return np.array([step for step, _ in known], np.int64), np.array([value for _, value in known], np.float64)
 
 
 def _run_demos(record: RunRecord, *, cached: bool) -> tuple[FeatureCache | Dataset, Split] | None:
@@ -145,7 +150,17 @@ def _what_it_does(page: Page, policy: Any, data: FeatureCache | Dataset, split: 
         "The policy always gets the obs of the demo."
     )
     predicted = first_actions(policy, demo)
-    page.picture(plots.actions(demo.actions, predicted, f"{kind} {demo.name}"), "actions of the policy and of the demo")
+    dims = demo.actions.shape[1]
+    page.picture(
+        plots.actions(demo.actions[:, :SHOWN_DIMS], predicted[:, :SHOWN_DIMS], f"{kind} {demo.name}"),
+        "actions of the policy and of the demo",
+    )
+    if dims > SHOWN_DIMS:
+        page.text(f"The first {SHOWN_DIMS} of {dims} action dimensions are drawn. The difference in all of them:")
+        page.picture(plots.action_errors(demo.actions, predicted, f"{kind} {demo.name}"), "difference per dimension")
+    still = np.flatnonzero(np.ptp(demo.actions, axis=0) == 0)
+    if len(still):
+        page.text(f"Actions that never change in this demo: {listed(f'action[{dim}]' for dim in still)}.")
     if isinstance(data, FeatureCache):
         chosen = [read_demo(data, policy, number) for number in demos[:MAPPED_DEMOS]]
         camera = next(iter(policy.cameras))
@@ -201,13 +216,20 @@ def _what_it_saw(page: Page, record: RunRecord) -> None:
     dataset, split = found
     assert isinstance(dataset, Dataset)
     number = (split.valid or split.train)[0]
-    rows = {}
-    for camera in dataset.cameras:
-        frames = dataset.frames(number, camera)
-        chosen = np.linspace(0, len(frames) - 1, min(SHOWN_FRAMES, len(frames))).round().astype(int)
-        rows[camera] = list(frames[chosen])
+    demo, cameras = dataset.demos[number], list(dataset.cameras)
+    chosen = np.linspace(0, demo.length - 1, min(SHOWN_FRAMES, demo.length)).round().astype(int).tolist()
+    shown, others = cameras[:SHOWN_CAMERAS], cameras[SHOWN_CAMERAS:]
+    rows = {camera: list(dataset.gather(camera, [(number, t, t + 1) for t in chosen])) for camera in shown}
     page.heading("Frames")
-    page.picture(plots.contact_sheet(rows), f"frames of {dataset.demos[number].name}")
+    page.picture(plots.contact_sheet(rows), f"frames of {demo.name}")
+    if others:
+        page.text(
+            f"The first {len(shown)} of {len(cameras)} cameras are drawn. One frame of each of the other "
+            f"{len(others)}, row by row: {', '.join(map(shortened, others))}."
+        )
+        middle = demo.length // 2
+        first = [dataset.frames(number, camera, middle, middle + 1)[0] for camera in others[:MOST_SMALL]]
+        page.picture(plots.mosaic(first), f"a frame of each other camera of {demo.name}")
 
 
 def _rollouts(page: Page, folder: Path) -> None:
@@ -219,6 +241,8 @@ def _rollouts(page: Page, folder: Path) -> None:
             continue
         low, high = result["ci95"]
         page.heading(f"Rollouts {path.stem}")
+        if settings := {key: value for key, value in result.get("settings", {}).items() if value is not None}:
+            page.text(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items()))
         page.facts(
             [
                 (f"{result['successes']} of {result['episodes']}", "episodes succeeded"),

@@ -16,9 +16,11 @@ from cache_pipeline.encoders.views import view_parameters
 from cache_pipeline.errors import CacheError, CachePipelineError
 from cache_pipeline.extract.freshness import open_sources
 from cache_pipeline.files import PNG, check_output, output_file
+from cache_pipeline.progress import logger
 from cache_pipeline.reports import plots
 
 COLUMNS = 6
+SHOWN_ROWS = 10
 
 
 def write_view_sheet(cache_path: Path, out: Path, *, overwrite: bool = False) -> Path:
@@ -35,7 +37,11 @@ def write_view_sheet(cache_path: Path, out: Path, *, overwrite: bool = False) ->
     except CachePipelineError as error:
         raise CacheError(f"the frames of {cache_path} cannot be read, so its views cannot be drawn: {error}") from error
     rows: dict[str, list[NDArray[np.uint8]]] = {}
-    for camera, entry in cache.cameras.items():
+    views = max(entry.views for entry in cache.cameras.values())
+    shown = dict(list(cache.cameras.items())[: max(1, SHOWN_ROWS // views)])
+    if len(shown) < len(cache.cameras):
+        logger.info("the first %d of %d cameras are drawn", len(shown), len(cache.cameras))
+    for camera, entry in shown.items():
         spec = ViewSpec.from_json(entry.view_spec or {})
         preprocess = Preprocess.from_json(entry.identity["preprocess"])
         for view in range(entry.views):

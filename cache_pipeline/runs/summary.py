@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from cache_pipeline.runs.checkpoint import CHECKPOINT_JSON, CHECKPOINTS, describe_checkpoint, read_index
 from cache_pipeline.runs.record import read_record
+from cache_pipeline.text import listed
 
 
 class RunSummary(NamedTuple):
@@ -32,7 +33,7 @@ class RunSummary(NamedTuple):
         """Returns the summary as lines for a terminal."""
         lines = [
             f"run {self.run}: {self.kind}, policy {self.policy}, step {self.step} of {self.steps}",
-            f"cameras {', '.join(self.cameras)}; low-dim {', '.join(self.low_dim) or 'none'}",
+            f"cameras {listed(self.cameras)}; low-dim {listed(self.low_dim) or 'none'}",
         ]
         if self.valid_action_mse is not None:
             lines.append(f"held-out action error {self.valid_action_mse:.4g} (mean action {self.mean_action_mse:.4g})")

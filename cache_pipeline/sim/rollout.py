@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -14,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.errors import ConfigError, counted
-from cache_pipeline.files import FileKind, check_output, finite, output_file, read_json, write_json
-from cache_pipeline.progress import Progress
+from cache_pipeline.files import FileKind, check_output, digest, finite, numbered, output_file, read_json, write_json
+from cache_pipeline.progress import Progress, logger
 from cache_pipeline.sim.env_args import EnvArgs, read_env_args
 from cache_pipeline.sim.environment import Environment, Obs, Step
 from cache_pipeline.sim.history import ObsHistory
@@ -161,6 +162,7 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
     started = time.monotonic()
     device = _device(config.device)
     check_outputs(config)
+    settings = settings_of(config) if config.run.is_dir() else None  # the run's best checkpoint may change meanwhile
     if policy is None:
         from cache_pipeline.runs.policy import load_policy
 
@@ -197,24 +199,49 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
             if bar is not None:
                 bar.advance(successes=sum(record.success for record in records))
     result = summarise(records, time.monotonic() - started)
-    if config.run.is_dir():
-        keep(result, config)
+    if settings is not None:
+        keep(result, config, settings)
     return result
 
 
-def keep(result: RolloutResult, config: RolloutConfig) -> Path:
-    """Writes the result to ``RUN/rollouts/seed_<seed>_<episodes>.json``, which ``report`` reads."""
-    path = result_file(config)
+def keep(result: RolloutResult, config: RolloutConfig, settings: Mapping[str, Any]) -> Path:
+    """Writes the result and its settings to ``RUN/rollouts/``, where ``report`` reads them."""
+    path = result_file(config, settings)
     with output_file(path, ROLLOUT_JSON, overwrite=True) as partial:
-        write_json(partial, finite(result.to_json()))
+        write_json(partial, finite({**result.to_json(), "settings": dict(settings)}))
+    logger.info("result: %s", path)
     return path
 
 
-def result_file(config: RolloutConfig) -> Path:
-    """Returns the path of the result file; a rollout of the same episodes replaces it."""
+def settings_of(config: RolloutConfig) -> dict[str, Any]:
+    """Returns what decides the result of a rollout, beside the seed and the number of episodes."""
     from cache_pipeline.runs.checkpoint import find_checkpoint
 
-    return find_checkpoint(config.run)[0] / ROLLOUTS / f"seed_{config.seed}_{config.episodes}.json"
+    return {
+        "checkpoint": find_checkpoint(config.run)[1].resolve().name,
+        "horizon": config.horizon,
+        "action_steps": config.action_steps,
+        "env_args": None if config.env_args is None else digest(repr(read_env_args(config.env_args)).encode()),
+    }
+
+
+def result_file(config: RolloutConfig, settings: Mapping[str, Any]) -> Path:
+    """Returns the path of the result file: ``seed_<seed>_<episodes>.json``, or ``…_2.json`` and so on.
+
+    A rollout with the same settings replaces its result; one with other settings gets the next free name.
+    """
+    from cache_pipeline.runs.checkpoint import find_checkpoint
+
+    first = find_checkpoint(config.run)[0] / ROLLOUTS / f"seed_{config.seed}_{config.episodes}.json"
+    return next(path for path in numbered(first) if not os.path.lexists(path) or _has(path, settings))
+
+
+def _has(path: Path, settings: Mapping[str, Any]) -> bool:
+    try:
+        value = read_json(path)
+    except (OSError, ValueError):
+        return False
+    return isinstance(value, dict) and value.get("settings") == settings
 
 
 def video_file(folder: Path, index: int, success: bool) -> Path:
@@ -225,7 +252,7 @@ def video_file(folder: Path, index: int, success: bool) -> Path:
 def check_outputs(config: RolloutConfig) -> None:
     """Raises ConfigError if an output file exists and may not be replaced. Changes nothing."""
     if config.run.is_dir():
-        check_output(result_file(config), ROLLOUT_JSON, overwrite=True)
+        check_output(result_file(config, settings_of(config)), ROLLOUT_JSON, overwrite=True)
     if config.video is None:
         return
     suffix, kind = video_format()

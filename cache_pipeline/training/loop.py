@@ -11,7 +11,7 @@ from typing import NamedTuple
 from cache_pipeline.errors import RunStopped
 from cache_pipeline.memory import retained_memory
 from cache_pipeline.progress import Progress
-from cache_pipeline.training.data.source import Source
+from cache_pipeline.training.data.source import Source, source_in_words
 from cache_pipeline.training.interrupt import StopWish, stop_wish
 from cache_pipeline.training.journal import Journal
 from cache_pipeline.training.session import Session
@@ -78,7 +78,8 @@ def run_loop(journal: Journal, session: Session, *, run: Path, progress: bool) -
                 continue
             source = session.enter(phase)
             names.append(source.name)
-            logger.info("%s: %s source, %d windows, %s", run, source.name, len(session.splits[0]), session.device)
+            words, windows = source_in_words(source.name), len(session.splits[0])
+            logger.info("%s: %s; %d windows, %s", run, words, windows, session.device)
             if phase.start == 0 and session.resumed is None and session.record.kind == "finetune":
                 journal.record_start()
             _run_phase(journal, session, source, max(start, phase.start), phase.stop, wish, bar)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_pipeline.errors import counted
-from cache_pipeline.runs.checkpoint import Best
+from cache_pipeline.runs.checkpoint import CHECKPOINTS, Best
 from cache_pipeline.runs.metrics import of_mean_action
+from cache_pipeline.training.data.source import source_in_words
 from cache_pipeline.training.journal import START_ERROR
 from cache_pipeline.training.loop import LoopResult
 
@@ -34,6 +35,7 @@ class TrainResult(NamedTuple):
     start_action_mse: float | None = None
     best_action_mse: float | None = None
     best_step: int | None = None
+    best_checkpoint: Path | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -60,16 +62,17 @@ class TrainResult(NamedTuple):
             start_action_mse=metrics.get(START_ERROR),
             best_action_mse=None if best is None else best.valid_action_mse,
             best_step=None if best is None else best.step,
+            best_checkpoint=None if best is None else run / CHECKPOINTS / best.name,
             notes=notes,
         )
 
     def to_json(self) -> dict[str, Any]:
         figures = {name: value for name, value in self._asdict().items() if name != "notes"}
-        return {**figures, "run": str(self.run), "checkpoint": str(self.checkpoint)}
+        return {key: str(value) if isinstance(value, Path) else value for key, value in figures.items()}
 
     def lines(self) -> list[str]:
         """Returns the results as lines for a terminal."""
-        rate = f"{self.steps_per_s:.1f} steps/s, {self.source}"
+        rate = f"{self.steps_per_s:.1f} steps/s; {source_in_words(self.source)}"
         lines = [
             f"trained {counted(self.steps, 'step')} in {self.seconds:.1f} s ({rate})",
             f"loss {self.first_loss:.4g} → {self.final_loss:.4g}",
@@ -77,7 +80,16 @@ class TrainResult(NamedTuple):
         if self.valid_action_mse is not None and self.mean_action_mse is not None:
             compared = of_mean_action(self.valid_action_mse, self.mean_action_mse)
             lines.append(f"held-out action error {self.valid_action_mse:.4g}, {compared}")
-        return [*lines, *self._verdict(), f"checkpoint {self.checkpoint}", *self.notes]
+        return [*lines, *self._verdict(), *self._checkpoints(), *self.notes]
+
+    def _checkpoints(self) -> list[str]:
+        """Returns the checkpoint with which the run acts, and the latest one if that is another."""
+        if self.best_checkpoint is None or self.best_checkpoint.name == self.checkpoint.name:
+            return [f"checkpoint {self.checkpoint}"]
+        return [
+            f"best checkpoint {self.best_checkpoint}: rollout, export and report use it",
+            f"latest checkpoint {self.checkpoint}: --resume continues from it",
+        ]
 
     def _verdict(self) -> list[str]:
         """Returns a line that says whether fine-tuning lowered the held-out action error."""

@@ -38,12 +38,12 @@ def test_ridge_reads_a_linear_target_and_not_noise(linear_data):
 def test_ridge_with_more_features_than_rows_equals_the_primal_solution():
     rng = np.random.default_rng(0)
     x, y = rng.normal(size=(20, 50)), rng.normal(size=(20, 1))
-    from cache_pipeline.reports.probe import _fit
+    from cache_pipeline.reports.probe import _ridge_of
 
     penalty = 0.1
     mean = y.mean(0)
     primal = np.linalg.solve(x.T @ x + penalty * 20 * np.eye(50), x.T @ (y - mean))
-    np.testing.assert_allclose(_fit(x, y, penalty)(x), x @ primal + mean, atol=1e-8)
+    np.testing.assert_allclose(_ridge_of(x, y)(penalty)(x), x @ primal + mean, atol=1e-8)
 
 
 def test_nearest_gives_the_mean_of_the_nearest_rows():

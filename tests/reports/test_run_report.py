@@ -1,5 +1,11 @@
+import base64
+import io
 import re
+import time
+from pathlib import Path
 
+import h5py
+import matplotlib.image
 import numpy as np
 import pytest
 from fakes import make_dataset
@@ -10,8 +16,11 @@ from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.pipeline import extract_features
 from cache_pipeline.files import write_json
 from cache_pipeline.reports.run_report import principal, write_report
+from cache_pipeline.reports.view_sheet import write_view_sheet
 from cache_pipeline.training.config import SavingConfig, TrainConfig
 from cache_pipeline.training.train import train
+
+TINY = f"{Path(__file__).parents[1] / 'cli' / 'tiny_encoder.py'}:make"
 
 
 @pytest.fixture(scope="module")
@@ -93,3 +102,67 @@ def test_principal_components_keep_the_direction_of_most_variance():
     assert mapped.shape == (20, 2)
     np.testing.assert_allclose(np.abs(mapped[:, 0]), np.abs(np.linspace(-5, 5, 20)), atol=1e-9)
     np.testing.assert_allclose(mapped[:, 1], 0, atol=1e-9)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A run with 60 cameras and 200 action dims."""
+    folder = tmp_path_factory.mktemp("large")
+    cameras = {f"cam{number:02d}_image": (8, 8, 3) for number in range(60)}
+    return folder, trained_on(folder, make_dataset(folder / "data.hdf5", cameras=cameras, action_dim=200))
+
+
+def trained_on(folder, dataset):
+    """Extracts with a tiny encoder and trains two steps; returns the run."""
+    common = {"device": "cpu"}
+    extract = ExtractConfig(datasets=(dataset,), out=folder / "data.zarr", encoders=EncoderSpec(factory=TINY), **common)
+    extract_features(extract, progress=False)
+    config = TrainConfig(cache=folder / "data.zarr", out=folder / "run", steps=2, encoder_factory=TINY, **common)
+    return train(config, progress=False).run
+
+
+def pictures(page):
+    found = re.findall(r'src="data:image/png;base64,([^"]*)"', page.read_text())
+    return [matplotlib.image.imread(io.BytesIO(base64.b64decode(data)), format="png") for data in found]
+
+
+def test_sixty_cameras_and_200_action_dims_are_shown_in_pictures_of_a_sensible_size(large):
+    _, run = large
+    started = time.process_time()
+    page = write_report(run, encoder=TINY)
+    assert time.process_time() - started < 10
+    text = page.read_text()
+    assert "The first 16 of 200 action dimensions are drawn." in text
+    assert "The first 8 of 60 cameras are drawn. One frame of each of the other 52" in text
+    assert "cam59_image" in text
+    drawn = pictures(page)
+    assert len(drawn) == 6  # curves, actions, difference, features, frames, other cameras
+    assert max(picture.shape[0] for picture in drawn) < 2500
+
+
+def test_a_sheet_of_views_of_sixty_cameras_draws_the_first_ones_and_says_so(large, caplog):
+    folder, _ = large
+    with caplog.at_level("INFO", logger="cache_pipeline"):
+        sheet = write_view_sheet(folder / "data.zarr", folder / "views.png")
+    assert matplotlib.image.imread(sheet).shape[0] < 3000
+    assert "the first 10 of 60 cameras are drawn" in caplog.text
+
+
+def test_a_run_on_constant_actions_has_a_report_that_says_so(tmp_path):
+    dataset = make_dataset(tmp_path / "data.hdf5", cameras={"eye_image": (8, 8, 3)})
+    with h5py.File(dataset, "r+") as file:
+        for demo in file["data"].values():
+            demo["actions"][...] = 0.0
+    page = write_report(trained_on(tmp_path, dataset), encoder=TINY).read_text()
+    assert "the held-out actions are all equal to the mean action" in page
+    assert "Actions that never change in this demo: action[0], action[1]" in page
+
+
+def test_a_report_shows_the_settings_of_each_rollout(trained):
+    folder = trained / "run" / "rollouts"
+    result = {"episodes": 4, "successes": 3, "ci95": [0.3, 0.95], "records": []}
+    folder.mkdir(exist_ok=True)
+    write_json(folder / "seed_1_4.json", {**result, "settings": {"checkpoint": "step_0000004", "horizon": 50}})
+    page = write_report(trained / "run")
+    (folder / "seed_1_4.json").unlink()
+    assert "checkpoint step_0000004, horizon 50" in page.read_text()

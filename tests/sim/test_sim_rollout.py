@@ -22,8 +22,11 @@ from cache_pipeline.sim.rollout import (
     check_outputs,
     choose_environment,
     episode_seed,
+    keep,
+    result_file,
     rollout,
     run_episode,
+    settings_of,
     summarise,
     wilson_interval,
 )
@@ -188,3 +191,36 @@ def test_existing_output_files_are_reported_before_any_episode(tmp_path: Path, o
         with pytest.raises(ConfigError, match="replace it with --overwrite"):
             check_outputs(config)
     check_outputs(RolloutConfig(run=tmp_path / "gone", video=tmp_path, videos=1))
+
+
+def test_a_result_of_other_settings_is_never_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "step_0000002"
+    checkpoint.mkdir(parents=True)
+    monkeypatch.setattr("cache_pipeline.runs.checkpoint.find_checkpoint", lambda run: (tmp_path / "run", checkpoint))
+
+    def kept(successes: int, **options: Any) -> Path:
+        config = RolloutConfig(run=tmp_path / "run", episodes=2, **options)
+        records = [Episode(0, number < successes, 9, 0.1) for number in range(2)]
+        check_outputs(config)
+        return keep(summarise(records, 1.0), config, settings_of(config))
+
+    first, again = kept(1), kept(2)
+    assert first == again == tmp_path / "run/rollouts/seed_0_2.json"
+    value = json.loads(first.read_text())
+    assert value["successes"] == 2
+    assert value["settings"] == {"checkpoint": "step_0000002", "horizon": None, "action_steps": None, "env_args": None}
+    others = [kept(0, horizon=50), kept(0, action_steps=3), kept(0, horizon=50)]
+    assert [path.name for path in others] == ["seed_0_2_2.json", "seed_0_2_3.json", "seed_0_2_2.json"]
+    assert json.loads(first.read_text()) == value
+    checkpoint.with_name("step_0000004").mkdir()
+    checkpoint = checkpoint.with_name("step_0000004")
+    assert kept(0).name == "seed_0_2_4.json"
+
+
+def test_a_result_without_settings_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "checkpoints" / "step_0000002"
+    monkeypatch.setattr("cache_pipeline.runs.checkpoint.find_checkpoint", lambda run: (tmp_path, checkpoint))
+    (tmp_path / "rollouts").mkdir()
+    (tmp_path / "rollouts/seed_0_1.json").write_text('{"episodes": 1, "successes": 1, "records": []}')
+    config = RolloutConfig(run=tmp_path, episodes=1)
+    assert result_file(config, settings_of(config)).name == "seed_0_1_2.json"

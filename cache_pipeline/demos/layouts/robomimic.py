@@ -25,6 +25,7 @@ from cache_pipeline.demos.links import (
 from cache_pipeline.errors import DatasetError
 from cache_pipeline.hdf5 import READ_ERRORS, damage_as_error, open_file
 from cache_pipeline.isolation import isolated, progress
+from cache_pipeline.text import listed
 
 STEP_ARRAYS = ("actions", "rewards", "dones")
 # Largest number of values per step of an array with several axes that counts as low-dim by default: poses and key
@@ -196,7 +197,7 @@ def _scan_file(path: Path) -> FileInfo:
             broken = broken_link(file, "data") if data is None else None
             if broken is not None:
                 raise DatasetError(f"{path}: its group 'data' {broken}")
-            there = ", ".join(list(file)[:8]) or "nothing"
+            there = listed(file, limit=8) or "nothing"
             raise DatasetError(f"{path} has no group 'data' (it holds {there}); is it a robomimic dataset?")
         demos = []
         for name in sorted(data, key=demo_order):

@@ -22,6 +22,7 @@ from cache_pipeline.errors import ConfigError
 from cache_pipeline.files import json_digest
 from cache_pipeline.runs.contents import Contents, Known, split_of_run
 from cache_pipeline.runs.record import DataRecord, DemoRecord, Digests
+from cache_pipeline.text import few
 from cache_pipeline.training.data.rows import RunRows, choose_keys, chosen_split, rows_of_cache, rows_of_dataset
 from cache_pipeline.training.data.source import SplitRows, Splits
 
@@ -136,7 +137,8 @@ def tell_choice(data: RunData) -> None:
     black or frozen through whole demos."""
     for line in data.choice.lines():
         logger.info("%s", line)
-    for sentence in still_cameras(data.cache.path, data.cache.manifest) if data.cache is not None else ():
+    still = still_cameras(data.cache.path, data.cache.manifest) if data.cache is not None else ()
+    for sentence in few(still, "camera", more="inspect --json lists all"):
         logger.warning("%s", sentence)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterable
+from itertools import groupby
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -112,3 +113,19 @@ def take_rows(values: Tensor, rows: Tensor) -> Tensor:
 def view_rows(plan: Plan, obs_rows: NDArray[np.int64], n_rows: int) -> NDArray[np.int64]:
     """(B,To) places of a batch in an array that holds the ``n_rows`` rows of one view after those of another."""
     return obs_rows[plan.windows] + (plan.views * n_rows)[:, None]
+
+
+IN_WORDS = {
+    "resident": "cached features held in memory",
+    "streamed": "cached features read from disk",
+    "live": "frames encoded at every step",
+}
+
+
+def source_in_words(names: str) -> str:
+    """Describes the sources of a run's phases, such as ``resident+live``, in words.
+
+    >>> source_in_words("live+live")
+    'frames encoded at every step'
+    """
+    return ", then ".join(IN_WORDS.get(name, name) for name, _ in groupby(names.split("+")))
