@@ -15,23 +15,9 @@ from typer.core import TyperGroup
 from cache_pipeline import __version__
 from cache_pipeline.cli import data, reports, simulation, training
 from cache_pipeline.cli.effects import CheckedCommand
-from cache_pipeline.errors import CachePipelineError, CheckFailedError, OptionError
-from cache_pipeline.files import NO_SPACE, NOT_ALLOWED
+from cache_pipeline.errors import CachePipelineError, CheckFailedError, OptionError, told
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130
-
-
-def told(error: OSError) -> str:
-    """Describes an operating-system error in one line: where, what, and what to do."""
-    where = " → ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    what = (error.strerror or str(error) or type(error).__name__).lower()
-    if error.errno in NO_SPACE:
-        hint = "; free some space and run the same command again"
-    elif error.errno in NOT_ALLOWED:
-        hint = "; get permission for this path, or give another path"
-    else:
-        hint = "; check the path and its disk or network"
-    return f"{where}: {what}{hint}" if where else f"{what}{hint}"
 
 
 class ErrorGroup(TyperGroup):

@@ -10,7 +10,7 @@ from fakes import make_dataset
 from typer.testing import CliRunner
 
 from cache_pipeline.cli import app
-from cache_pipeline.cli.app import told
+from cache_pipeline.errors import told
 
 RANDOM = ["--no-pretrained-encoder", "--device", "cpu", "--precision", "fp32"]
 TRAIN = ["--steps", 2, "--batch-size", 4, "--device", "cpu"]
