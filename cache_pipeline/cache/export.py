@@ -146,9 +146,11 @@ def export_npz(cache_path: str | Path, out_path: str | Path, *, overwrite: bool 
     needed = sum(value.nbytes for value in values.values())
     with (
         output_file(out, FEATURE_NPZ, overwrite=overwrite, sources=sources, needed=needed) as partial,
-        partial.open("wb") as file,
+        zipfile.ZipFile(partial, "w") as archive,  # np.savez leaves its own open if a write fails
     ):
-        np.savez(file, **values)
+        for name, value in values.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.lib.format.write_array(file, value, allow_pickle=False)
     return ExportResult(str(out), len(cache.demos), int(cache.lengths.sum()), out.stat().st_size, shapes)
 
 
