@@ -19,7 +19,9 @@ from fakes import make_dataset
 from typer.testing import CliRunner
 
 from cache_pipeline.cli import app
-from cache_pipeline.cli.app import ErrorGroup
+from cache_pipeline.cli.app import ErrorGroup, configure
+from cache_pipeline.encoders.image_encoder import EncoderSpec
+from cache_pipeline.reports import quickstart
 from cache_pipeline.reports.bench import run as bench
 from cache_pipeline.runs.checkpoint import has_checkpoint
 from cache_pipeline.sim import collect as collecting
@@ -35,10 +37,12 @@ class Made(NamedTuple):
     """Inputs of the commands.
 
     Attributes:
+        long: a dataset of more than a batch.
         dead_rows: a cache with rows to free.
     """
 
     dataset: Path
+    long: Path
     cache: Path
     dead_rows: Path
     run: Path
@@ -51,13 +55,15 @@ def cli(*args: object) -> Any:
 def called(function: Callable[[], object]) -> Any:
     """Runs a function as a command of the command line."""
     one = typer.Typer(cls=ErrorGroup)
-    one.callback()(lambda: None)
+    one.callback()(configure)
     one.command("one")(lambda: function() and None)
-    return CliRunner().invoke(one, ["one"])
+    return CliRunner().invoke(one, ["--quiet", "one"])
 
 
 def make(folder: Path) -> Made:
-    made = Made(folder / "data.hdf5", folder / "data.zarr", folder / "dead.zarr", folder / "run")
+    names = ("data.hdf5", "long.hdf5", "data.zarr", "dead.zarr", "run")
+    made = Made(*(folder / name for name in names))
+    make_dataset(made.long, lengths=(40, 40, 10))
     grown = make_dataset(folder / "grown.hdf5", lengths=(7, 5, 9, 30))
     done = [cli("extract-features", grown, "--out", made.dead_rows, "--cameras", CAMERA, *CPU)]
     make_dataset(grown)
@@ -119,6 +125,7 @@ def commands(made: Made) -> dict[str, Command]:
         "probe": Command("x.png", with_options("probe", made.cache, "--device", "cpu")),
         "bench": Command("x.json", lambda out, again: called(lambda: small_bench(out, again))),
         "collect": Command("x.hdf5", lambda out, again: called(lambda: small_collect(out, again))),
+        "quickstart": Command("x", lambda out, again: called(lambda: small_quickstart(made.long, out))),
         "rollout": Command("run", lambda out, again: called(lambda: small_rollout(out)), made.run, "rollouts/*"),
         "rollout --video": Command("x.mp4", lambda out, again: called(lambda: small_video(out, again))),
         "export pt2": Command("x.pt2", with_options("export", *run)),
@@ -135,6 +142,14 @@ def small_bench(out: Path, overwrite: bool) -> None:
             (), dataset=out, rgb_model_name="resnet18", batch_size=1, seconds=1, out=out, device="cpu",
             overwrite=overwrite,
         )  # fmt: skip
+
+
+def small_quickstart(dataset: Path, out: Path) -> None:
+    """Runs all stages on a small dataset, with random weights and without a download."""
+    with pytest.MonkeyPatch.context() as patch:
+        random = EncoderSpec(weights="random")
+        patch.setattr(quickstart, "choose_weights", lambda weights, seed: (random, "random weights"))
+        quickstart.run_quickstart(out, steps=2, weights=None, device="cpu", seed=0, dataset=dataset)
 
 
 class NoEnvironment:
