@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
+from typing import NamedTuple
 
 from cache_pipeline.text import SHOWN_NAMES, listed, shortened
 
@@ -84,6 +86,46 @@ class RunStopped(KeyboardInterrupt):
 
 class MissingExtraError(CachePipelineError, ImportError):
     """An optional package is missing; the message names the extra that installs it."""
+
+
+class Limit(NamedTuple):
+    """A limit of the system that a command can reach: what it says, and what to do."""
+
+    reached: str
+    remedy: str
+
+
+DISK_LIMITS = {
+    errno.ENOSPC: Limit("no space left", "free some space"),
+    errno.EDQUOT: Limit("disk quota exceeded", "free some space of your quota"),
+    errno.EFBIG: Limit(
+        "file size limit exceeded", "raise it with ulimit -f, or write to a disk that takes larger files"
+    ),
+}
+"""Limits that a write can reach, by error number."""
+TOO_MANY_FILES = Limit("too many open files", "raise the limit with ulimit -n")
+LIMITS = {**DISK_LIMITS, errno.EMFILE: TOO_MANY_FILES, errno.ENFILE: TOO_MANY_FILES}
+NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def described(error: Exception, then: str = "run the same command again") -> str:
+    """Describes an operating-system error in one line: where, what, and what to do; any other error by its text.
+
+    Args:
+        error: what was raised.
+        then: what to do once a limit of the system is raised.
+    """
+    if not isinstance(error, OSError):
+        return str(error)
+    where = " → ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+    what = (error.strerror or str(error) or type(error).__name__).lower()
+    if error.errno in LIMITS:
+        hint = f"{LIMITS[error.errno].remedy} and {then}"
+    elif error.errno in NOT_ALLOWED:
+        hint = "get permission for this path, or give another path"
+    else:
+        hint = "check the path and its disk or network"
+    return f"{where}: {what}; {hint}" if where else f"{what}; {hint}"
 
 
 def install_command(extra: str) -> str:

@@ -19,19 +19,19 @@ from typing import Any, NamedTuple
 
 import msgspec
 
-from cache_pipeline.errors import CachePipelineError, ConfigError
+from cache_pipeline.errors import DISK_LIMITS, CachePipelineError, ConfigError
 
 DIGEST_BYTES = 16
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
-NOT_ALLOWED = (errno.EACCES, errno.EPERM, errno.EROFS)
 OLD_SECONDS = 60
-FULL_BYTES = 1 << 16  # a disk with less free space counts as full
 
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yields a temporary path beside ``path``: synced and renamed to ``path`` on success, removed on an error."""
+    """Yields a temporary path beside ``path``: synced and renamed to ``path`` on success, removed on an error.
+
+    An error for a full disk names ``path``, which Python's own error of a failed write does not.
+    """
     path = Path(path)
     remove_partial(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -40,6 +40,10 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         _sync(partial, os.O_RDWR)
         os.replace(partial, path)
         sync_folder(path.parent)
+    except OSError as error:
+        if error.errno in DISK_LIMITS:
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -135,20 +139,22 @@ def output_file(
 
     Raises:
         ConfigError: the path is taken and may not be replaced.
-        CachePipelineError: the disk is full. An existing file is unchanged.
+        CachePipelineError: the disk is full, or another limit for files is reached. An existing file is unchanged.
     """
     real = check_output(path, kind, overwrite=overwrite, sources=sources)
-    real.parent.mkdir(parents=True, exist_ok=True)
     try:
+        real.parent.mkdir(parents=True, exist_ok=True)
+        remove_partial(real)
         if shutil.disk_usage(real.parent).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        with atomic_path(real) as partial, _full_disk_as_os_error(real.parent):
+        with atomic_path(real) as partial:
             yield partial
     except OSError as error:
-        if error.errno not in NO_SPACE:
+        limit = DISK_LIMITS.get(error.errno or 0)
+        if limit is None:
             raise
         raise CachePipelineError(
-            f"no space left for {path}, which was not written; free some space and run the same command again"
+            f"{limit.reached} for {path}, which was not written; {limit.remedy} and run the same command again"
         ) from error
 
 
@@ -158,17 +164,6 @@ def resolved(path: str | Path) -> Path:
         return Path(path).resolve()
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"{path} cannot be resolved ({error}); choose another path") from error
-
-
-@contextmanager
-def _full_disk_as_os_error(folder: Path) -> Iterator[None]:
-    """Converts ``RuntimeError``, which some libraries raise for failed writes, to ``OSError`` if the disk is full."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, CachePipelineError) or shutil.disk_usage(folder).free > FULL_BYTES:
-            raise
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder)) from error
 
 
 def _holds(kind: FileKind, path: Path) -> bool:

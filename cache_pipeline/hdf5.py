@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import h5py
 from isal import igzip_lib
 
-from cache_pipeline.errors import DatasetError
+from cache_pipeline.errors import LIMITS, DatasetError
 from cache_pipeline.isolation import isolated
 from cache_pipeline.text import listed
 
@@ -43,6 +44,8 @@ def open_file(path: Path) -> h5py.File:
     except BlockingIOError as error:
         raise DatasetError(f"{path} is being written by another process; wait until it is closed") from error
     except OSError as error:
+        if error.errno in LIMITS:
+            raise
         raise DatasetError(f"{path} {_why_not_opened(path, ' '.join(str(error).split()))}") from error
 
 
@@ -60,14 +63,62 @@ def _why_not_opened(path: Path, reason: str) -> str:
 
 @contextmanager
 def damage_as_error(path: Path, what: str = "its structure") -> Iterator[None]:
-    """Converts errors of h5py and ISA-L for damaged bytes to ``DatasetError``."""
+    """Converts errors of h5py and ISA-L for damaged bytes to ``DatasetError``; limits of the system stay OSError."""
     try:
         yield
     except DatasetError:
         raise
     except (*READ_ERRORS, igzip_lib.IsalError) as error:  # type: ignore[misc]
+        if isinstance(error, OSError) and error.errno in LIMITS:
+            raise
         reason = " ".join(str(error).split())
         raise DatasetError(f"{path} is damaged: {what} cannot be read ({reason}); copy or download it again") from error
+
+
+class WrittenFile(io.FileIO):
+    """A file for h5py to write to. It keeps the first error of the system from HDF5, which could not close the file.
+
+    Attributes:
+        error: that error. What HDF5 writes after it is dropped.
+    """
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        while rest and self.error is None:
+            try:
+                rest = rest[super().write(rest) :]
+            except OSError as error:
+                self.error = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as error:
+            self.error = self.error or error
+            return size or 0
+
+    def check(self) -> None:
+        """Raises the kept error, if any."""
+        if self.error is not None:
+            raise self.error
+
+
+@contextmanager
+def new_hdf5(path: Path) -> Iterator[tuple[h5py.File, Callable[[], None]]]:
+    """Yields a new HDF5 file, and a function that raises OSError if a write has failed: call it after each demo.
+
+    On a full disk HDF5 cannot close a file that it writes by itself: it prints an error for each object in it.
+    """
+    with WrittenFile(str(path), "w+") as target:
+        try:
+            with h5py.File(target, "w") as file:
+                yield file, target.check
+        finally:
+            target.check()
 
 
 def holds_hdf5(path: Path) -> bool:

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 
@@ -20,6 +21,32 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
         fail_half_way()
     assert read_json(path) == {"a": 1}
     assert os.listdir(tmp_path) == ["value.json"]
+
+
+def test_only_old_partial_files_of_dead_processes_are_removed(tmp_path):
+    path, dead = tmp_path / "value.json", 4_194_999  # above the largest process id of Linux
+    names = {
+        "dead": f".value.json.{dead}.partial",
+        "young": f".value.json.{dead + 1}.partial",
+        "alive": f".value.json.{os.getppid()}.partial",
+        "of another file": f".other.json.{dead}.partial",
+        "not ours": ".value.json.notes.partial",
+    }
+    for what, name in names.items():
+        (tmp_path / name).write_text("half")
+        if what != "young":
+            os.utime(tmp_path / name, (1, 1))
+    write_json(path, {})
+    assert sorted(os.listdir(tmp_path)) == sorted({*names.values(), "value.json"} - {names["dead"]})
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):
+    def fill():
+        with atomic_path(tmp_path / "value.json"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(OSError, match=r"value\.json"):
+        fill()
 
 
 def test_nan_is_not_written_as_json(tmp_path):

@@ -13,7 +13,7 @@ import numpy as np
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.errors import CacheError, DatasetError
 from cache_pipeline.files import FileKind, check_output, output_file
-from cache_pipeline.hdf5 import group_attributes, holds_hdf5
+from cache_pipeline.hdf5 import group_attributes, holds_hdf5, new_hdf5
 from cache_pipeline.text import SHOWN_NAMES, few, shortened
 
 FINGERPRINT = "feature_cache_fingerprint"
@@ -97,13 +97,12 @@ def export_robomimic(
     clash = [key for key in features if key in cache.low_dim or keys.count(key) > 1]
     if clash:
         raise CacheError(f"{cache.path}: two obs would share the key {clash[0]}; export as .npz keeps them apart")
-    # On a full disk h5py reports the error once per object that it frees, so free space is checked first.
     widths = [int(np.prod(cache.cameras[camera].feature_shape)) for camera, _ in features.values()]
     widths += [int(np.prod(shape)) for shape in cache.low_dim.values()]
     needed = 4 * int(cache.lengths.sum()) * (2 * sum(widths) + cache.action_dim)
     with (
         output_file(out, FEATURE_HDF5, overwrite=overwrite, sources=sources, needed=needed) as partial,
-        h5py.File(partial, "w") as file,
+        new_hdf5(partial) as (file, check_written),
     ):
         data = file.create_group("data")
         data.attrs["total"] = int(cache.lengths.sum())
@@ -114,6 +113,7 @@ def export_robomimic(
         names = _demo_names(cache)
         for number, name in enumerate(names):
             _write_demo(data.create_group(name), cache, number, features)
+            check_written()
         for key, members in cache.masks.items():
             file[f"mask/{key}"] = np.array([names[member].encode() for member in members])
     shapes = {key: (int(np.prod(cache.cameras[camera].feature_shape)),) for key, (camera, _) in features.items()}
@@ -146,9 +146,11 @@ def export_npz(cache_path: str | Path, out_path: str | Path, *, overwrite: bool 
     needed = sum(value.nbytes for value in values.values())
     with (
         output_file(out, FEATURE_NPZ, overwrite=overwrite, sources=sources, needed=needed) as partial,
-        partial.open("wb") as file,
+        zipfile.ZipFile(partial, "w") as archive,  # np.savez leaves its own open if a write fails
     ):
-        np.savez(file, **values)
+        for name, value in values.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                np.save(file, value, allow_pickle=False)
     return ExportResult(str(out), len(cache.demos), int(cache.lengths.sum()), out.stat().st_size, shapes)
 
 

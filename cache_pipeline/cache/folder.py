@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 from cache_pipeline.cache.manifest import MANIFEST, PENDING, is_cache, is_complete
-from cache_pipeline.errors import CacheError, NotACacheError
-from cache_pipeline.files import NO_SPACE, json_digest, read_json, sync_folder, write_json
+from cache_pipeline.errors import DISK_LIMITS, CacheError, NotACacheError
+from cache_pipeline.files import json_digest, read_json, sync_folder, write_json
 
 Role = Literal["new", "compact", "old"]
 """Role of a folder beside the cache: a new cache being written, one being compacted, or an old one swapped out."""
@@ -145,11 +145,12 @@ def told_when_full(path: Path, needed: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno not in NO_SPACE:
+        limit = DISK_LIMITS.get(error.errno or 0)
+        if limit is None:
             raise
         raise CacheError(
-            f"no space left for {path}: it needs {needed / 1e6:.1f} MB in total; "
-            "free some space and run the same command again, which continues where it stopped"
+            f"{limit.reached} for {path}: it needs {needed / 1e6:.1f} MB in total; "
+            f"{limit.remedy} and run the same command again, which continues where it stopped"
         ) from error
 
 

@@ -7,7 +7,7 @@ import json
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from cache_pipeline.errors import CacheLockedError, CachePipelineError, ConfigError
@@ -54,8 +54,9 @@ def _acquire(file: Path, path: str | Path, refusal: type[CachePipelineError]) ->
                 f"{path} is being written by {holder}; wait for it or stop it, then run the command again"
             ) from error
         if _is_same_file(descriptor, file):
-            os.ftruncate(descriptor, 0)
-            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
+            with suppress(OSError):  # on a full disk the lock holds without the name of its holder
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
             return descriptor
         os.close(descriptor)  # the previous holder removed the file between open and lock
 

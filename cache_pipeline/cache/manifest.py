@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 from cache_pipeline.cache.layout import Segment, Unit, block_segments
 from cache_pipeline.cache.ledger import has_records
-from cache_pipeline.errors import CacheError, CorruptCacheError, IncompleteCacheError, NotACacheError
-from cache_pipeline.files import NOT_ALLOWED, json_digest, read_json, sync_folder, typed, write_json
+from cache_pipeline.errors import NOT_ALLOWED, CacheError, CorruptCacheError, IncompleteCacheError, NotACacheError
+from cache_pipeline.files import json_digest, read_json, sync_folder, typed, write_json
 
 FORMAT = 1
 MANIFEST = "manifest.json"

@@ -16,25 +16,9 @@ from cache_pipeline import __version__
 from cache_pipeline.cli import data, reports, simulation, training
 from cache_pipeline.cli.effects import CheckedCommand
 from cache_pipeline.cli.terminal import DELETED_FOLDER, LineFormatter, any_streams, folder_is_deleted, say
-from cache_pipeline.errors import CachePipelineError, CheckFailedError, OptionError
-from cache_pipeline.files import NO_SPACE, NOT_ALLOWED
+from cache_pipeline.errors import CachePipelineError, CheckFailedError, OptionError, described
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130
-
-
-def told(error: OSError) -> str:
-    """Describes an operating-system error in one line: where, what, and what to do."""
-    where = " → ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-    what = (error.strerror or str(error) or type(error).__name__).lower()
-    if error.errno == errno.ENOENT and folder_is_deleted():
-        return DELETED_FOLDER
-    if error.errno in NO_SPACE:
-        hint = "; free some space and run the same command again"
-    elif error.errno in NOT_ALLOWED:
-        hint = "; get permission for this path, or give another path"
-    else:
-        hint = "; check the path and its disk or network"
-    return f"{where}: {what}{hint}" if where else f"{what}{hint}"
 
 
 class ErrorGroup(TyperGroup):
@@ -49,7 +33,7 @@ class ErrorGroup(TyperGroup):
                 return super().main(*args, **options)
             except OSError as error:  # help could not be written
                 error.filename = error.filename or "standard output"
-                say("error", told(error))
+                say("error", _described(error))
                 raise SystemExit(EXIT_ERROR) from error
 
     def invoke(self, ctx: Any) -> Any:
@@ -61,12 +45,16 @@ class ErrorGroup(TyperGroup):
         except OSError as error:
             if error.errno == errno.EPIPE:
                 raise  # the reader closed the pipe; click exits silently
-            say("error", told(error))
+            say("error", _described(error))
             raise typer.Exit(EXIT_ERROR) from error
         except KeyboardInterrupt as interrupt:
             if os.environ.get("RANK", "0") == "0":  # under torchrun only the first process prints
                 say("interrupted", str(interrupt) or "nothing was saved", whole=True)
             raise typer.Exit(EXIT_INTERRUPTED) from None
+
+
+def _described(error: OSError) -> str:
+    return DELETED_FOLDER if error.errno == errno.ENOENT and folder_is_deleted() else described(error)
 
 
 def _exit_code(error: CachePipelineError) -> int:

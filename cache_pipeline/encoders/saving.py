@@ -8,6 +8,8 @@ that the factory loads.
 from __future__ import annotations
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -44,7 +46,10 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path, metadata: dict[str, 
     try:
         save_file(dict(tensors), path, metadata=metadata)
     except SafetensorError as error:
-        raise OSError(f"{path}: {error}") from error
+        code = re.search(r"os error (\d+)", str(error))
+        if code is None:
+            raise OSError(f"{path}: {error}") from error
+        raise OSError(int(code[1]), os.strerror(int(code[1])), str(path)) from error
 
 
 def saved_spec(path: str | Path) -> EncoderSpec | None:

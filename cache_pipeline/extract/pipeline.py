@@ -21,13 +21,13 @@ from cache_pipeline.cache.folder import (
 from cache_pipeline.cache.lock import writer_lock
 from cache_pipeline.cache.manifest import PENDING, Manifest, is_complete, write_pending
 from cache_pipeline.cache.metadata import ROOT, complete_cache, metadata_files, root_file, write_metadata
-from cache_pipeline.errors import CacheError, counted
+from cache_pipeline.errors import NOT_ALLOWED, CacheError, counted
 from cache_pipeline.extract.camera_encoders import save_weights
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.finish import finish, is_up_to_date
 from cache_pipeline.extract.prepare import Prepared, metadata_digests, planned_bytes, prepare
 from cache_pipeline.extract.worker import Worker
-from cache_pipeline.files import NOT_ALLOWED, digest, resolved
+from cache_pipeline.files import digest, resolved
 from cache_pipeline.memory import retained_memory
 from cache_pipeline.text import listed
 

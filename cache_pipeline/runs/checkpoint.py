@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from cache_pipeline.errors import CheckpointError
+from cache_pipeline.errors import CheckpointError, described
 from cache_pipeline.files import finite, free_path, remove, typed, write_json
 from cache_pipeline.runs.record import FORMAT, RUN_JSON, read_object
 from cache_pipeline.runs.tensors import check_tensors, first_not_finite, place_folder, read_tensors, write_tensors
@@ -152,7 +152,10 @@ class CheckpointFolder:
             if self._saved is not None:
                 self._run = self._saved(step)
         except (OSError, ValueError) as error_:
-            raise CheckpointError(f"cannot save step {step} in {self._run} ({error_}); {self.kept()}") from error_
+            then = "run the same command again" if self.latest is None else "continue with --resume"
+            raise CheckpointError(
+                f"cannot save step {step} in {self._run} ({described(error_, then)}); {self.kept()}"
+            ) from error_
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return self._run / CHECKPOINTS / name

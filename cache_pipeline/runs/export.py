@@ -14,6 +14,7 @@ dict of all other inputs. ``.onnx`` takes each input by its name, in any ONNX ru
 from __future__ import annotations
 
 import importlib.util
+import io
 import json
 import math
 import re
@@ -235,8 +236,10 @@ def metadata(policy: VisuomotorPolicy) -> dict[str, Any]:
 
 def write_pt2(program: torch.export.ExportedProgram, path: Path, values: dict[str, Any]) -> None:
     """Writes a torch.export program with ``metadata.json`` in it."""
-    with path.open("wb") as file:
-        torch.export.save(program, file, extra_files={METADATA_FILE: json.dumps(values)})
+    # PyTorch's writer aborts the process if the disk is full, so it writes to memory.
+    content = io.BytesIO()
+    torch.export.save(program, content, extra_files={METADATA_FILE: json.dumps(values)})
+    path.write_bytes(content.getbuffer())
 
 
 def read_pt2(path: Path) -> Function:

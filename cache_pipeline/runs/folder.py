@@ -20,7 +20,7 @@ from typing import Any, Literal
 from cache_pipeline.cache.lock import writer_lock
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.saving import save_encoder
-from cache_pipeline.errors import CheckpointError, RunLockedError
+from cache_pipeline.errors import CheckpointError, RunLockedError, described
 from cache_pipeline.files import exchange, free_path, read_json, remove, sync_folder, write_json
 from cache_pipeline.runs.checkpoint import CHECKPOINTS, has_checkpoint, remove_checkpoints
 from cache_pipeline.runs.metrics import CSV_NAME, TENSORBOARD
@@ -67,7 +67,7 @@ class RunFolder:
             for file, encoder in encoders.items():
                 save_encoder(encoder, self.path / file)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"cannot write the run folder {self.place} ({error})") from error
+            raise CheckpointError(f"cannot write the run folder {self.place} ({described(error)})") from error
 
     def saved(self, step: int) -> Path:
         """Moves the run to its final path after its first checkpoint; call it after each one. Returns ``path``.
@@ -129,7 +129,7 @@ def run_folder(out: Path, *, resume: bool, overwrite: bool, writes: bool = True)
             if not unsaved:
                 _check(place, resume=resume, overwrite=overwrite)
         except OSError as error:
-            raise CheckpointError(f"cannot write the run folder {place} ({error}); give another --out") from error
+            raise CheckpointError(f"cannot write the run folder {place} ({described(error)})") from error
         folder = RunFolder(place, unsaved=unsaved)
         held.callback(folder.give_up)
         yield folder

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from cache_pipeline.errors import CheckpointError, MissingExtraError, install_command
+from cache_pipeline.errors import CheckpointError, MissingExtraError, described, install_command
 from cache_pipeline.files import atomic_path, free_path, read_json
 from cache_pipeline.runs.checkpoint import CHECKPOINTS, describe_checkpoint
 
@@ -87,7 +87,8 @@ class MetricsLog:
         self._file = self._path.open("a", newline="", encoding="utf-8")
 
     def _unwritable(self, error: OSError) -> CheckpointError:
-        return CheckpointError(f"cannot write {self._path} ({error}); checkpoints are intact; continue with --resume")
+        reason = described(error, "continue with --resume")
+        return CheckpointError(f"cannot write the metrics of {self._path.parent} ({reason}); checkpoints are intact")
 
     def __enter__(self) -> MetricsLog:
         return self

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from cache_pipeline.errors import CheckpointError
+from cache_pipeline.errors import CheckpointError, described
 from cache_pipeline.files import digest, remove, sync_folder
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ def read_tensors(path: Path, expected: str | None) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     check_tensors(path, expected)
-    return load_file(path)
+    try:
+        return load_file(path)
+    except (RuntimeError, SafetensorError, OSError) as error:  # PyTorch maps the file into memory
+        raise CheckpointError(f"{path} cannot be read: {described(error)}") from error
 
 
 def check_tensors(path: Path, expected: str | None) -> None:

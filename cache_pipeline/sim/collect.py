@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cache_pipeline.errors import CachePipelineError, ConfigError, available, counted
 from cache_pipeline.files import FileKind, check_output, output_file
-from cache_pipeline.hdf5 import group_attributes, holds_hdf5
+from cache_pipeline.hdf5 import group_attributes, holds_hdf5, new_hdf5
 from cache_pipeline.progress import Progress
 from cache_pipeline.sim.environment import (
     FAST_RENDER_FLAGS,
@@ -151,7 +151,7 @@ def collect(config: CollectConfig, *, progress: bool = True) -> CollectResult:
         cameras = dict.fromkeys(config.cameras, size)
         env = stack.enter_context(Environment.from_env_args(env_args, cameras, config.render_flags))
         partial = stack.enter_context(output_file(config.out, DATASET, overwrite=config.overwrite))
-        file = stack.enter_context(h5py.File(partial, "w"))
+        file, check_written = stack.enter_context(new_hdf5(partial))
         bar = stack.enter_context(Progress("collect", config.demos, "demos")) if progress else None
         data = file.create_group("data")
         while written < config.demos:
@@ -161,6 +161,7 @@ def collect(config: CollectConfig, *, progress: bool = True) -> CollectResult:
             attempts += 1
             if demo.success:
                 write_demo(data.create_group(f"demo_{written}"), demo, config)
+                check_written()
                 written, steps = written + 1, steps + len(demo.actions)
                 if bar is not None:
                     bar.advance(steps=steps)

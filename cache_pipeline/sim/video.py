@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import io
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
+from subprocess import DEVNULL, PIPE, Popen
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_pipeline.errors import MissingExtraError, install_command
+from cache_pipeline.errors import DISK_LIMITS, CachePipelineError, MissingExtraError, install_command
 from cache_pipeline.files import FileKind, begins_with, output_file
 
 MIN_HEIGHT_PX = 240
@@ -40,22 +44,46 @@ def write_video(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int, *, ov
     """
     if importlib.util.find_spec("imageio") is None:
         raise MissingExtraError(f"videos need imageio, which is not installed: {install_command('sim')}")
-    import imageio.v2 as imageio
-
-    images: list[Any] = list(frames)
     suffix, kind = video_format()
     path = path.with_suffix(suffix)
     with output_file(path, kind, overwrite=overwrite) as partial:
-        named = partial.with_name(partial.name + suffix)  # the suffix determines the format
-        try:
-            if kind is MP4:
-                imageio.mimwrite(named, images, fps=fps, macro_block_size=2, output_params=["-loglevel", "error"])
-            else:
-                imageio.mimwrite(named, images, duration=1000 / fps, loop=0)
-            named.replace(partial)
-        finally:
-            named.unlink(missing_ok=True)
+        if kind is MP4:
+            _write_mp4(partial, frames, fps)
+        else:
+            partial.write_bytes(_gif(frames, fps))
     return path
+
+
+def _write_mp4(path: Path, frames: Sequence[NDArray[np.uint8]], fps: int) -> None:
+    """Writes frames of an even height and width; raises OSError if the disk is full."""
+    import imageio_ffmpeg
+
+    height, width = frames[0].shape[:2]
+    source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-r", str(fps), "-i", "-"]
+    target = ["-an", "-pix_fmt", "yuv420p", "-f", "mp4", f"file:{path}"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-v", "error", *source, *target]
+    # Ctrl-C is for this process only. With SIGXFSZ ignored, as in Python, a file size limit is an error, not a signal.
+    with Popen(command, stdin=PIPE, stdout=DEVNULL, stderr=PIPE, process_group=0, restore_signals=False) as ffmpeg:
+        assert ffmpeg.stdin is not None
+        with suppress(BrokenPipeError):
+            for frame in frames:
+                ffmpeg.stdin.write(frame.tobytes())
+        said = ffmpeg.communicate()[1].decode(errors="replace")
+    if ffmpeg.returncode:
+        for code in DISK_LIMITS:
+            if os.strerror(code) in said:
+                raise OSError(code, os.strerror(code), str(path))
+        last = (said.strip().splitlines() or [f"it ended with {ffmpeg.returncode}"])[-1]
+        raise CachePipelineError(f"ffmpeg cannot write a video to {path.parent}: {last}; check its disk")
+
+
+def _gif(frames: Sequence[NDArray[np.uint8]], fps: int) -> bytes:
+    import imageio.v2 as imageio
+
+    content = io.BytesIO()
+    images: list[Any] = list(frames)
+    imageio.mimwrite(content, images, format="gif", duration=1000 / fps, loop=0)
+    return content.getvalue()
 
 
 def video_format() -> tuple[str, FileKind]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from cache_pipeline.errors import CheckpointError
+from cache_pipeline.errors import CheckpointError, described
 from cache_pipeline.runs.checkpoint import CheckpointFolder
 from cache_pipeline.runs.folder import RunFolder, run_folder
 from cache_pipeline.runs.metrics import MetricsLog, check_wandb
@@ -79,4 +79,4 @@ def _write(folder: RunFolder, session: Session) -> None:
         if read_record(folder.path).steps != session.record.steps:
             write_record(session.record, folder.path)
     except OSError as error:
-        raise CheckpointError(f"cannot write the run folder {folder.place} ({error})") from error
+        raise CheckpointError(f"cannot write the run folder {folder.place} ({described(error)})") from error

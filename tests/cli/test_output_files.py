@@ -1,6 +1,8 @@
 """A command that writes one file leaves alone what is not its own: refused in one line, byte for byte as it was."""
 
+import errno
 import json
+import os
 import shutil
 
 import h5py
@@ -132,7 +134,7 @@ def test_folders_devices_and_links_are_no_target(tmp_path, made):
     assert (tmp_path / "real.html").is_file()
 
 
-def test_a_full_disk_is_told_and_the_file_that_was_there_stays(tmp_path, monkeypatch):
+def test_a_full_disk_is_told_and_the_file_that_was_there_stays(tmp_path):
     target = tmp_path / "picture.png"
     target.write_bytes(b"\x89PNG\r\n\x1a\nold")
 
@@ -141,18 +143,37 @@ def test_a_full_disk_is_told_and_the_file_that_was_there_stays(tmp_path, monkeyp
             partial.write_bytes(b"half")
             raise error
 
-    with pytest.raises(CachePipelineError, match=r"no space left for .*picture\.png"):
-        fill(OSError(28, "No space left on device"))
+    for code, said in (
+        (errno.ENOSPC, "no space left for"),
+        (errno.EDQUOT, "disk quota exceeded for"),
+        (errno.EFBIG, "file size limit exceeded for"),
+    ):
+        with pytest.raises(CachePipelineError, match=rf"{said} .*picture\.png, which was not written"):
+            fill(OSError(code, os.strerror(code)))
     with pytest.raises(RuntimeError, match="defect"):
         fill(RuntimeError("defect"))
-    full = shutil.disk_usage(tmp_path)._replace(free=0)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: full)
-    with pytest.raises(CachePipelineError, match="no space left"):
-        fill(RuntimeError("PytorchStreamWriter failed writing file"))
     with pytest.raises(ConfigError, match="refused"):
         fill(ConfigError("refused"))
     assert target.read_bytes().endswith(b"old")
     assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_what_a_killed_process_has_left_is_removed_before_the_free_space_is_measured(tmp_path, monkeypatch):
+    target, left = tmp_path / "picture.png", tmp_path / ".picture.png.4194999.partial"
+    left.write_bytes(b"half")
+    os.utime(left, (1, 1))
+    space = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: space._replace(free=0 if left.exists() else 10))
+    with output_file(target, PNG, overwrite=False, needed=10) as partial:
+        partial.write_bytes(b"\x89PNG\r\n\x1a\n")
+    assert [file.name for file in tmp_path.iterdir()] == ["picture.png"]
+
+    def write():
+        with output_file(target, PNG, overwrite=True, needed=11):
+            raise AssertionError
+
+    with pytest.raises(CachePipelineError, match="no space left"):
+        write()
 
 
 def test_bench_replaces_its_own_figures(tmp_path):

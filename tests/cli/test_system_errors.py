@@ -10,7 +10,8 @@ from fakes import make_dataset
 from typer.testing import CliRunner
 
 from cache_pipeline.cli import app
-from cache_pipeline.cli.app import told
+from cache_pipeline.errors import described
+from cache_pipeline.hdf5 import group_attributes
 
 RANDOM = ["--no-pretrained-encoder", "--device", "cpu", "--precision", "fp32"]
 TRAIN = ["--steps", 2, "--batch-size", 4, "--device", "cpu"]
@@ -83,11 +84,24 @@ def test_a_folder_that_cannot_be_written_is_told_in_one_line(tmp_path, made, mon
 
 def test_what_the_system_says_comes_with_place_and_advice():
     error = OSError(errno.EXDEV, "Invalid cross-device link", "/a", None, "/b")
-    assert told(error) == "/a → /b: invalid cross-device link; check the path and its disk or network"
-    assert told(PermissionError(13, "Permission denied", "/a")).endswith(
+    assert described(error) == "/a → /b: invalid cross-device link; check the path and its disk or network"
+    for code in (errno.EMFILE, errno.ENFILE):
+        assert described(OSError(code, os.strerror(code), "/a")).endswith(
+            "raise the limit with ulimit -n and run the same command again"
+        )
+    assert described(PermissionError(13, "Permission denied", "/a")).endswith(
         "get permission for this path, or give another path"
     )
-    assert told(OSError("no number")).startswith("no number; check")
+    assert described(OSError("no number")).startswith("no number; check")
+
+
+def test_a_file_that_cannot_be_opened_for_lack_of_descriptors_is_not_called_damaged(made, monkeypatch):
+    def no_more(*args, **options):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr("cache_pipeline.hdf5.isolated", no_more)
+    with pytest.raises(OSError, match="Too many open files"):
+        group_attributes(made[0])
 
 
 def test_the_folder_one_is_in_is_a_path_like_any_other(tmp_path, made, monkeypatch):

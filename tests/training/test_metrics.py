@@ -94,7 +94,7 @@ def test_a_full_disk_while_logging_is_one_line(tmp_path: Path) -> None:
     with MetricsLog(tmp_path, 0) as log:
         log._file.close()
         log._file = Path("/dev/full").open("a")  # noqa: SIM115
-        with pytest.raises(CheckpointError, match=r"No space left .* --resume"):
+        with pytest.raises(CheckpointError, match=r"no space left .* --resume"):
             log.write(1, {"training/loss": 1})
 
 

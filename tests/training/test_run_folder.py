@@ -307,14 +307,14 @@ def test_only_checkpoints_that_the_index_records_are_removed(tmp_path: Path) -> 
 
 def test_a_folder_that_may_not_be_written_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*args: Any, **options: Any) -> None:
-        raise PermissionError(13, "Permission denied")
+        raise PermissionError(13, "permission denied")
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "mkdir", refused)
-        with pytest.raises(CheckpointError, match="Permission denied"):
+        with pytest.raises(CheckpointError, match="permission denied"):
             write(tmp_path / "runs/lift", 1)
     monkeypatch.setattr(os, "open", refused)
-    with pytest.raises(CheckpointError, match="Permission denied"):
+    with pytest.raises(CheckpointError, match="permission denied"):
         write(tmp_path / "lift", 1)
 
 

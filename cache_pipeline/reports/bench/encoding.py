@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from functools import partial
 from itertools import count
@@ -167,6 +168,8 @@ def _load_numpy(path: Path) -> Work:
     cache = FeatureCache(path)
     files = [path.parent / f"{path.stem}_{camera}.npy" for camera in cache.cameras]
     for camera, file in zip(cache.cameras, files, strict=True):
-        np.save(file, cache.views(camera))
+        values = io.BytesIO()
+        np.save(values, cache.views(camera))
+        file.write_bytes(values.getbuffer())
     while True:
         yield sum(np.load(file).nbytes for file in files) / 1e6
