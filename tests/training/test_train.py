@@ -45,6 +45,7 @@ RESULT_FIELDS = [
     "start_action_mse",
     "best_action_mse",
     "best_step",
+    "best_checkpoint",
 ]
 
 
