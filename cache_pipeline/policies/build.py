@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
@@ -14,18 +15,9 @@ from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.obs_encoder import MultiImageObsEncoder
 from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import ConfigError, available
-from cache_pipeline.policies.flow import FlowConfig, FlowPolicy
-from cache_pipeline.policies.gmm import GMMConfig, GMMPolicy
-from cache_pipeline.policies.mlp import MLPConfig, MLPPolicy
 from cache_pipeline.policies.rotations import RotationSlices
-from cache_pipeline.policies.spec import PolicySpec
+from cache_pipeline.policies.spec import POLICIES, PolicySpec
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
-
-POLICIES: dict[str, tuple[Any, Any]] = {
-    "flow": (FlowPolicy, FlowConfig),
-    "mlp": (MLPPolicy, MLPConfig),
-    "gmm": (GMMPolicy, GMMConfig),
-}
 
 
 def build_policy(spec: PolicySpec, encoders: Mapping[str, ImageEncoder], seed: int = 0) -> VisuomotorPolicy:
@@ -40,7 +32,7 @@ def build_policy(spec: PolicySpec, encoders: Mapping[str, ImageEncoder], seed: i
     """
     if spec.name not in POLICIES:
         raise ConfigError(f"{spec.name} cannot be exported or fine-tuned here; {available(POLICIES)}")
-    policy_class, config = POLICIES[spec.name][0], policy_config(spec.name, spec.options)
+    policy_class, config = _head(spec.name)[0], policy_config(spec.name, spec.options)
     shapes: dict[str, Any] = {camera: {"shape": shape, "type": "rgb"} for camera, shape in spec.cameras.items()}
     shapes |= {key: {"shape": shape, "type": "low_dim"} for key, shape in spec.low_dim.items()}
     shared = spec.share_rgb_model and len({id(encoder) for encoder in encoders.values()}) == 1
@@ -65,9 +57,15 @@ def build_policy(spec: PolicySpec, encoders: Mapping[str, ImageEncoder], seed: i
     return VisuomotorPolicy(obs_encoder, policy, shape, clip_actions=spec.clip_actions, rotations=spec.rotation_6d)
 
 
+def _head(name: str) -> tuple[Any, Any]:
+    """Returns the class and the config class of an action head: ``HEAD`` of the module of this name."""
+    head: tuple[Any, Any] = importlib.import_module(f"cache_pipeline.policies.{name}").HEAD
+    return head
+
+
 def policy_config(name: str, options: Mapping[str, Any]) -> Any:
     """Returns the config of policy ``name``; raises ConfigError for unknown options."""
-    config = POLICIES[name][1]
+    config = _head(name)[1]
     known = [item.name for item in fields(config)]
     for key in options:
         if key not in known:

@@ -78,3 +78,6 @@ class FlowPolicy(nn.Module):
         phase = time[:, None] * self.frequencies
         moment = torch.cat((chunk.flatten(1), phase.sin(), phase.cos()), dim=1)
         return self.velocity(torch.cat((cond, moment.to(cond.dtype)), dim=1)).view(-1, *self._shape)
+
+
+HEAD = (FlowPolicy, FlowConfig)

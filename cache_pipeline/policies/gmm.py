@@ -90,3 +90,6 @@ def _gumbel(normal: Tensor) -> Tensor:
     """Converts standard normal to standard Gumbel values. The argmax of logits plus these samples their softmax."""
     uniform = (0.5 * (1 + torch.erf(normal / math.sqrt(2)))).clamp(1e-7, 1 - 1e-7)
     return -torch.log(-torch.log(uniform))
+
+
+HEAD = (GMMPolicy, GMMConfig)

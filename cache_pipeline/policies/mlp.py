@@ -44,3 +44,6 @@ class MLPPolicy(nn.Module):
     def act(self, cond: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Predicts the action chunk (B,Ta,A) for ``cond`` (B,P)."""
         return self.network(cond).view(-1, *self._shape)
+
+
+HEAD = (MLPPolicy, MLPConfig)

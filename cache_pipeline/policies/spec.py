@@ -10,6 +10,9 @@ from typing import Any
 from cache_pipeline.errors import CheckpointError
 from cache_pipeline.files import typed
 
+POLICIES = ("flow", "mlp", "gmm")
+"""Action heads, each in the module of its name in this package."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class PolicySpec:

@@ -34,6 +34,7 @@ from cache_pipeline import __version__
 from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.errors import CheckFailedError, ConfigError, MissingExtraError, available, install_command
 from cache_pipeline.files import FileKind, check_output, output_file
+from cache_pipeline.policies.spec import POLICIES
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.runs.policy import load_policy
 
@@ -164,7 +165,7 @@ def check_target(out: Path) -> None:
 def check_policy(policy: Any, run: Path) -> None:
     """Raises ConfigError for policies that cannot be exported."""
     if not isinstance(policy, VisuomotorPolicy):
-        raise ConfigError(f"{run} is a robomimic run; only flow, mlp and gmm policies can be exported")
+        raise ConfigError(f"{run} is a robomimic run; only the policies {', '.join(POLICIES)} can be exported")
     taken = [key for key in (NOISE, ACTIONS) if key in policy.cameras or key in policy.low_dim]
     if taken:
         raise ConfigError(f"{run} has an obs named {taken[0]!r}, which the exported file uses for another input")

@@ -24,11 +24,13 @@ from cache_pipeline.options import (
     from_json,
     names,
     number_or_none,
+    options_of,
     slices,
     to_json,
 )
 from cache_pipeline.policies.robomimic.config import PREFIX as ROBOMIMIC_PREFIX
 from cache_pipeline.policies.robomimic.config import check_name
+from cache_pipeline.policies.spec import POLICIES
 
 if TYPE_CHECKING:
     from cache_pipeline.encoders.image_encoder import EncoderSpec
@@ -39,19 +41,18 @@ Order = Literal["auto", "full", "block"]
 ActionNormalization = Literal["minmax", "gaussian", "none"]
 Precision = Literal["auto", "fp32", "tf32", "bf16", "fp16"]
 Pooling = Literal["avg", "spatial_softmax"]
-POLICIES = ("flow", "mlp", "gmm")
 
-# Options of flow, mlp and gmm; robomimic's algorithms take theirs from the JSON of --robomimic-config.
-OWN_POLICY_OPTIONS = (
-    "policy_options",
-    "lr",
-    "emb_dim",
-    "pooling",
-    "action_normalization",
-    "feature_noise",
-    "feature_dropout",
-    "rotation_6d",
-    "optim",
+# Options of the groups Policy and Optimisation that robomimic's algorithms use too. All others of these groups are for
+# flow, mlp and gmm; robomimic's algorithms take theirs from the JSON of --robomimic-config.
+FOR_ROBOMIMIC = (
+    "policy",
+    "robomimic_config",
+    "obs_horizon",
+    "action_horizon",
+    "augment",
+    "steps",
+    "batch_size",
+    "encoder_lr",  # has a check of its own: these algorithms learn from frozen features
 )
 # Defaults of flow, mlp and gmm; for robomimic's algorithms the robomimic config gives these values.
 DEFAULTS = {"batch_size": 64, "obs_horizon": 2, "action_horizon": 8}
@@ -220,7 +221,7 @@ class TrainConfig(RunConfig):
             "Of maps (--cut layer4 or below): avg or spatial_softmax.", POLICY, choices=get_args(Pooling), typed=str
         ),
     ] = "avg"
-    policy: Annotated[str, Option("flow, mlp, gmm or robomimic:ALGORITHM.", POLICY)] = "flow"
+    policy: Annotated[str, Option(f"{', '.join(POLICIES)} or robomimic:ALGORITHM.", POLICY)] = "flow"
     policy_options: Annotated[
         dict[str, Any],
         Option(
@@ -336,6 +337,16 @@ class TrainConfig(RunConfig):
             raise OptionError("robomimic's algorithms learn from frozen features; leave --no-freeze-encoder out")
         if self.live and self.augment:
             raise OptionError("robomimic's algorithms do not augment frames; leave --augment out")
+
+
+OWN_POLICY_OPTIONS = (
+    *(
+        item.name
+        for item, option in options_of(TrainConfig)
+        if option.group in (POLICY, OPTIMISATION) and item.name not in FOR_ROBOMIMIC
+    ),
+    "optim",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
