@@ -25,7 +25,7 @@ from cache_pipeline.reports import quickstart
 from cache_pipeline.reports.bench import run as bench
 from cache_pipeline.runs.checkpoint import has_checkpoint
 from cache_pipeline.sim import collect as collecting
-from cache_pipeline.sim.rollout import RolloutConfig, RolloutResult, keep, result_file
+from cache_pipeline.sim.rollout import RolloutConfig, RolloutResult, keep, settings_of
 from cache_pipeline.sim.video import write_video
 
 CPU = ["--encoder", str(TINY.factory), "--device", "cpu"]
@@ -181,8 +181,8 @@ def small_collect(out: Path, overwrite: bool) -> None:
 def small_rollout(run: Path) -> None:
     """Keeps a result in a run folder."""
     config = RolloutConfig(run=run)
-    keep(RolloutResult(20, 10, 0.5, (0.3, 0.7), 1.0, ()), config)
-    assert json.loads(result_file(config).read_text())["successes"] == 10
+    kept = keep(RolloutResult(20, 10, 0.5, (0.3, 0.7), 1.0, ()), config, settings_of(config))
+    assert json.loads(kept.read_text())["successes"] == 10
 
 
 def small_video(out: Path, overwrite: bool) -> None:

@@ -149,7 +149,9 @@ def test_a_full_disk_while_saving_is_one_line_and_earlier_checkpoints_stay(
         real(tensors, path, metadata=metadata)
 
     monkeypatch.setattr(saving_module, "save_file", full)
-    with pytest.raises(CheckpointError, match=r"step 4 .* no space left .* --resume.* last checkpoint is .*step_0000002"):
+    with pytest.raises(
+        CheckpointError, match=r"step 4 .* no space left .* --resume.* last checkpoint is .*step_0000002"
+    ):
         train(config(tmp_path / "run", cache, saving=saving), progress=False)
     monkeypatch.undo()
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir() if path.is_dir()] == ["step_0000002"]
