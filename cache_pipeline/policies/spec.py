@@ -62,7 +62,7 @@ class PolicySpec:
             if not spec.cameras.keys() == spec.preprocess.keys() == spec.encoder_files.keys():
                 raise ValueError("its cameras, preprocessing and encoders have different names")
             if any(Path(file).name != file for file in spec.encoder_files.values()):
-                raise ValueError("an encoder's file is not in the run folder")
+                raise ValueError("an encoder's file is outside the run folder")
         except ValueError as error:
             raise CheckpointError(f"the run's policy cannot be read: {error}") from error
         return spec

@@ -115,7 +115,7 @@ class RunRecord:
     @property
     def steps(self) -> int:
         """Length of the run in optimiser steps, finished or not."""
-        return int(self.config["steps"])
+        return int(self.config.get("steps", 0))
 
     def with_steps(self, steps: int) -> RunRecord:
         """Returns a copy of the record with another number of steps."""
@@ -164,7 +164,7 @@ def read_record(run: Path) -> RunRecord:
     try:
         return RunRecord(
             kind=typed(value["kind"], Literal["train", "finetune"]),
-            config={**typed(value["config"], dict[str, Any]), "steps": typed(value["config"]["steps"], int)},
+            config=_config(value["config"]),
             policy=PolicySpec.from_json(value.get("policy")),
             data=DataRecord.from_json(value["data"]),
             order=typed(value.get("order", {"views": 1, "blocks": None}), dict[str, Any]),
@@ -177,6 +177,12 @@ def read_record(run: Path) -> RunRecord:
         raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged: {error}") from error
+
+
+def _config(value: Any) -> dict[str, Any]:
+    config: dict[str, Any] = typed(value, dict[str, Any])
+    typed(config.get("steps", 0), int)
+    return config
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -89,9 +89,10 @@ def test_a_run_json_that_points_outside_the_run_is_refused(copy: Path) -> None:
     assert "outside the run" in refused(copy)
 
 
-def test_an_index_that_points_outside_the_run_is_refused(copy: Path) -> None:
+def test_an_index_that_points_outside_the_run_is_not_followed(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     (copy / "checkpoints/index.json").write_text(json.dumps({"latest": "../../other", "best": []}))
-    assert "index.json" in refused(copy)
+    assert find_checkpoint(copy)[1].parent == copy / "checkpoints"
+    assert "index.json is damaged ('../../other' is not a name of a checkpoint)" in caplog.text
 
 
 def test_a_missing_encoder_is_named(copy: Path) -> None:

@@ -87,7 +87,7 @@ def test_a_row_that_was_cut_off_is_left_out_and_the_next_one_begins_a_line(tmp_p
 def test_a_metrics_file_that_is_none_is_one_line(tmp_path: Path) -> None:
     (tmp_path / CSV_NAME).write_text("step,training/loss\nfirst,good\n")
     with pytest.raises(CheckpointError, match=r"metrics\.csv is damaged"):
-        MetricsLog(tmp_path, 3)
+        read_metrics(tmp_path)
 
 
 def test_a_full_disk_while_logging_is_one_line(tmp_path: Path) -> None:
