@@ -115,7 +115,7 @@ def _check_type(name: str, value: Any, kind: Any) -> None:
 
 def _check_number(name: str, value: float, option: Option) -> None:
     least = option.least if option.least is not None else -math.inf
-    most = option.most if option.most is not None else LARGEST
+    most = option.most if option.most is not None else (LARGEST if isinstance(value, Integral) else math.inf)
     if option.least is not None and option.most is not None:
         wanted = f"lie between {option.least} and {option.most}"
     elif option.above is not None:

@@ -21,6 +21,7 @@ from cache_pipeline.options import (
     assignments,
     byte_count,
     check,
+    check_text,
     from_json,
     names,
     number_or_none,
@@ -174,6 +175,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         for name in ("cache", "checkpoint", "out", "robomimic_config"):
             if isinstance(getattr(self, name, None), str):
+                check_text(name, getattr(self, name))
                 object.__setattr__(self, name, Path(getattr(self, name)))
         given = (self.datasets,) if isinstance(self.datasets, str | Path) else self.datasets
         object.__setattr__(self, "datasets", tuple(Path(path) for path in given))

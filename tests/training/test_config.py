@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cache_pipeline.errors import CheckpointError, ConfigError
+from cache_pipeline.errors import CheckpointError, ConfigError, OptionError
 from cache_pipeline.training.config import FinetuneConfig, OptimConfig, SavingConfig, TrainConfig
 
 CACHE = Path("lift.zarr")
@@ -58,3 +59,21 @@ def test_a_saved_config_with_an_unknown_option_is_refused_by_name() -> None:
 def test_a_batch_that_cannot_be_split_is_refused() -> None:
     with pytest.raises(ConfigError, match="does not divide"):
         FinetuneConfig(checkpoint=Path("run"), batch_size=10, accumulate=4)
+
+
+@pytest.mark.parametrize("value", [0, -1.0, math.nan, math.inf, 10**400, True, "fast", None, [1e-3]])
+def test_a_rate_that_cannot_be_is_a_usage_error(value: Any) -> None:
+    with pytest.raises(OptionError, match=r"^lr is "):
+        TrainConfig(cache=Path("a.zarr"), lr=value)
+
+
+@pytest.mark.parametrize("value", [-1, 2**63, 10**40, 1.5, True, "x", None])
+def test_a_seed_that_cannot_be_is_a_usage_error(value: Any) -> None:
+    with pytest.raises(OptionError, match=r"^seed is "):
+        TrainConfig(cache=Path("a.zarr"), seed=value)
+
+
+@pytest.mark.parametrize("value", ["", " ", "x" * 256, "a/" + "é" * 128, "a\0b"])
+def test_a_path_that_cannot_be_is_a_usage_error(value: str) -> None:
+    with pytest.raises(OptionError, match=r"^out "):
+        TrainConfig(cache=Path("a.zarr"), out=Path(value) if value.strip() else value)

@@ -43,7 +43,11 @@ def state(mark: int) -> State:
 
 def record(mark: int) -> RunRecord:
     policy = PolicySpec(
-        action_dim=1, cameras={}, low_dim={}, preprocess={}, encoder_files={"agentview_image": "encoder.safetensors"}
+        action_dim=1,
+        cameras={"agentview_image": (84, 84, 3)},
+        low_dim={},
+        preprocess={"agentview_image": {}},
+        encoder_files={"agentview_image": "encoder.safetensors"},
     )
     return RunRecord(kind="train", config={"mark": mark}, policy=policy, data=DataRecord(), order={})
 
