@@ -33,7 +33,6 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     An error for a full disk names ``path``, which Python's own error of a failed write does not.
     """
     path = Path(path)
-    remove_partial(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial

@@ -121,7 +121,7 @@ def _check_number(name: str, value: float, option: Option) -> None:
     elif option.above is not None:
         wanted = f"be a finite number above {option.above}"
     else:
-        wanted = f"be a finite number of at least {least}" if value < least else f"be at most {LARGEST}"
+        wanted = f"be at most {LARGEST}" if value > LARGEST and most == LARGEST else f"be at least {least}, and finite"
     if not (least <= value <= most and math.isfinite(value) and (option.above is None or value > option.above)):
         raise OptionError(f"{name} is {value}; it must {wanted}")
 

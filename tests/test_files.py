@@ -5,7 +5,7 @@ import os
 import pytest
 
 from cache_pipeline.errors import StaleCacheError, available
-from cache_pipeline.files import atomic_path, digest, json_digest, read_json, write_json
+from cache_pipeline.files import atomic_path, digest, json_digest, read_json, remove_partial, write_json
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_beside_it(tmp_path):
@@ -36,8 +36,8 @@ def test_only_old_partial_files_of_dead_processes_are_removed(tmp_path):
         (tmp_path / name).write_text("half")
         if what != "young":
             os.utime(tmp_path / name, (1, 1))
-    write_json(path, {})
-    assert sorted(os.listdir(tmp_path)) == sorted({*names.values(), "value.json"} - {names["dead"]})
+    remove_partial(path)
+    assert sorted(os.listdir(tmp_path)) == sorted({*names.values()} - {names["dead"]})
 
 
 def test_a_full_disk_is_an_error_that_names_the_file(tmp_path):

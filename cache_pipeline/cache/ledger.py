@@ -85,7 +85,8 @@ def _read(file: Path) -> LedgerRecord | None:
         claimed = value.pop("digest")
         if claimed != json_digest(value):
             return None
-        return LedgerRecord(*typed([value[name] for name in LedgerRecord._fields], LedgerRecord))
+        record: LedgerRecord = typed([value[name] for name in LedgerRecord._fields], LedgerRecord)
+        return record
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 

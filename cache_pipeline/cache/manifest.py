@@ -39,7 +39,8 @@ class SourceRecord(NamedTuple):
     @classmethod
     def from_json(cls, value: Any) -> SourceRecord:
         """Reads the value of ``to_json``; raises ValueError for any other value."""
-        return cls(*typed(value, cls))
+        made: SourceRecord = typed(value, cls)
+        return made
 
 
 class CameraEntry(NamedTuple):

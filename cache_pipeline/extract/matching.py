@@ -50,7 +50,7 @@ def recorded_dataset(manifest: Manifest) -> Dataset | None:
     if any(source_state(source) != "as recorded" for source in manifest.files):
         return None
     try:
-        choice = Choice(*typed([(manifest.asked or {})["choice"].get(name) for name in Choice._fields], Choice))
+        choice: Choice = typed([(manifest.asked or {})["choice"].get(name) for name in Choice._fields], Choice)
     except (KeyError, AttributeError, ValueError):  # a cache of an earlier version
         return None
     return Dataset(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -31,7 +32,8 @@ logger = logging.getLogger("cache_pipeline")
 CHECKPOINT_JSON, INDEX = "checkpoint.json", "index.json"
 MODEL, EMA, RESUME = "model.safetensors", "ema.safetensors", "resume/optimizer.safetensors"
 CHECKPOINTS = "checkpoints"
-_told: set[Path] = set()
+CHECKPOINT_NAME = re.compile(r"step_\d{7,}(_\d+)?")
+_warned: set[Path] = set()
 
 
 class State(NamedTuple):
@@ -224,17 +226,17 @@ def read_index(run: Path) -> Index:
         index = _rebuilt_index(path.parent)
         found = "no checkpoint was found beside it" if index.latest is None else f"{index.latest} is the latest"
         reason = str(error).removeprefix(f"{path} is damaged ").strip("()")
-        if path not in _told:
-            _told.add(path)
+        if path not in _warned:
+            _warned.add(path)
             logger.warning("%s is damaged (%s); it is rebuilt from the checkpoints beside it: %s", path, reason, found)
         return index
 
 
 def _rebuilt_index(folder: Path) -> Index:
-    """Lists the checkpoints in a folder. None of them but the latest and the best counts as made by this run, so that
-    folders that the user put there are never removed."""
+    """Lists the checkpoints in a folder. None of them but the latest and the best counts as made by this run, and
+    folders of other names are not looked at, so that what the user put there is never removed."""
     found: list[Best] = []
-    for path in sorted(folder.glob("step_*")):
+    for path in sorted(path for path in folder.glob("step_*") if CHECKPOINT_NAME.fullmatch(path.name)):
         with suppress(CheckpointError):
             described = describe_checkpoint(path)
             error = described.metrics.get("validation/action_mse")

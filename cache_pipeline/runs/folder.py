@@ -21,8 +21,8 @@ from cache_pipeline.cache.lock import writer_lock
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.saving import save_encoder
 from cache_pipeline.errors import CheckpointError, RunLockedError, described
-from cache_pipeline.files import exchange, free_path, read_json, remove, sync_folder, write_json
-from cache_pipeline.runs.checkpoint import CHECKPOINTS, has_checkpoint, remove_checkpoints
+from cache_pipeline.files import exchange, free_path, read_json, remove, remove_partial, sync_folder, write_json
+from cache_pipeline.runs.checkpoint import CHECKPOINTS, INDEX, has_checkpoint, remove_checkpoints
 from cache_pipeline.runs.metrics import CSV_NAME, TENSORBOARD
 from cache_pipeline.runs.record import RUN_JSON, RunRecord, write_record
 
@@ -125,6 +125,8 @@ def run_folder(out: Path, *, resume: bool, overwrite: bool, writes: bool = True)
             place.parent.mkdir(parents=True, exist_ok=True)
             _lock(place, held)
             _put_in_order(place)
+            for file in (RUN_JSON, CSV_NAME, f"{CHECKPOINTS}/{INDEX}"):
+                remove_partial(place / file)
             unsaved = _state(place) == UNFINISHED
             if not unsaved:
                 _check(place, resume=resume, overwrite=overwrite)

@@ -2,7 +2,10 @@
 
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -64,13 +67,13 @@ BROKEN_INDEXES = [
 @pytest.mark.parametrize("content", BROKEN_INDEXES)
 def test_a_damaged_index_is_rebuilt_and_the_run_resumes_to_the_same_weights(made, run, caplog, content):
     (run / "checkpoints/index.json").write_bytes(content.encode("latin-1"))
-    keep = run / "checkpoints/step_mine"
-    keep.mkdir()
+    keep = run / "checkpoints/step_0000004_copy"  # whole, and with an equal error
+    shutil.copytree(run / "checkpoints/step_0000004", keep)
     assert find_checkpoint(run, latest=True)[1].name == "step_0000004"
     assert "it is rebuilt from the checkpoints beside it: step_0000004 is the latest" in caplog.text
     result = resumed(made, run)
     assert result.steps == 6
-    assert keep.is_dir()
+    assert (keep / "model.safetensors").is_file()
     same, other = (find_checkpoint(path, latest=True)[1] / "model.safetensors" for path in (run, made / "whole"))
     assert same.read_bytes() == other.read_bytes()
     assert json.loads((run / "checkpoints/index.json").read_text())["latest"] == "step_0000006"
@@ -100,6 +103,21 @@ def test_damaged_metrics_are_rebuilt_on_resuming_and_the_old_file_is_kept(made, 
     assert (run / "metrics.csv.damaged").read_bytes() == damaged
     assert [row["step"] for row in read_metrics(run)][-1] == 6
     assert 4 in [row["step"] for row in read_metrics(run)]
+
+
+def test_partial_files_of_a_dead_process_are_removed_when_the_run_goes_on(made, run):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    names = [".run.json", ".metrics.csv", "checkpoints/.index.json"]
+    partials = [run / f"{name}.{dead.pid}.partial" for name in names]
+    mine, living = run / ".notes.txt.1.partial", run / f".run.json.{os.getppid()}.partial"
+    for path in (*partials, mine, living):
+        path.touch()
+        os.utime(path, (0, 0))
+    resumed(made, run)
+    assert not any(path.exists() for path in partials)
+    assert mine.exists()
+    assert living.exists()
 
 
 def paths(value, place=()):

@@ -43,9 +43,8 @@ class DemoFrames(NamedTuple):
         """Reads the frames (n,H,W,3) of ``rows`` (n,), which may repeat."""
         held, inverse = np.unique(rows, return_inverse=True)
         cuts = np.flatnonzero((np.diff(held) > 1) | (np.diff(self._place(held)) > 0)) + 1
-        runs = np.split(held, cuts)
-        frames = [self._read_run(camera, int(run[0]), len(run)) for run in runs if len(run)]
-        return np.concatenate(frames)[inverse.ravel()]
+        runs = [(int(run[0]), len(run)) for run in np.split(held, cuts) if len(run)]
+        return self.dataset.gather(camera, [self._segment(*run) for run in runs])[inverse.ravel()]
 
     def load(self, camera: str, device: torch.device) -> Tensor:
         """Loads all frames, (N,H,W,3) uint8, to the device, part by part."""
@@ -58,10 +57,11 @@ class DemoFrames(NamedTuple):
                 out[row + start : row + start + len(piece)].copy_(piece)
         return out
 
-    def _read_run(self, camera: str, row: int, count: int) -> NDArray[np.uint8]:
+    def _segment(self, row: int, count: int) -> tuple[int, int, int]:
+        """Returns (demo, start, stop) of ``count`` packed rows of one demo."""
         place = int(self._place(np.array([row]))[0])
         start = row - int(self.starts[place])
-        return self.dataset.frames(self.demos[place], camera, start, start + count)
+        return self.demos[place], start, start + count
 
     def _place(self, rows: NDArray[np.int64]) -> NDArray[np.intp]:
         return np.searchsorted(self.starts, rows, side="right") - 1
