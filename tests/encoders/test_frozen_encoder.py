@@ -162,7 +162,7 @@ def test_missing_devices_are_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert resolve_device("auto") == CPU
-    for name in ("gpu", "cuda:3"):
+    for name in ("gpu", "", "cuda:3", "cuda:-1", "cuda:99999999999999999999", "cpu:3", "meta", "xla"):
         with pytest.raises(ConfigError, match="--device"):
             resolve_device(name)
     assert preferred_batch_size(CPU, 84 * 84) == 64 < preferred_batch_size("cuda", 84 * 84) == 1024

@@ -25,6 +25,7 @@ from cache_pipeline.runs.metrics import read_metrics
 from cache_pipeline.runs.policy import load_policy
 from cache_pipeline.runs.summary import inspect_run
 from cache_pipeline.training.config import OptimConfig, SavingConfig, TrainConfig
+from cache_pipeline.training.session import fitting_batch_size
 from cache_pipeline.training.train import open_training, train
 from cache_pipeline.training.update import gradients
 from cache_pipeline.training.update import learner as learner_module
@@ -327,6 +328,23 @@ def test_names_that_the_data_do_not_have_are_refused_with_the_right_ones(cache: 
         with pytest.raises(error, match=message):
             train(config(tmp_path / "run", cache, **options), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("multiple", "fitting"), [(1, 17), (4, 16), (20, 20)])
+def test_a_batch_is_not_larger_than_the_windows_and_stays_a_multiple(
+    multiple: int, fitting: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert fitting_batch_size(16, 17, multiple) == 16
+    assert caplog.text == ""
+    assert fitting_batch_size(10**9, 17, multiple) == fitting
+    assert f"batch_size 1000000000 is more than the data's 17 windows; {fitting} is used" in caplog.text
+
+
+def test_a_huge_batch_size_trains_and_resumes(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    huge = config(tmp_path / "run", cache, batch_size=10**9, steps=2)
+    train(huge, progress=False)
+    assert "batch_size 1000000000 is more than the data's" in caplog.text
+    assert train(replace(huge, resume=True, steps=3), progress=False).steps == 3
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(cache: Path, tmp_path: Path) -> None:
