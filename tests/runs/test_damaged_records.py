@@ -85,6 +85,18 @@ def test_the_best_checkpoint_of_a_rebuilt_index_is_the_one_with_the_lowest_error
     assert read_index(run).best[0] == whole.best[0]
 
 
+def test_a_folder_of_the_users_is_never_taken_for_a_checkpoint_of_the_run(run):
+    mine = run / "checkpoints/step_mine"
+    shutil.copytree(run / "checkpoints/step_0000004", mine)
+    value = json.loads((mine / "checkpoint.json").read_text())
+    value |= {"step": 99, "metrics": {"validation/action_mse": 0.0}}
+    (mine / "checkpoint.json").write_text(json.dumps(value))
+    (run / "checkpoints/index.json").write_text("{")
+    index = read_index(run)
+    assert index.latest == "step_0000004"
+    assert "step_mine" not in {*index.made, *(entry.name for entry in index.best)}
+
+
 @pytest.mark.parametrize("damage", ["bytes", "header", "value", "width"])
 def test_damaged_metrics_are_rebuilt_on_resuming_and_the_old_file_is_kept(made, run, caplog, damage):
     file = run / "metrics.csv"
