@@ -23,7 +23,7 @@ from cache_pipeline.reports import plots
 from cache_pipeline.reports.page import HTML, Page, is_ours
 from cache_pipeline.runs.checkpoint import find_checkpoint
 from cache_pipeline.runs.contents import Contents, recorded_contents, split_of_run
-from cache_pipeline.runs.metrics import of_mean_action, read_metrics
+from cache_pipeline.runs.metrics import NO_MEAN_ACTION_ERROR, fraction_of_mean_action, read_metrics
 from cache_pipeline.runs.policy import load_policy
 from cache_pipeline.runs.record import RunRecord, read_record
 from cache_pipeline.runs.summary import inspect_run
@@ -99,9 +99,12 @@ def write_report(
 def _figures(page: Page, record: RunRecord, summary: Any) -> None:
     facts = [(f"{summary.step:,}", f"of {summary.steps:,} steps")]
     if summary.valid_action_mse is not None:
-        share, *of_what = of_mean_action(summary.valid_action_mse, summary.mean_action_mse).split(" of ", 1)
+        fraction = fraction_of_mean_action(summary.valid_action_mse, summary.mean_action_mse)
         facts.append((f"{summary.valid_action_mse:.4g}", "held-out action error (MSE)"))
-        facts.append((share, f"of {of_what[0]}") if of_what else ("no ratio", share))
+        if fraction is None:
+            facts.append(("no ratio", NO_MEAN_ACTION_ERROR))
+        else:
+            facts.append((f"{fraction:.0%}", "of the error of always predicting the mean action"))
     facts.append((summary.policy, "policy"))
     facts.append((f"{len(record.data.train)} + {len(record.data.valid)}", "demos: training + held out"))
     page.facts(facts)

@@ -155,14 +155,20 @@ def _wandb() -> Any:
     return wandb
 
 
-def of_mean_action(mse: float, mean_action_mse: float) -> str:
-    """Returns the held-out error as a percentage of the error of always predicting the mean action, in words.
+NO_MEAN_ACTION_ERROR = "the held-out actions are all equal to the mean action, so there is no error to compare with"
 
-    The percentage is undefined if the held-out actions are constant.
-    """
-    if not mean_action_mse > 0:
-        return "the held-out actions are all equal to the mean action, so there is no error to compare with"
-    return f"{mse / mean_action_mse:.0%} of the error of always predicting the mean action ({mean_action_mse:.4g})"
+
+def fraction_of_mean_action(mse: float, mean_action_mse: float) -> float | None:
+    """Returns the held-out error over that of always predicting the mean action; None if the latter is zero."""
+    return mse / mean_action_mse if mean_action_mse > 0 else None
+
+
+def of_mean_action(mse: float, mean_action_mse: float) -> str:
+    """Returns :func:`fraction_of_mean_action` in words."""
+    fraction = fraction_of_mean_action(mse, mean_action_mse)
+    if fraction is None:
+        return NO_MEAN_ACTION_ERROR
+    return f"{fraction:.0%} of the error of always predicting the mean action ({mean_action_mse:.4g})"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
