@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import signal
-import sys
 from typing import Annotated, Any
 
 import typer
@@ -15,7 +14,14 @@ from typer.core import TyperGroup
 from cache_pipeline import __version__
 from cache_pipeline.cli import data, reports, simulation, training
 from cache_pipeline.cli.effects import CheckedCommand
-from cache_pipeline.cli.terminal import DELETED_FOLDER, LineFormatter, any_streams, folder_is_deleted, say
+from cache_pipeline.cli.terminal import (
+    DELETED_FOLDER,
+    LineFormatter,
+    StderrHandler,
+    any_streams,
+    folder_is_deleted,
+    say,
+)
 from cache_pipeline.errors import CachePipelineError, CheckFailedError, OptionError, described
 
 EXIT_ERROR, EXIT_USAGE, EXIT_CHECK_FAILED, EXIT_INTERRUPTED = 1, 2, 3, 130
@@ -87,7 +93,7 @@ def configure(
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors on stderr.")] = False,
 ) -> None:
-    handler = logging.StreamHandler(sys.stderr)
+    handler = StderrHandler()
     handler.setFormatter(LineFormatter())
     logger = logging.getLogger("cache_pipeline")
     logger.handlers[:] = [handler]

@@ -25,6 +25,14 @@ class LineFormatter(logging.Formatter):
         return message_line(record.getMessage())
 
 
+class StderrHandler(logging.Handler):
+    """Writes records to the stderr of the moment, which a program that calls a command may have replaced since."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError, ValueError):  # closed or full
+            print(self.format(record), file=sys.stderr, flush=True)
+
+
 @contextmanager
 def any_streams() -> Iterator[None]:
     """Makes stdout and stderr take every text within a ``with`` block; discards what they cannot write at its end."""

@@ -1,5 +1,7 @@
 """Commands in every terminal: encodings, closed and full streams, a deleted folder, sixty cameras, interrupts."""
 
+import io
+import logging
 import os
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from fakes import make_dataset
 from typer.testing import CliRunner
 
 from cache_pipeline.cli import app
+from cache_pipeline.cli.terminal import LineFormatter, StderrHandler
 
 CLI = [sys.executable, str(Path(__file__).parents[2] / "cli.py")]
 TINY = f"{Path(__file__).with_name('tiny_encoder.py')}:make"
@@ -139,6 +142,20 @@ def test_an_interrupted_command_says_what_is_kept(function, monkeypatch, tmp_pat
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 130, result.output
     assert result.stderr == f"interrupted: {said}\n"
+
+
+def test_log_lines_go_to_the_stderr_of_the_moment(monkeypatch, capsys):
+    handler = StderrHandler()
+    handler.setFormatter(LineFormatter())
+    record = logging.makeLogRecord({"msg": "a line"})
+    with io.StringIO() as replaced:
+        monkeypatch.setattr(sys, "stderr", replaced)
+        handler.emit(record)
+        assert replaced.getvalue() == "a line\n"
+    handler.emit(record)  # the stream is closed
+    monkeypatch.undo()
+    handler.emit(record)
+    assert capsys.readouterr().err == "a line\n"
 
 
 def test_sixty_cameras_take_few_lines(tmp_path):
