@@ -44,6 +44,10 @@ class CacheLockedError(CacheError):
     """Another live process is writing this cache."""
 
 
+class ChangedError(CacheError):
+    """Another process has written an object since it was read."""
+
+
 class StaleCacheError(CacheError):
     """The cache was made from other data, another encoder or other settings than now.
 
@@ -62,6 +66,10 @@ class StaleCacheError(CacheError):
 
 def _value(value: object) -> str:
     return f"[{listed(map(repr, value))}]" if isinstance(value, list | tuple) else shortened(repr(value), LONGEST_VALUE)
+
+
+class StoreError(CachePipelineError):
+    """An object store does not answer, or denies access. It says nothing about the cache."""
 
 
 class ConfigError(CachePipelineError, ValueError):

@@ -9,6 +9,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,9 +22,31 @@ import msgspec
 
 from cache_pipeline.errors import DISK_LIMITS, CachePipelineError, ConfigError
 
+Location = Path | str
+"""A folder or file as a path, or a URL as text, such as ``s3://bucket/lift.zarr``."""
+
 DIGEST_BYTES = 16
+URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 OLD_SECONDS = 60
+
+
+def is_url(place: str | os.PathLike[str]) -> bool:
+    """Whether a place is written as a URL."""
+    return isinstance(place, str) and URL.match(place) is not None
+
+
+def location(place: str | os.PathLike[str]) -> Location:
+    """Returns a URL unchanged, and anything else as a path; ``file://`` URLs are paths."""
+    text = os.fspath(place)
+    if text.startswith("file://"):
+        return Path(text.removeprefix("file://"))
+    return text if is_url(text) else Path(text)
+
+
+def absolute(place: Location) -> str:
+    """Returns a path without links, or a URL, as text that can be recorded."""
+    return str(place.resolve()) if isinstance(place, Path) else place
 
 
 @contextmanager
@@ -173,12 +196,18 @@ def _holds(kind: FileKind, path: Path) -> bool:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Writes ``value`` as JSON, atomically. Raises ValueError for NaN and infinity, which JSON does not have."""
+    """Writes ``value`` as JSON, atomically; errors as in :func:`json_bytes`."""
+    data = json_bytes(value)
+    with atomic_path(path) as partial:
+        partial.write_bytes(data)
+
+
+def json_bytes(value: Any) -> bytes:
+    """Returns ``value`` as JSON in UTF-8. Raises ValueError for NaN and infinity, which JSON does not have."""
     text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
     if not text.isascii() and any(0xD800 <= ord(sign) <= 0xDFFF for sign in text):  # of a path that is not UTF-8
         text = json.dumps(value, indent=1, allow_nan=False)
-    with atomic_path(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    return f"{text}\n".encode()
 
 
 def read_json(path: str | Path) -> Any:

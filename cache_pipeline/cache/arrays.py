@@ -8,18 +8,17 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import zarr
 from numpy.typing import NDArray
 from zarr.core.metadata import ArrayV3Metadata
-from zarr.storage import LocalStore
 
 from cache_pipeline.cache.layout import Unit
 from cache_pipeline.cache.manifest import Manifest
 from cache_pipeline.cache.shards import open_shard, uncompressed_layout, write_shard
+from cache_pipeline.cache.store import Place, Stamp, exists, is_remote, store_at
 from cache_pipeline.errors import CorruptCacheError
 from cache_pipeline.files import DIGEST_BYTES
 
@@ -104,15 +103,15 @@ class StoredArray:
     as fill values.
 
     Args:
-        path: the cache.
+        place: the cache.
         name: the array inside it, such as ``features/agentview_image``.
     """
 
-    def __init__(self, path: Path, name: str, *, read_only: bool = True) -> None:
-        self.path, self.name = path, name
+    def __init__(self, place: Place, name: str, *, read_only: bool = True) -> None:
+        self.store, self.name = store_at(place), name
         self._read_only = read_only
         try:
-            metadata = json.loads((path / name / "zarr.json").read_bytes())
+            metadata = json.loads(self.store.read(f"{name}/zarr.json"))
             self._has_views = name.startswith("features/")
             rows_at = 1 if self._has_views else 0
             self.shard_rows = int(metadata["chunk_grid"]["configuration"]["chunk_shape"][rows_at])
@@ -120,7 +119,7 @@ class StoredArray:
             self.row_shape = tuple(int(side) for side in metadata["shape"][rows_at + 1 :])
             self._layout = uncompressed_layout(metadata)
         except DECODE_ERRORS as error:
-            raise CorruptCacheError(f"{path / name} cannot be opened ({error}); {MEND}") from error
+            raise CorruptCacheError(f"{self} cannot be opened ({error}); {MEND}") from error
         self.fill = float("nan") if self.dtype.kind == "f" else 0
 
     def spans(self, spans: Sequence[tuple[int, int]], view: int | None = None) -> NDArray[Any]:
@@ -159,19 +158,29 @@ class StoredArray:
         """Reads a whole shard with its dead rows, (shard_rows, …)."""
         return self.spans([(block * self.shard_rows, (block + 1) * self.shard_rows)], view)
 
-    def has_block(self, block: int, view: int | None = None) -> bool:
-        """Whether the file of a shard exists; its contents are not checked."""
-        return self._shard_file(block, view or 0).is_file()
+    def stamp(self, block: int, view: int | None = None) -> Stamp | None:
+        """Returns the stamp of a shard, None if it is missing; its contents are not checked."""
+        return self.store.stamp(self._shard(block, view or 0))
 
-    def write_block(self, block: int, values: NDArray[Any], view: int | None = None) -> None:
-        """Writes one whole shard, (shard_rows, …), and syncs it to the disk."""
+    def write_block(
+        self, block: int, values: NDArray[Any], view: int | None = None, after: Stamp | None = None
+    ) -> None:
+        """Writes one whole shard, (shard_rows, …), and waits until it is safe.
+
+        Args:
+            after: the shard's :meth:`stamp` when it was read.
+
+        Raises:
+            ChangedError: on an object store, another process has written the shard meanwhile.
+        """
         assert values.shape == (self.shard_rows, *self.row_shape), (values.shape, self.shard_rows, self.row_shape)
         if self._layout is not None:
             chunks = np.ascontiguousarray(values).view(np.uint8).reshape(self._layout.chunks, -1)
-            return write_shard(self._shard_file(block, view or 0), self._layout, chunks)
+            return write_shard(self.store, self._shard(block, view or 0), self._layout, chunks, after)
         rows = slice(block * self.shard_rows, (block + 1) * self.shard_rows)
         self._array[(view or 0, rows) if self._has_views else rows] = values
-        _sync_file(self._shard_file(block, view or 0))
+        if not is_remote(self.store):
+            _sync_file(os.path.join(self.store.place, self._shard(block, view or 0)))
         return None
 
     def _pieces(self, spans: Sequence[tuple[int, int]], view: int, out: NDArray[Any]) -> Iterator[_Piece]:
@@ -194,7 +203,7 @@ class StoredArray:
                 first = block * self.shard_rows + row
                 out[...] = self._select(slice(first, first + len(out)), view)
             else:
-                with open_shard(self._shard_file(block, view), self._layout) as shard:
+                with open_shard(self.store, self._shard(block, view), self._layout) as shard:
                     shard.read_span(row, _row_bytes(out))
 
     def _read_rows(self, rows: NDArray[np.integer], view: int, out: NDArray[Any]) -> None:
@@ -208,7 +217,7 @@ class StoredArray:
                 if self._layout is None:
                     out[part] = self._select(rows[part], view)
                 else:
-                    with open_shard(self._shard_file(block, view), self._layout) as shard:
+                    with open_shard(self.store, self._shard(block, view), self._layout) as shard:
                         shard.read_rows(rows[part] - block * self.shard_rows, _row_bytes(out[part]))
 
         _in_threads(read, list(map(slice, [0, *cuts], [*cuts, len(rows)])), out.nbytes)
@@ -222,8 +231,8 @@ class StoredArray:
     @cached_property
     def _array(self) -> zarr.Array[ArrayV3Metadata]:
         """The zarr array, opened on first use; only compressed arrays need it."""
-        store = LocalStore(self.path / self.name, read_only=self._read_only)
-        array = zarr.open_array(store, mode="r" if self._read_only else "r+")
+        store, path = self.store.zarr(self.name, read_only=self._read_only)
+        array = zarr.open_array(store, path=path, mode="r" if self._read_only else "r+")
         # Chunks of fill values are stored too, so a missing shard file means that the shard was never written.
         config: Any = {"order": "C", "write_empty_chunks": True}
         metadata = cast(ArrayV3Metadata, array.metadata)
@@ -231,20 +240,26 @@ class StoredArray:
 
     @contextmanager
     def _damage_as_error(self, block: int, view: int) -> Iterator[None]:
-        file = self._shard_file(block, view)
-        if not file.is_file():
-            raise CorruptCacheError(f"{file} is missing; {MEND}")
+        missing = f"{self.store.place}/{self._shard(block, view)} is missing; {MEND}"
+        if self._layout is None and not exists(self.store, self._shard(block, view)):
+            raise CorruptCacheError(missing)  # zarr reads it as fill values
         try:
             yield
+        except FileNotFoundError as error:
+            raise CorruptCacheError(missing) from error
         except (*DECODE_ERRORS, zarr.errors.BaseZarrError) as error:
             raise CorruptCacheError(
-                f"{self.path / self.name} is damaged ({error}); "
-                f"find the damaged units with verify {self.path} --integrity, then {MEND}"
+                f"{self} is damaged ({error}); "
+                f"find the damaged units with verify {self.store.place} --integrity, then {MEND}"
             ) from error
 
-    def _shard_file(self, block: int, view: int) -> Path:
+    def _shard(self, block: int, view: int) -> str:
+        """Returns the name of a shard inside the cache."""
         lead = (view,) if self._has_views else ()
-        return self.path.joinpath(self.name, "c", *map(str, (*lead, block, *(0 for _ in self.row_shape))))
+        return "/".join([self.name, "c", *map(str, (*lead, block, *(0 for _ in self.row_shape)))])
+
+    def __str__(self) -> str:
+        return f"{self.store.place}/{self.name}"
 
 
 def _merged(spans: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
@@ -273,8 +288,8 @@ def _in_threads(read: Callable[[Item], None], items: Sequence[Item], size: int) 
         list(pool.map(read, items))
 
 
-def _sync_file(file: Path) -> None:
-    for path, flags in ((file, os.O_RDWR), (file.parent, os.O_RDONLY)):
+def _sync_file(file: str) -> None:
+    for path, flags in ((file, os.O_RDWR), (os.path.dirname(file), os.O_RDONLY)):
         descriptor = os.open(path, flags)
         try:
             os.fsync(descriptor)

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cache_pipeline.cache.arrays import StoredArray, array_names, unit_arrays
-from cache_pipeline.cache.folder import (
-    finish_swap,
-    folder_bytes,
-    make_beside,
-    remove_cache,
-    swap,
-    told_when_full,
-    unused_name,
-)
+from cache_pipeline.cache.folder import finish_swap, make_beside, remove_cache, swap, told_when_full, unused_sibling
 from cache_pipeline.cache.layout import Segment, Unit, place_demos
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, write_record
-from cache_pipeline.cache.lock import writer_lock
-from cache_pipeline.cache.manifest import PENDING, DemoRows, Manifest, read_manifest, write_pending
+from cache_pipeline.cache.lock import writing
+from cache_pipeline.cache.manifest import MANIFEST, PENDING, DemoRows, Manifest, read_manifest, write_pending
 from cache_pipeline.cache.metadata import ROOT, complete_cache, metadata_files, root_file, write_metadata
+from cache_pipeline.cache.store import Place, Store, exists, stored_bytes
 from cache_pipeline.files import digest
 
 
@@ -47,7 +39,7 @@ class CompactResult(NamedTuple):
         ]
 
 
-def compact(path: str | Path) -> CompactResult:
+def compact(place: Place) -> CompactResult:
     """Rewrites a complete cache without dead rows and keeps its fingerprint. Drops an unfinished extension.
 
     Raises:
@@ -55,23 +47,24 @@ def compact(path: str | Path) -> CompactResult:
         CacheLockedError: another process is writing it.
         CacheError: the disk is full; the cache is unchanged.
     """
-    with writer_lock(path) as real:
-        finish_swap(real)
-        manifest = read_manifest(real)
-        before, live = folder_bytes(real), sum(demo.length for demo in manifest.demos)
-        new = unused_name(real, "compact")
-        with told_when_full(real, before):
+    with writing(place) as store:
+        finish_swap(store)
+        stamp = store.stamp(MANIFEST)
+        manifest = read_manifest(store)
+        before, live = stored_bytes(store), sum(demo.length for demo in manifest.demos)
+        new = unused_sibling(store, "compact")
+        with told_when_full(store.place, before):
             try:
-                make_beside(new, real, "compact")
-                _copy(real, manifest, new)
+                make_beside(new, store, "compact")
+                _copy(store, manifest, new)
             except BaseException:
                 remove_cache(new)
                 raise
-        swap(new, real)
-        return CompactResult(str(path), before, folder_bytes(real), manifest.n_rows - live)
+        swap(new, store, stamp)
+        return CompactResult(str(store.place), before, stored_bytes(store), manifest.n_rows - live)
 
 
-def _copy(path: Path, old: Manifest, new: Path) -> None:
+def _copy(store: Store, old: Manifest, new: Store) -> None:
     lengths = [demo.length for demo in old.demos]
     placement = place_demos(lengths, [None] * len(lengths), 0, old.shard_rows)
     demos = tuple(demo._replace(row=row) for demo, row in zip(old.demos, placement.rows, strict=True))
@@ -79,9 +72,9 @@ def _copy(path: Path, old: Manifest, new: Path) -> None:
     write_pending(new, target)
     files = metadata_files(target)
     write_metadata(new, {ROOT: root_file(target, complete=False), **files})
-    write_metadata(new, {file: (path / file).read_bytes() for file in old.encoders.values()})
+    write_metadata(new, {file: store.read(file) for file in old.encoders.values()})
     names = array_names(old)
-    source = {name: StoredArray(path, name) for name in names}
+    source = {name: StoredArray(store, name) for name in names}
     sink = {name: StoredArray(new, name, read_only=False) for name in names}
     units = {}
     blocks = target.block_segments()
@@ -94,7 +87,7 @@ def _copy(path: Path, old: Manifest, new: Path) -> None:
     metadata = {name: digest(content) for name, content in files.items()}
     metadata |= {file: old.metadata[file] for file in old.encoders.values()}
     complete_cache(new, replace(target, units=units, metadata=metadata))
-    assert not (new / PENDING).exists()
+    assert not exists(new, PENDING)
 
 
 def _copy_block(

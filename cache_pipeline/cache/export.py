@@ -11,6 +11,7 @@ import h5py
 import numpy as np
 
 from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.cache.store import Place
 from cache_pipeline.errors import CacheError, DatasetError
 from cache_pipeline.files import FileKind, check_output, output_file
 from cache_pipeline.hdf5 import group_attributes, holds_hdf5, new_hdf5
@@ -68,7 +69,7 @@ def feature_key(camera: str, view: int = 0) -> str:
 
 
 def export_robomimic(
-    cache_path: str | Path, out_path: str | Path, *, views: bool = False, overwrite: bool = False
+    cache_path: Place, out_path: str | Path, *, views: bool = False, overwrite: bool = False
 ) -> ExportResult:
     """Writes a robomimic HDF5 with the demos of a cache: features, flattened to float32, as low-dim obs.
 
@@ -120,7 +121,7 @@ def export_robomimic(
     return ExportResult(str(out), len(names), int(cache.lengths.sum()), out.stat().st_size, {**shapes, **cache.low_dim})
 
 
-def export_npz(cache_path: str | Path, out_path: str | Path, *, overwrite: bool = False) -> ExportResult:
+def export_npz(cache_path: Place, out_path: str | Path, *, overwrite: bool = False) -> ExportResult:
     """Writes all live rows of a cache as one uncompressed ``.npz``.
 
     Arrays: ``features/<camera>`` (K, N, …), ``actions``, ``rewards``, ``dones``, ``low_dim/<key>``, ``starts`` and

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 from cache_pipeline.cache.arrays import StoredArray, unit_arrays
@@ -13,8 +13,9 @@ from cache_pipeline.cache.layout import Unit
 from cache_pipeline.cache.ledger import read_record, strike_record
 from cache_pipeline.cache.lock import writer_lock
 from cache_pipeline.cache.manifest import MANIFEST, PENDING, Manifest, read_manifest, read_pending
-from cache_pipeline.errors import CacheLockedError, CorruptCacheError
-from cache_pipeline.files import digest, resolved
+from cache_pipeline.cache.store import Place, Store, exists, store_at
+from cache_pipeline.errors import CacheLockedError, CorruptCacheError, StoreError
+from cache_pipeline.files import digest
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -46,7 +47,7 @@ class IntegrityResult(NamedTuple):
         return [f"{self.cache}: {len(self.broken)} damaged", *(f"  {name}" for name in self.broken)]
 
 
-def check_integrity(cache_path: str | Path) -> IntegrityResult:
+def check_integrity(cache_path: Place) -> IntegrityResult:
     """Compares every file of a complete cache with its recorded digest.
 
     Records of damaged units are removed from the ledger if the folder is writable. The next extraction then
@@ -55,20 +56,20 @@ def check_integrity(cache_path: str | Path) -> IntegrityResult:
     Raises:
         NotACacheError, IncompleteCacheError: there is no complete cache.
     """
-    path = resolved(cache_path)
+    store = store_at(cache_path)
     try:
-        manifest = read_manifest(path)
+        manifest = read_manifest(store)
     except CorruptCacheError:
-        return IntegrityResult(str(cache_path), 0, (MANIFEST,), False)
-    broken = [*_broken_files(path, manifest)]
+        return IntegrityResult(str(store.place), 0, (MANIFEST,), False)
+    broken = [*_broken_files(store, manifest)]
     with ThreadPoolExecutor(THREADS) as pool:
         names = [name for name in manifest.units if not _is_hidden(manifest, Unit.parse(name), broken)]
-        sound = pool.map(lambda name: is_sound(path, manifest, Unit.parse(name)), names)
+        sound = pool.map(lambda name: is_sound(store, manifest, Unit.parse(name)), names)
         broken_units = [name for name, fits in zip(names, sound, strict=True) if not fits]
     if broken_units:
-        _strike(path, broken_units)
+        _strike(store, broken_units)
     broken += broken_units
-    return IntegrityResult(str(cache_path), len(manifest.units), tuple(broken), not broken)
+    return IntegrityResult(str(store.place), len(manifest.units), tuple(broken), not broken)
 
 
 def _is_hidden(manifest: Manifest, unit: Unit, broken: list[str]) -> bool:
@@ -76,33 +77,32 @@ def _is_hidden(manifest: Manifest, unit: Unit, broken: list[str]) -> bool:
     return any(f"{name}/zarr.json" in broken for name in unit_arrays(manifest, unit))
 
 
-def is_sound(path: Path, manifest: Manifest, unit: Unit) -> bool:
+def is_sound(store: Store, manifest: Manifest, unit: Unit) -> bool:
     """Whether a unit has a record and its stored bytes have the recorded digest."""
-    record = read_record(path, unit)
+    record = read_record(store, unit)
     if record is None or record.output != manifest.units[unit.name]:
         return False
     try:
-        blocks = [StoredArray(path, name).block(unit.block, unit.view) for name in unit_arrays(manifest, unit)]
+        blocks = [StoredArray(store, name).block(unit.block, unit.view) for name in unit_arrays(manifest, unit)]
     except CorruptCacheError:
         return False
     return digest(*(block.tobytes() for block in blocks)) == record.output
 
 
-def _broken_files(path: Path, manifest: Manifest) -> Iterator[str]:
-    pending = read_pending(path)
-    if pending is None and (path / PENDING).is_file():
+def _broken_files(store: Store, manifest: Manifest) -> Iterator[str]:
+    pending = read_pending(store)
+    if pending is None and exists(store, PENDING):
         yield PENDING
     expected = pending.metadata if pending else {}
     for name, recorded in manifest.metadata.items():
-        file = path / name
-        if not file.is_file() or digest(file.read_bytes()) not in (recorded, expected.get(name)):
+        if not exists(store, name) or digest(store.read(name)) not in (recorded, expected.get(name)):
             yield name
 
 
-def _strike(path: Path, units: list[str]) -> None:
+def _strike(store: Store, units: list[str]) -> None:
     try:
-        with writer_lock(path):
+        with nullcontext() if isinstance(store.place, str) else writer_lock(store.place):
             for name in units:
-                strike_record(path, Unit.parse(name))
-    except (OSError, CacheLockedError) as error:
-        logger.warning("cannot remove damaged units from the ledger of %s: %s", path, error)
+                strike_record(store, Unit.parse(name))
+    except (OSError, StoreError, CacheLockedError) as error:
+        logger.warning("cannot remove damaged units from the ledger of %s: %s", store.place, error)

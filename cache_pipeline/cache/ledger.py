@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from itertools import islice
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_pipeline.cache.layout import Unit
-from cache_pipeline.files import json_digest, read_json, typed, write_json
+from cache_pipeline.cache.store import Place, Store, store_at
+from cache_pipeline.files import json_bytes, json_digest, typed
 
 LOOKED_AT = 1000  # most records to try when looking for a valid one
 
@@ -54,34 +56,37 @@ class LedgerRecord(NamedTuple):
     seconds: float
 
 
-def record_file(path: Path, unit: Unit) -> Path:
-    """Returns the path of a unit's record."""
-    return path / "ledger" / f"{unit.name}.json"
+def record_name(unit: Unit) -> str:
+    """Returns the name of a unit's record inside the cache."""
+    return f"ledger/{unit.name}.json"
 
 
-def write_record(path: Path, unit: Unit, record: LedgerRecord) -> None:
-    """Records a unit as finished, atomically; its shard must be on disk already."""
+def write_record(place: Place, unit: Unit, record: LedgerRecord) -> None:
+    """Records a unit as finished, atomically; its shard must be stored already."""
     value = {**record._asdict(), "segments": [list(segment) for segment in record.segments]}
-    file = record_file(path, unit)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, {**value, "digest": json_digest(value)})
+    store_at(place).write(record_name(unit), json_bytes({**value, "digest": json_digest(value)}))
 
 
-def read_record(path: Path, unit: Unit) -> LedgerRecord | None:
+def read_record(place: Place, unit: Unit) -> LedgerRecord | None:
     """Reads the record of a unit; returns None if it is missing or damaged, since the unit is unfinished either way."""
-    record = _read(record_file(path, unit))
+    record = _read(store_at(place), record_name(unit))
     return record if record is not None and record.unit == unit.name else None
 
 
-def has_records(path: Path) -> bool:
-    """Whether a folder holds a valid record of any unit. Only a cache has one, even if its manifest is damaged."""
-    files = islice((path / "ledger").rglob("*.json"), LOOKED_AT)
-    return any(_read(file) is not None for file in files)
+def record_names(place: Place) -> Iterator[str]:
+    """Yields the names of all records, valid or not."""
+    return (name for name, _ in store_at(place).sizes("ledger/") if name.endswith(".json"))
 
 
-def _read(file: Path) -> LedgerRecord | None:
+def has_records(place: Place) -> bool:
+    """Whether a valid record of any unit is stored. Only a cache has one, even if its manifest is damaged."""
+    store = store_at(place)
+    return any(_read(store, name) is not None for name in islice(record_names(store), LOOKED_AT))
+
+
+def _read(store: Store, name: str) -> LedgerRecord | None:
     try:
-        value: Any = read_json(file)
+        value: Any = json.loads(store.read(name))
         claimed = value.pop("digest")
         if claimed != json_digest(value):
             return None
@@ -91,6 +96,6 @@ def _read(file: Path) -> LedgerRecord | None:
         return None
 
 
-def strike_record(path: Path, unit: Unit) -> None:
+def strike_record(place: Place, unit: Unit) -> None:
     """Removes a unit's record, so that the next extraction writes the unit again."""
-    record_file(path, unit).unlink(missing_ok=True)
+    store_at(place).delete(record_name(unit))

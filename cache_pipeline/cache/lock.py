@@ -1,4 +1,7 @@
-"""Locks a local folder for one writer; the system releases the lock when the process dies."""
+"""Locks a local folder for one writer; the system releases the lock when the process dies.
+
+An object store has no locks: there, writing the manifest is what only one of two writers can do (``manifest.py``).
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from cache_pipeline.cache.store import FolderStore, Place, Store, is_remote, store_at
 from cache_pipeline.errors import CacheLockedError, CachePipelineError, ConfigError
 from cache_pipeline.files import resolved
 
@@ -40,6 +44,17 @@ def writer_lock(path: str | Path, refusal: type[CachePipelineError] = CacheLocke
     finally:
         file.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+@contextmanager
+def writing(place: Place) -> Iterator[Store]:
+    """Yields the store of a cache that is to be written, with the writer's lock on its real path if it is a folder."""
+    store = store_at(place)
+    if is_remote(store):
+        yield store
+        return
+    with writer_lock(Path(store.place)) as real:
+        yield FolderStore(real)
 
 
 def _acquire(file: Path, path: str | Path, refusal: type[CachePipelineError]) -> int:

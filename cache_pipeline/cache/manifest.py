@@ -2,24 +2,29 @@
 
 ``pending.json`` has the same form and exists while units are being written. A folder with only a pending manifest is
 an unfinished cache. A folder with both is a complete cache with an unfinished extension.
+
+An object store has no locks. There a writer first claims the manifest: it writes it again, unchanged but for the digest
+of what it will make, on the condition that nobody else has written it since. The finished manifest is written on the
+condition that the claim still stands. Of two writers with different aims, the one who claims last can finish.
 """
 
 from __future__ import annotations
 
-import os
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_pipeline.cache.layout import Segment, Unit, block_segments
-from cache_pipeline.cache.ledger import has_records
+from cache_pipeline.cache.ledger import has_records, record_names
+from cache_pipeline.cache.store import Place, Stamp, Store, exists, is_remote, store_at
 from cache_pipeline.errors import NOT_ALLOWED, CacheError, CorruptCacheError, IncompleteCacheError, NotACacheError
-from cache_pipeline.files import json_digest, read_json, sync_folder, typed, write_json
+from cache_pipeline.files import Location, json_bytes, json_digest, typed
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 PENDING = "pending.json"
+CLAIM = "claim"
 UNKNOWN = "?"
 STORE_DTYPES = ("float16", "float32")
 
@@ -231,10 +236,14 @@ def _digest_fits(rest: dict[str, Any], value: dict[str, Any]) -> bool:
         return False
 
 
-def _is_ours(file: Path) -> bool:
-    """Whether a file is a manifest, of any format version, with a valid digest."""
+def _read_object(store: Store, name: str) -> Any:
+    return json.loads(store.read(name))
+
+
+def _is_ours(store: Store, name: str) -> bool:
+    """Whether an object is a manifest, of any format version, with a valid digest."""
     try:
-        return _carries_digest(read_json(file))
+        return _carries_digest(_read_object(store, name))
     except (OSError, ValueError, RecursionError):
         return False
 
@@ -245,91 +254,147 @@ def _carries_digest(value: Any) -> bool:
     return _digest_fits({key: item for key, item in value.items() if key != "digest"}, value)
 
 
-def read_manifest(path: str | Path) -> Manifest:
+def read_manifest(place: Place) -> Manifest:
     """Reads the manifest of a complete cache.
 
     Raises:
-        NotACacheError: the path holds no cache, or a cache in the format of another version.
+        NotACacheError: the place holds no cache, or a cache in the format of another version.
         IncompleteCacheError: the cache is unfinished.
         CorruptCacheError: the manifest is damaged.
     """
-    path = Path(path)
-    if not (path / MANIFEST).is_file():
-        raise _no_manifest(path)
-    return _read(path / MANIFEST)
+    store = store_at(place)
+    if not exists(store, MANIFEST):
+        raise _no_manifest(store)
+    return _read(store, MANIFEST)
 
 
-def read_pending(path: str | Path) -> Manifest | None:
-    """Reads the target manifest of an unfinished extraction; returns None if it is missing or damaged."""
+def read_pending(place: Place) -> Manifest | None:
+    """Reads the target manifest of an unfinished extraction; None if it is missing, damaged, or has become the
+    manifest: then a kill left it behind."""
+    store = store_at(place)
     try:
-        return _read(Path(path) / PENDING)
+        pending = _read(store, PENDING)
     except CacheError:
         return None
+    try:
+        return None if exists(store, MANIFEST) and _read(store, MANIFEST) == pending else pending
+    except CacheError:
+        return pending
 
 
-def is_cache(path: str | Path) -> bool:
-    """Whether the folder holds a cache, complete or not: a valid manifest, or else a valid ledger record.
+def is_cache(place: Place) -> bool:
+    """Whether the place holds a cache, complete or not: a valid manifest, or else a valid ledger record.
 
     Each of these carries its own digest; names are not trusted.
     """
-    path = Path(path)
-    return any(_is_ours(path / name) for name in (MANIFEST, PENDING)) or has_records(path)
+    store = store_at(place)
+    return any(_is_ours(store, name) for name in (MANIFEST, PENDING)) or has_records(store)
 
 
-def is_complete(path: str | Path) -> bool:
-    """Whether the folder holds a complete cache."""
+def is_complete(place: Place) -> bool:
+    """Whether the place holds a complete cache."""
     try:
-        read_manifest(path)
+        read_manifest(place)
     except CacheError:
         return False
     return True
 
 
-def _read(file: Path) -> Manifest:
+def _read(store: Store, name: str) -> Manifest:
     mend = "run the extract-features command again with --overwrite to replace the cache"
+    file = f"{store.place}/{name}"
     try:
-        value = read_json(file)
+        value = _read_object(store, name)
         if isinstance(value, dict) and value.get("format") != FORMAT and _carries_digest(value):
             raise NotACacheError(
                 f"{file} has format {value['format']}; this version reads format {FORMAT}; use the version that made it"
             )
+        if _is_bare_claim(value):
+            raise _no_manifest(store)
         return Manifest.from_json(value)
     except OSError as error:
         if error.errno in NOT_ALLOWED:
             raise
         raise CorruptCacheError(f"{file} cannot be read ({error}); {mend}") from error
-    except NotACacheError:
+    except CacheError:
         raise
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        if not is_cache(file.parent):
+        if not is_cache(store):
             raise NotACacheError(
-                f"{file.parent} is not a cache: extract-features did not write its {file.name}; choose another path"
+                f"{store.place} is not a cache: extract-features did not write its {name}; choose another path"
             ) from error
         raise CorruptCacheError(f"{file} is damaged: {error}; {mend}") from error
 
 
-def _no_manifest(path: Path) -> Exception:
-    if (path / PENDING).is_file() and is_cache(path):
-        pending = read_pending(path)
-        done = sum(1 for _ in (path / "ledger").rglob("*.json"))
+def _no_manifest(store: Store) -> CacheError:
+    place: Location = store.place
+    if exists(store, PENDING) and is_cache(store):
+        pending = read_pending(store)
+        done = sum(1 for _ in record_names(store))
         share = f"{done} of {len(list(pending.live_units()))} units are done" if pending else f"{done} units are done"
         return IncompleteCacheError(
-            f"{path} is unfinished: {share}; run the same extract-features command again to continue"
+            f"{place} is unfinished: {share}; run the same extract-features command again to continue"
         )
-    if path.is_file():
-        return NotACacheError(f"{path} is a file, not a cache; a cache is the folder that extract-features --out makes")
-    if not path.exists():
-        return NotACacheError(f"{path} does not exist; make a cache with: extract-features DATASET.hdf5 --out {path}")
-    return NotACacheError(f"{path} is not a cache: it has no {MANIFEST}; make one with: extract-features … --out PATH")
+    if replaced_by(store) is not None:
+        return IncompleteCacheError(f"{place} is being replaced; run the command that replaces it again to finish")
+    if isinstance(place, str):
+        return NotACacheError(f"{place} holds no cache; make one with: extract-features DATASET.hdf5 --out {place}")
+    if place.is_file():
+        return NotACacheError(f"{place} is a file, not a cache; a cache is a folder that extract-features --out makes")
+    if not place.exists():
+        return NotACacheError(f"{place} does not exist; make a cache with: extract-features DATASET.hdf5 --out {place}")
+    return NotACacheError(f"{place} is not a cache: it has no {MANIFEST}; make one with: extract-features … --out PATH")
 
 
-def write_manifest(path: str | Path, manifest: Manifest) -> None:
-    """Completes the cache in one atomic step: the pending manifest becomes the manifest."""
-    write_pending(path, manifest)
-    os.replace(Path(path) / PENDING, Path(path) / MANIFEST)
-    sync_folder(Path(path))
+def write_manifest(place: Place, manifest: Manifest, after: Stamp | None = None) -> None:
+    """Completes the cache in one atomic step.
+
+    Args:
+        after: on an object store, the stamp that the manifest must still have; None: it must be missing.
+
+    Raises:
+        ChangedError: another process has written it.
+    """
+    store = store_at(place)
+    store.write_after(MANIFEST, after, json_bytes(manifest.to_json()))
+    store.delete(PENDING)
 
 
-def write_pending(path: str | Path, manifest: Manifest) -> None:
+def write_pending(place: Place, manifest: Manifest) -> None:
     """Writes the target manifest of an extraction."""
-    write_json(Path(path) / PENDING, manifest.to_json())
+    store_at(place).write(PENDING, json_bytes(manifest.to_json()))
+
+
+def claim_manifest(store: Store, after: Stamp | None, purpose: dict[str, Any]) -> Stamp | None:
+    """Claims the manifest for a purpose, which is written into it; returns its new stamp. A folder has a lock instead.
+
+    Raises:
+        ChangedError: another process has written the manifest since it had the stamp ``after``.
+    """
+    if not is_remote(store):
+        return after
+    value: dict[str, Any] = {"format": FORMAT}
+    if after is not None:
+        value = {key: item for key, item in _read_object(store, MANIFEST).items() if key != "digest"}
+        if value.get(CLAIM) == purpose:
+            return after
+    if "replaced_by" in purpose:
+        value = {"format": FORMAT}
+    value[CLAIM] = purpose
+    store.write_after(MANIFEST, after, json_bytes({**value, "digest": json_digest(value)}))
+    return store.stamp(MANIFEST)
+
+
+def replaced_by(store: Store) -> str | None:
+    """Returns the name of the cache beside this one that replaces it, if that has begun; only on an object store."""
+    try:
+        value = _read_object(store, MANIFEST)
+    except (OSError, ValueError, RecursionError):
+        return None
+    name = value[CLAIM].get("replaced_by") if _is_bare_claim(value) else None
+    return name if isinstance(name, str) else None
+
+
+def _is_bare_claim(value: Any) -> bool:
+    """Whether a manifest holds a claim and nothing else, since the cache has never been complete or is replaced."""
+    return _carries_digest(value) and isinstance(value.get(CLAIM), dict) and "demos" not in value

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import zarr
@@ -20,8 +19,9 @@ from zarr.storage import MemoryStore
 from cache_pipeline.cache.arrays import MEND, ArraySpec, array_specs
 from cache_pipeline.cache.layout import align_up, choose_chunk_rows
 from cache_pipeline.cache.manifest import Manifest, write_manifest, write_pending
+from cache_pipeline.cache.store import Place, Stamp, store_at
 from cache_pipeline.errors import CorruptCacheError
-from cache_pipeline.files import atomic_path, digest
+from cache_pipeline.files import digest
 
 ROOT = "zarr.json"
 TITLE = "features of a frozen image encoder, made by cache_pipeline"
@@ -69,36 +69,40 @@ def root_file(manifest: Manifest, *, complete: bool = True) -> bytes:
     return _json({**_group(_root_attributes(manifest, complete)), "consolidated_metadata": metadata})
 
 
-def complete_cache(path: Path, manifest: Manifest) -> None:
+def complete_cache(place: Place, manifest: Manifest, after: Stamp | None = None) -> None:
     """Completes a cache whose units are all recorded: writes the root group's metadata, then the manifest.
 
     After a kill in between, the manifest lists the old demos and the attributes the new ones. Rows of both are stored,
     and the next run writes the manifest.
+
+    Args:
+        after: as in :func:`write_manifest`.
     """
     content = root_file(manifest)
     manifest = replace(manifest, metadata={ROOT: digest(content), **manifest.metadata})
-    write_pending(path, manifest)
-    write_metadata(path, {ROOT: content})
-    write_manifest(path, manifest)
+    write_pending(place, manifest)
+    write_metadata(place, {ROOT: content})
+    write_manifest(place, manifest, after)
 
 
-def write_metadata(path: Path, files: dict[str, bytes]) -> None:
+def write_metadata(place: Place, files: dict[str, bytes]) -> None:
     """Writes each metadata file that is missing or differs; shards are not changed."""
+    store = store_at(place)
     for name, content in files.items():
-        file = path / name
-        if file.is_file() and file.read_bytes() == content:
-            continue
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(file) as partial:
-            partial.write_bytes(content)
+        try:
+            if store.read(name) == content:
+                continue
+        except FileNotFoundError:
+            pass
+        store.write(name, content)
 
 
-def check_metadata(path: Path, name: str, manifest: Manifest) -> None:
+def check_metadata(place: Place, name: str, manifest: Manifest) -> None:
     """Raises CorruptCacheError if the ``zarr.json`` of an array does not match the manifest."""
-    file = path / name / "zarr.json"
+    store, file = store_at(place), f"{name}/zarr.json"
     spec, lead = array_specs(manifest)[name], array_specs(manifest)[name].views
     try:
-        stored = json.loads(file.read_bytes())
+        stored = json.loads(store.read(file))
         shape, shard = stored["shape"], stored["chunk_grid"]["configuration"]["chunk_shape"]
         dtype = stored["data_type"]
         rows_at = 0 if lead is None else 1
@@ -110,9 +114,9 @@ def check_metadata(path: Path, name: str, manifest: Manifest) -> None:
             and (lead is None or shape[0] >= lead)
         )
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise CorruptCacheError(f"{file} is missing or damaged ({error}); {MEND}") from error
+        raise CorruptCacheError(f"{store.place}/{file} is missing or damaged ({error}); {MEND}") from error
     if not fits:
-        raise CorruptCacheError(f"{file} has another shape or type than the manifest; {MEND}")
+        raise CorruptCacheError(f"{store.place}/{file} has another shape or type than the manifest; {MEND}")
 
 
 def dimension_names(manifest: Manifest) -> dict[str, tuple[str, ...]]:

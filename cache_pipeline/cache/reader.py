@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,45 +18,46 @@ from numpy.typing import NDArray
 from cache_pipeline.cache import arrays
 from cache_pipeline.cache.manifest import MANIFEST, CameraEntry, DemoRows, Manifest, read_manifest
 from cache_pipeline.cache.metadata import check_metadata
+from cache_pipeline.cache.store import Place, Stamp, Store, is_remote, store_at
 from cache_pipeline.errors import CacheError, CorruptCacheError, StaleCacheError, available
+from cache_pipeline.files import Location, atomic_path
 
 Rows = slice | NDArray[np.integer] | NDArray[np.bool_] | None
 
 
 class _Identity(NamedTuple):
-    """Identifies one manifest file in one folder: inode of the folder, then inode, time and size of the file.
+    """Identifies one manifest in one place: inode of the folder, None on an object store, and the manifest's stamp.
 
     The device number is left out, since it differs between machines that share a disk.
     """
 
-    folder: int
-    file: int
-    mtime_ns: int
-    size: int
+    folder: int | None
+    manifest: Stamp
 
 
-def _identity(path: Path) -> _Identity | None:
+def _identity(store: Store) -> _Identity | None:
     """Returns the identity of a manifest; None if there is none."""
     try:
-        status = os.stat(path / MANIFEST)
-        return _Identity(os.stat(path).st_ino, status.st_ino, status.st_mtime_ns, status.st_size)
+        stamp = store.stamp(MANIFEST)
+        folder = None if is_remote(store) else os.stat(store.place).st_ino
     except OSError:
         return None
+    return None if stamp is None else _Identity(folder, stamp)
 
 
-def _open(path: Path) -> tuple[_Identity, Manifest]:
+def _open(store: Store) -> tuple[_Identity, Manifest]:
     """Reads the manifest and checks its arrays; tries again if the cache was swapped meanwhile."""
     while True:
-        before = _identity(path)
+        before = _identity(store)
         try:
-            manifest = read_manifest(path)
+            manifest = read_manifest(store)
             for name in arrays.array_names(manifest):
-                check_metadata(path, name, manifest)
+                check_metadata(store, name, manifest)
         except CacheError:
-            if before == _identity(path):
+            if before == _identity(store):
                 raise
             continue
-        if before is not None and before == _identity(path):
+        if before is not None and before == _identity(store):
             return before, manifest
 
 
@@ -78,11 +82,16 @@ class FeatureCache:
         NotACacheError, IncompleteCacheError, CorruptCacheError: what is wrong at ``path`` and how to repair it.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._manifest_file = str(self.path / MANIFEST)
-        self._seen, self.manifest = _open(self.path)
+    def __init__(self, path: Place) -> None:
+        self.store = store_at(path)
+        self._seen, self.manifest = _open(self.store)
         self._open: dict[str, arrays.StoredArray] = {}
+        self._files: Path | None = None
+
+    @property
+    def path(self) -> Location:
+        """The folder, or the URL as text."""
+        return self.store.place
 
     @property
     def cameras(self) -> dict[str, CameraEntry]:
@@ -190,7 +199,21 @@ class FeatureCache:
         if camera not in self.cameras:
             raise CacheError(f"{self.path} has no camera {camera!r}; {available(self.cameras, camera)}")
         with self._same_cache():
-            return self.path / self.manifest.encoders[camera]
+            name = self.manifest.encoders[camera]
+            if isinstance(self.store.place, Path):
+                return self.store.place / name
+            return self._downloaded(name)
+
+    def _downloaded(self, name: str) -> Path:
+        """Copies an object to a temporary file, which lives as long as this object."""
+        if self._files is None:
+            self._files = Path(mkdtemp(prefix="cache_pipeline_"))
+            weakref.finalize(self, shutil.rmtree, self._files, ignore_errors=True)
+        file = self._files / Path(name).name
+        if not file.exists():
+            with atomic_path(file) as partial:
+                partial.write_bytes(self.store.read(name))
+        return file
 
     def nbytes(self, views: int | None = None) -> int:
         """Returns the bytes of all live features in memory, of the first ``views`` views or all."""
@@ -216,7 +239,7 @@ class FeatureCache:
 
     def _stored(self, name: str) -> arrays.StoredArray:
         if name not in self._open:
-            self._open[name] = arrays.StoredArray(self.path, name)
+            self._open[name] = arrays.StoredArray(self.store, name)
         return self._open[name]
 
     def _read(self, name: str, rows: Rows, view: int | None) -> NDArray[Any]:
@@ -256,13 +279,14 @@ class FeatureCache:
 
     def _check_same(self) -> None:
         try:
-            status = os.stat(self._manifest_file)
-            if (status.st_ino, status.st_mtime_ns, status.st_size) == self._seen[1:]:
+            if self.store.stamp(MANIFEST) == self._seen.manifest:
                 return
-            seen, now = _open(self.path)
+            seen, now = _open(self.store)
         except (OSError, CacheError) as error:
             raise self._stale(None, "it was moved away, or is being replaced,") from error
-        extended = seen.folder == self._seen.folder  # units that the new manifest no longer lists stay stored
+        extended = (
+            seen.folder is not None and seen.folder == self._seen.folder
+        )  # units that the new manifest no longer lists stay stored
         for name, output in self.manifest.units.items():
             if now.units.get(name, output if extended else None) != output:
                 raise self._stale(now, "it was compacted or made anew")
@@ -277,7 +301,7 @@ class FeatureCache:
         return StaleCacheError(field, was, wanted, f"{what} while {self.path} was open", command)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_open": {}}
+        return {**self.__dict__, "_open": {}, "_files": None}
 
     def __repr__(self) -> str:
         cameras = json.dumps({name: [entry.views, *entry.feature_shape] for name, entry in self.cameras.items()})

@@ -8,17 +8,15 @@ are all dead, is marked as empty in the index and takes no bytes.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_pipeline.files import atomic_path
+from cache_pipeline.cache.store import OpenObject, Stamp, Store
 
 CRC_BYTES = 4
 EMPTY = (1 << 64) - 1  # offset and size of an empty chunk
@@ -72,13 +70,13 @@ class OpenShard:
     """A shard open for reading. Every method checks the checksum of each chunk that it reads.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: a checksum, an offset or the file's size is wrong.
+        OSError, StoreError: the shard cannot be read.
+        ValueError: a checksum, an offset or the shard's size is wrong.
     """
 
-    def __init__(self, descriptor: int, layout: ShardLayout) -> None:
-        self._descriptor, self._layout = descriptor, layout
-        self._offsets = _read_index(descriptor, layout)
+    def __init__(self, opened: OpenObject, layout: ShardLayout) -> None:
+        self._opened, self._layout = opened, layout
+        self._offsets = _read_index(opened, layout)
 
     def read_span(self, start: int, out: NDArray[np.uint8]) -> None:
         """Reads rows from ``start`` on into ``out``, (n, bytes of a row); whole chunks without a copy."""
@@ -98,70 +96,67 @@ class OpenShard:
         if high > low:
             pieces += list(out[low * size - start : high * size - start].reshape(-1, self._layout.chunk_bytes))
         pieces += [edge.reshape(-1) for _, _, edge in edges[low - first :]]
-        self._read_chunks(first, pieces)
+        self._read_chunks(range(first, last), pieces)
         for wanted, read, _ in edges:
             wanted[...] = read
 
     def read_rows(self, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
         """Reads rows in ascending order into ``out``, (n, bytes of a row), and each chunk once."""
         size = self._layout.chunk_bytes // out.shape[1]
-        chunks = rows // size
-        cuts = np.flatnonzero(np.diff(chunks) > 1) + 1
-        for begin, end in zip([0, *cuts.tolist()], [*cuts.tolist(), len(rows)], strict=True):
-            first, last = int(chunks[begin]), int(chunks[end - 1]) + 1
-            read = np.empty((last - first, self._layout.chunk_bytes), np.uint8)
-            self._read_chunks(first, list(read))
-            out[begin:end] = read.reshape(-1, out.shape[1])[rows[begin:end] - first * size]
+        chunks, places = np.unique(rows // size, return_inverse=True)
+        read = np.empty((len(chunks), self._layout.chunk_bytes), np.uint8)
+        self._read_chunks(chunks.tolist(), list(read))
+        out[...] = read.reshape(-1, out.shape[1])[places * size + rows % size]
 
-    def _read_chunks(self, first: int, pieces: Sequence[NDArray[np.uint8]]) -> None:
+    def _read_chunks(self, chunks: Sequence[int], pieces: Sequence[NDArray[np.uint8]]) -> None:
+        """Reads chunks, each into its own array; chunks that lie one after another go into one run."""
         size = self._layout.chunk_bytes + CRC_BYTES
-        offsets = self._offsets[first : first + len(pieces)]
         most = min(MAX_PIECES, max(1, CALL_BYTES // size))
-        start = 0
-        while start < len(pieces):
-            stop = start + 1
-            if offsets[start] == EMPTY:
-                self._layout.fill_chunk(pieces[start])
-                start = stop
+        runs: list[tuple[int, list[NDArray[np.uint8]]]] = []
+        end = -1
+        for chunk, piece in zip(chunks, pieces, strict=True):
+            offset = self._offsets[chunk]
+            if offset == EMPTY:
+                self._layout.fill_chunk(piece)
                 continue
-            while stop < len(pieces) and stop - start < most and offsets[stop] == offsets[stop - 1] + size:
-                stop += 1
-            _read_run(self._descriptor, offsets[start], pieces[start:stop])
-            start = stop
+            if offset != end or len(runs[-1][1]) == most:
+                runs.append((offset, []))
+            runs[-1][1].append(piece)
+            end = offset + size
+        if runs:
+            _read_runs(self._opened, runs)
 
 
 @contextmanager
-def open_shard(file: Path, layout: ShardLayout) -> Iterator[OpenShard]:
+def open_shard(store: Store, name: str, layout: ShardLayout) -> Iterator[OpenShard]:
     """Opens one shard and checks its index."""
-    descriptor = os.open(file, os.O_RDONLY)
-    try:
-        yield OpenShard(descriptor, layout)
-    finally:
-        os.close(descriptor)
+    with store.open(name) as opened:
+        yield OpenShard(opened, layout)
 
 
-def write_shard(file: Path, layout: ShardLayout, values: NDArray[np.uint8]) -> None:
-    """Writes a whole shard, (chunks, chunk_bytes), atomically and synced."""
+def write_shard(
+    store: Store, name: str, layout: ShardLayout, values: NDArray[np.uint8], after: Stamp | None = None
+) -> None:
+    """Writes a whole shard, (chunks, chunk_bytes), unless it has another stamp than ``after``; None: it is missing."""
     assert values.shape == (layout.chunks, layout.chunk_bytes), (values.shape, layout)
     filled = np.empty(layout.chunk_bytes, np.uint8)
     layout.fill_chunk(filled)
     index = np.full((layout.chunks, 2), EMPTY, "<u8")
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_path(file) as partial, partial.open("wb") as shard:
-        for number, chunk in enumerate(values):
-            if np.array_equal(chunk, filled):
-                continue
-            index[number] = shard.tell(), layout.chunk_bytes + CRC_BYTES
-            shard.write(chunk)
-            shard.write(crc32c.crc32c(chunk).to_bytes(CRC_BYTES, "little"))
-        shard.write(index.tobytes())
-        shard.write(crc32c.crc32c(index.tobytes()).to_bytes(CRC_BYTES, "little"))
+    parts: list[Any] = []
+    stored = 0
+    for number, chunk in enumerate(values):
+        if np.array_equal(chunk, filled):
+            continue
+        index[number] = stored, layout.chunk_bytes + CRC_BYTES
+        parts += [chunk, crc32c.crc32c(chunk).to_bytes(CRC_BYTES, "little")]
+        stored += layout.chunk_bytes + CRC_BYTES
+    parts += [index.tobytes(), crc32c.crc32c(index.tobytes()).to_bytes(CRC_BYTES, "little")]
+    store.write_after(name, after, *parts)
 
 
-def _read_index(descriptor: int, layout: ShardLayout) -> list[int]:
+def _read_index(opened: OpenObject, layout: ShardLayout) -> list[int]:
     """Reads the index and returns the offset of each chunk; raises ValueError if it is damaged."""
-    size = os.fstat(descriptor).st_size
-    index = os.pread(descriptor, layout.index_bytes, max(0, size - layout.index_bytes))
+    index, size = opened.tail(layout.index_bytes)
     if len(index) != layout.index_bytes or crc32c.crc32c(index[:-CRC_BYTES]) != _crc(index[-CRC_BYTES:]):
         raise ValueError("the checksum of the shard's index does not match")
     entries = np.frombuffer(index[:-CRC_BYTES], "<u8").reshape(layout.chunks, 2)
@@ -171,14 +166,18 @@ def _read_index(descriptor: int, layout: ShardLayout) -> list[int]:
     return entries[:, 0].tolist()
 
 
-def _read_run(descriptor: int, offset: int, chunks: Sequence[NDArray[np.uint8]]) -> None:
-    """Reads chunks that are adjacent in the file, each into its own array."""
-    checksums = np.empty((len(chunks), CRC_BYTES), np.uint8)
-    targets: Sequence[Any] = [part for pair in zip(chunks, checksums, strict=True) for part in pair]
-    if os.preadv(descriptor, targets, offset) != len(chunks) * (chunks[0].size + CRC_BYTES):
-        raise ValueError("the shard file is too short")
-    if [crc32c.crc32c(chunk.data) for chunk in chunks] != checksums.view("<u4").ravel().tolist():
-        raise ValueError("the checksum of a chunk does not match")
+def _read_runs(opened: OpenObject, runs: Sequence[tuple[int, Sequence[NDArray[np.uint8]]]]) -> None:
+    """Reads runs of chunks, each chunk into its own array; checks a run while it is still in the CPU's cache."""
+    checksums = [np.empty((len(chunks), CRC_BYTES), np.uint8) for _, chunks in runs]
+    wanted = [
+        (offset, [part for pair in zip(chunks, sums, strict=True) for part in pair])
+        for (offset, chunks), sums in zip(runs, checksums, strict=True)
+    ]
+    for (_, chunks), sums, count in zip(runs, checksums, opened.read_runs(wanted), strict=True):
+        if count != len(chunks) * (chunks[0].size + CRC_BYTES):
+            raise ValueError("the shard is too short")
+        if [crc32c.crc32c(chunk.data) for chunk in chunks] != sums.view("<u4").ravel().tolist():
+            raise ValueError("the checksum of a chunk does not match")
 
 
 def _crc(stored: bytes) -> int:

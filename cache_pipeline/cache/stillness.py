@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from cache_pipeline.cache.arrays import StoredArray
 from cache_pipeline.cache.manifest import Manifest
+from cache_pipeline.cache.store import Place
 from cache_pipeline.errors import CacheError
 from cache_pipeline.files import digest
 from cache_pipeline.text import listed, shortened
@@ -15,7 +14,7 @@ from cache_pipeline.text import listed, shortened
 NAMED = 5
 
 
-def still_cameras(path: Path, manifest: Manifest) -> tuple[str, ...]:
+def still_cameras(place: Place, manifest: Manifest) -> tuple[str, ...]:
     """Returns one sentence for each camera that is black or frozen through whole demos, with the names of the demos.
 
     Frames with equal digests count as equal. Unreadable digests are skipped; the integrity check reports them.
@@ -27,7 +26,7 @@ def still_cameras(path: Path, manifest: Manifest) -> tuple[str, ...]:
         black = np.frombuffer(bytes.fromhex(digest(bytes(int(np.prod(entry.image_shape))))), np.uint8)
         found: dict[str, list[str]] = {"black": [], "frozen on one frame": []}
         try:
-            stored = StoredArray(path, f"frame_digests/{camera}")
+            stored = StoredArray(place, f"frame_digests/{camera}")
             digests = stored.spans([(demo.row, demo.row + demo.length) for demo in manifest.demos])
         except (CacheError, OSError):
             continue

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from cache_pipeline.cache.folder import folder_bytes
 from cache_pipeline.cache.layout import Unit
 from cache_pipeline.cache.ledger import read_record
 from cache_pipeline.cache.manifest import Manifest, is_cache, read_manifest, read_pending
 from cache_pipeline.cache.stillness import still_cameras
+from cache_pipeline.cache.store import Place, store_at, stored_bytes
 from cache_pipeline.errors import CorruptCacheError, IncompleteCacheError, NotACacheError
 from cache_pipeline.text import by_name, few, listed, shortened
 
@@ -89,28 +88,28 @@ class CacheSummary(NamedTuple):
         return [*lines, *(f"  note: {note}" for note in few(self.notes, "note", more=ALL))]
 
 
-def inspect_cache(path: str | Path) -> CacheSummary:
+def inspect_cache(place: Place) -> CacheSummary:
     """Summarises a cache; reports its problems instead of raising them.
 
     Raises:
-        NotACacheError: the path holds no cache.
+        NotACacheError: the place holds no cache.
     """
-    path = Path(path)
+    store = store_at(place)
     state: State = "complete"
     problem, manifest = "", None
     try:
-        manifest = read_manifest(path)
+        manifest = read_manifest(store)
     except IncompleteCacheError as error:
         state, problem = "incomplete", str(error)
     except CorruptCacheError as error:
         state, problem = "corrupt", str(error)
     except NotACacheError as error:
-        if not is_cache(path):
+        if not is_cache(store):
             raise
         state, problem = "corrupt", str(error)
-    target = read_pending(path) or manifest
+    target = read_pending(store) or manifest
     units = _units(target, manifest) if target else []
-    done = sum(read_record(path, unit) is not None for unit in units)
+    done = sum(read_record(store, unit) is not None for unit in units)
     if state == "complete" and target is not manifest:
         problem = "an extension is unfinished; run the same extract-features command again to continue"
     elif state == "complete" and done < len(units):
@@ -118,8 +117,8 @@ def inspect_cache(path: str | Path) -> CacheSummary:
         problem = "units are missing from the ledger; run the extract-features command again to write them again"
     shown = manifest or target
     dead = _dead_rows(manifest) if manifest else 0
-    notes = still_cameras(path, manifest) if manifest and state == "complete" else ()
-    return CacheSummary(str(path), state, problem, done, len(units), folder_bytes(path), dead, shown, notes)
+    notes = still_cameras(store, manifest) if manifest and state == "complete" else ()
+    return CacheSummary(str(store.place), state, problem, done, len(units), stored_bytes(store), dead, shown, notes)
 
 
 def _units(target: Manifest, manifest: Manifest | None) -> list[Unit]:

@@ -15,6 +15,7 @@ from cache_pipeline.cli.generated import Given, generated
 from cache_pipeline.cli.terminal import when_interrupted
 from cache_pipeline.errors import CheckFailedError, ConfigError
 from cache_pipeline.extract.config import ExtractConfig
+from cache_pipeline.files import location
 from cache_pipeline.options import DATA, ENCODER, LARGEST, OUTPUT, RUNNING
 from cache_pipeline.text import listed
 
@@ -29,7 +30,8 @@ def extract_features(
     given: Given,
     datasets: Annotated[list[Path] | None, typer.Argument(help="robomimic HDF5 files.", metavar="DATASET…")] = None,
     out: Annotated[
-        str | None, typer.Option("--out", help="The cache: a folder, by convention NAME.zarr.", rich_help_panel=OUTPUT)
+        str | None,
+        typer.Option("--out", help="The cache: a folder or a URL, by convention NAME.zarr.", rich_help_panel=OUTPUT),
     ] = None,
     dataset: Annotated[
         list[Path] | None,
@@ -74,7 +76,7 @@ def extract_features(
     else:
         chosen = options.for_cameras(camera_encoder, seed)
     distinct_paths(paths)
-    config = given.config(ExtractConfig, datasets=paths, out=Path(out), encoders=chosen[0], preprocess=chosen[1])
+    config = given.config(ExtractConfig, datasets=paths, out=location(out), encoders=chosen[0], preprocess=chosen[1])
     config = replace(config, view_spec=replace(config.view_spec, seed=seed))
     from cache_pipeline.extract.pipeline import extract_features as run
     from cache_pipeline.extract.plan import plan_extraction
@@ -85,7 +87,7 @@ def extract_features(
 
 
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A robomimic HDF5 file, a cache or a run.")],
+    path: Annotated[str, typer.Argument(help="A robomimic HDF5 file, a cache (folder or URL) or a run.")],
     views: Annotated[
         Path | None, typer.Option("--views", help="Draw frames of a cache in all its views to this PNG.")
     ] = None,
@@ -98,13 +100,13 @@ def inspect(
     if views is not None:
         from cache_pipeline.reports.view_sheet import write_view_sheet
 
-        sheet = write_view_sheet(path, views, overwrite=overwrite)
+        sheet = write_view_sheet(location(path), views, overwrite=overwrite)
         o.emit(json, {"picture": str(sheet)}, [f"picture: {sheet}"])
         return
-    _tell(path, inspect_path(path), json)
+    _tell(path, inspect_path(location(path)), json)
 
 
-def _tell(path: Path, found: Inspection, json: bool) -> None:
+def _tell(path: str, found: Inspection, json: bool) -> None:
     """Prints the summary; exits with 3 if it has problems."""
     o.emit(json, found.to_json(), found.lines())
     if found.problems:
@@ -113,7 +115,7 @@ def _tell(path: Path, found: Inspection, json: bool) -> None:
 
 
 def verify(
-    cache: Annotated[Path, typer.Argument(help="A cache.")],
+    cache: o.Cache,
     dataset: o.Datasets = None,
     rows: Annotated[int, typer.Option("--rows", min=1, help="Random rows to encode again, per camera.")] = 64,
     integrity: Annotated[
@@ -152,7 +154,7 @@ def verify(
 
 
 @cache_app.command("inspect", cls=CheckedCommand)
-def cache_inspect(path: Annotated[Path, typer.Argument(help="A cache.")], json: o.Json = False) -> None:
+def cache_inspect(path: o.Cache, json: o.Json = False) -> None:
     """Say what a cache holds, what made it and whether it is complete; exit 3 when it is not."""
     from cache_pipeline.cache.summary import inspect_cache
     from cache_pipeline.reports.inspection import Inspection
@@ -162,7 +164,7 @@ def cache_inspect(path: Annotated[Path, typer.Argument(help="A cache.")], json: 
 
 
 @cache_app.command("compact", cls=CheckedCommand)
-def cache_compact(path: Annotated[Path, typer.Argument(help="A cache.")], json: o.Json = False) -> None:
+def cache_compact(path: o.Cache, json: o.Json = False) -> None:
     """Free the space of rows whose demos were removed or changed."""
     from cache_pipeline.cache.compact import compact
 
@@ -172,7 +174,7 @@ def cache_compact(path: Annotated[Path, typer.Argument(help="A cache.")], json: 
 
 @cache_app.command("export", cls=CheckedCommand)
 def cache_export(
-    path: Annotated[Path, typer.Argument(help="A cache.")],
+    path: o.Cache,
     out: Annotated[Path, typer.Option("--out", help="A .hdf5 file in robomimic's layout, or an .npz file.")],
     overwrite: o.Overwrite = False,
     json: o.Json = False,

@@ -39,6 +39,7 @@ def emit(as_json: bool, value: dict[str, Any], lines: list[str]) -> None:
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.", rich_help_panel=OUTPUT)
 ]
+Cache = Annotated[str, typer.Argument(help="A cache: a folder, or a URL such as s3://bucket/lift.zarr.")]
 Datasets = Annotated[list[Path] | None, typer.Option("--dataset", help="A robomimic HDF5 file; may be repeated.")]
 Cameras = Annotated[str | None, typer.Option("--cameras", help="Cameras, comma-separated; all by default.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:0.")]

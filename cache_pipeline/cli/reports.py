@@ -47,7 +47,7 @@ def report(
 
 
 def probe(
-    cache: Annotated[Path, typer.Argument(help="A cache.")],
+    cache: o.Cache,
     out: Annotated[Path | None, typer.Option("--out", help="A picture of the answer (.png).")] = None,
     overwrite: o.Overwrite = False,
     seed: o.Seed = 0,

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from cache_pipeline.cache.manifest import CameraEntry, Manifest
 from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.cache.store import Store, exists
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.factory import Factories
@@ -78,27 +80,35 @@ class CameraEncoder(NamedTuple):
         return recorded if recorded != self.frozen.precision else None
 
 
-def build_encoders(config: ExtractConfig, cached: Mapping[Path, str | None], *, stand_in: bool = False) -> Built:
+def build_encoders(
+    config: ExtractConfig, store: Store, cached: Mapping[str, str | None], *, stand_in: bool = False
+) -> Built:
     """Builds every encoder of the config once.
 
     Args:
+        store: the cache.
         cached: weight file in the cache → its recorded digest. Without torchvision's file in the hub folder, ImageNet
             weights are read from such a file if it is intact, instead of downloading them again.
         stand_in: use random weights instead of ImageNet weights that would have to be downloaded.
     """
     specs = config.encoders.values() if isinstance(config.encoders, Mapping) else (config.encoders,)
-    return {spec: _build(spec, cached, stand_in=stand_in) for spec in dict.fromkeys(specs)}
+    return {spec: _build(spec, store, cached, stand_in=stand_in) for spec in dict.fromkeys(specs)}
 
 
-def _build(spec: EncoderSpec, cached: Mapping[Path, str | None], *, stand_in: bool) -> ImageEncoder:
+def _build(spec: EncoderSpec, store: Store, cached: Mapping[str, str | None], *, stand_in: bool) -> ImageEncoder:
     if spec.weights != "imagenet" or spec.factory is not None or has_imagenet_file(spec.rgb_model_name):
         return build_encoder(spec)
-    intact = [file for file, expected in cached.items() if file.is_file() and digest(file.read_bytes()) == expected]
-    for file in intact:
-        saved = saved_spec(file)
-        if saved is not None and replace(saved, cut=spec.cut, seed=spec.seed) == spec:
-            logger.info("using the ImageNet weights in %s; torchvision's file is not in its hub folder", file)
-            return load_encoder(spec, file)
+    with TemporaryDirectory() as folder:
+        for name, expected in cached.items():
+            if not exists(store, name) or digest(weights := store.read(name)) != expected:
+                continue
+            file = Path(folder) / Path(name).name
+            file.write_bytes(weights)
+            saved = saved_spec(file)
+            if saved is not None and replace(saved, cut=spec.cut, seed=spec.seed) == spec:
+                where = f"{store.place}/{name}"
+                logger.info("using the ImageNet weights in %s; torchvision's file is not in its hub folder", where)
+                return load_encoder(spec, file)
     if stand_in:
         logger.info("a dry run does not download ImageNet weights; with random ones, precision and time may differ")
         return build_encoder(replace(spec, weights="random"))
@@ -259,13 +269,15 @@ def _as_json(value: dict) -> dict:
     return json.loads(json.dumps(value))
 
 
-def save_weights(path: Path, cameras: Mapping[str, CameraEncoder], known: Mapping[str, str]) -> None:
-    """Writes the weights of every encoder once, unless the file exists with the digest in ``known``: file → digest."""
+def save_weights(store: Store, cameras: Mapping[str, CameraEncoder], known: Mapping[str, str]) -> None:
+    """Writes the weights of every encoder once, unless they are stored with the digest in ``known``: name → digest."""
     for camera in {camera.file: camera for camera in cameras.values()}.values():
-        file = path / camera.file
-        if not file.is_file() or digest(file.read_bytes()) != known.get(camera.file):
-            file.parent.mkdir(parents=True, exist_ok=True)
+        if exists(store, camera.file) and digest(store.read(camera.file)) == known.get(camera.file):
+            continue
+        with TemporaryDirectory() as folder:
+            file = Path(folder) / "weights.safetensors"
             save_encoder(camera.encoder, file)
+            store.write(camera.file, file.read_bytes())
 
 
 def restore_encoders(

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from cache_pipeline.cache.arrays import StoredArray, array_names
 from cache_pipeline.cache.manifest import DemoRows, Manifest
 from cache_pipeline.cache.stillness import still_cameras
-from cache_pipeline.errors import DatasetError
+from cache_pipeline.cache.store import exists
+from cache_pipeline.errors import DatasetError, IncompleteCacheError
 from cache_pipeline.extract.matching import array_digest
 from cache_pipeline.extract.prepare import Prepared
 from cache_pipeline.extract.units import UnitCheck
@@ -26,8 +27,8 @@ def is_up_to_date(prepared: Prepared) -> bool:
     old, new = prepared.old, prepared.manifest
     if old is None or prepared.work.jobs or new != replace(old, units={}, metadata={}):
         return False
-    files = {name: prepared.path / name for name in old.metadata}
-    return all(file.is_file() and digest(file.read_bytes()) == old.metadata[name] for name, file in files.items())
+    store = prepared.store
+    return all(exists(store, name) and digest(store.read(name)) == was for name, was in old.metadata.items())
 
 
 def finish(prepared: Prepared, metadata: dict[str, str]) -> Manifest:
@@ -35,11 +36,12 @@ def finish(prepared: Prepared, metadata: dict[str, str]) -> Manifest:
 
     Raises:
         DatasetError: a source file changed during the extraction.
+        IncompleteCacheError: another process has written a unit of its own in place of one of these.
     """
     _check_sources(prepared)
     units = _recorded_units(prepared)
     demos = _with_digests(prepared)
-    for sentence in few(still_cameras(prepared.path, prepared.manifest), "camera", more="inspect --json lists all"):
+    for sentence in few(still_cameras(prepared.store, prepared.manifest), "camera", more="inspect --json lists all"):
         logger.warning("%s; a policy cannot learn from these frames: render them again", sentence)
     return replace(prepared.manifest, demos=demos, units=units, metadata=metadata)
 
@@ -50,16 +52,19 @@ def _check_sources(prepared: Prepared) -> None:
 
 
 def _recorded_units(prepared: Prepared) -> dict[str, str]:
-    """Returns unit → output digest; asserts that the records cover each live row of each array exactly once."""
+    """Returns unit → output digest; checks that the records cover each live row of each array exactly once."""
     manifest = prepared.manifest
-    check = UnitCheck(prepared.path, manifest, prepared.dataset, [True] * len(manifest.demos))
+    check = UnitCheck(prepared.store, manifest, prepared.dataset, [True] * len(manifest.demos))
     blocks = manifest.block_segments()
     covered = sum(segment.stop - segment.start for segments in blocks.values() for segment in segments)
     assert covered == sum(demo.length for demo in manifest.demos), "rows of two demos overlap"
     units = {}
     for unit in manifest.live_units():
         record = check.find(unit, blocks[unit.block])
-        assert record is not None, f"{unit.name} was not written"
+        if record is None:
+            raise IncompleteCacheError(
+                f"{prepared.out.place}: {unit.name} was written again by another process; run the same command again"
+            )
         units[unit.name] = record.output
     return units
 
@@ -71,7 +76,7 @@ def _with_digests(prepared: Prepared) -> tuple[DemoRows, ...]:
     for name in array_names(manifest):
         if name.startswith("features/"):
             continue
-        values = StoredArray(prepared.path, name).spans(spans)
+        values = StoredArray(prepared.store, name).spans(spans)
         for digests, part in zip(found, _split(values, spans), strict=True):
             digests[name.removeprefix("frame_digests/")] = array_digest(part)
     for row, digests in zip(manifest.demos, found, strict=True):

@@ -11,23 +11,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_pipeline.cache.folder import (
-    folder_bytes,
     make_beside,
     remove_other_weights,
     remove_partial_files,
     swap,
     told_when_full,
 )
-from cache_pipeline.cache.lock import writer_lock
-from cache_pipeline.cache.manifest import PENDING, Manifest, is_complete, write_pending
+from cache_pipeline.cache.lock import writing
+from cache_pipeline.cache.manifest import PENDING, Manifest, claim_manifest, is_complete, write_pending
 from cache_pipeline.cache.metadata import ROOT, complete_cache, metadata_files, root_file, write_metadata
+from cache_pipeline.cache.store import Stamp, Store, real_store, stored_bytes
 from cache_pipeline.errors import NOT_ALLOWED, CacheError, counted
 from cache_pipeline.extract.camera_encoders import save_weights
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.finish import finish, is_up_to_date
 from cache_pipeline.extract.prepare import Prepared, metadata_digests, planned_bytes, prepare
 from cache_pipeline.extract.worker import Worker
-from cache_pipeline.files import digest, resolved
+from cache_pipeline.files import digest, json_digest
 from cache_pipeline.memory import retained_memory
 from cache_pipeline.text import listed
 
@@ -101,7 +101,7 @@ def extract_features(config: ExtractConfig, *, progress: bool = True) -> Extract
         read_s=worker.read_s,
         encode_s=worker.encode_s,
         write_s=worker.write_s,
-        bytes=folder_bytes(prepared.out),
+        bytes=stored_bytes(prepared.out),
         units_encoded=prepared.work.units,
         units_reused=prepared.work.units_reused,
         fingerprint=finished.fingerprint,
@@ -110,35 +110,36 @@ def extract_features(config: ExtractConfig, *, progress: bool = True) -> Extract
 
 def _extract(config: ExtractConfig, progress: bool) -> tuple[Prepared, Manifest, Worker]:
     """Extracts under the writer's lock and returns the manifest of the complete cache."""
-    out = resolved(config.out)
+    out = real_store(config.out)
     with ExitStack() as stack:
         try:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(writer_lock(out))
+            if isinstance(out.place, Path):
+                out.place.parent.mkdir(parents=True, exist_ok=True)
+            out = stack.enter_context(writing(out))
         except OSError as error:
             return _nothing_to_do(config, out, error)
         prepared = prepare(config, out)
         _tell_changes(prepared)
-        with told_when_full(out, planned_bytes(prepared)):
+        with told_when_full(out.place, planned_bytes(prepared)):
             worker = Worker(prepared, progress)
             if is_up_to_date(prepared):
                 assert prepared.old is not None
                 finished = prepared.old
-                (prepared.path / PENDING).unlink(missing_ok=True)  # left by an earlier extension
+                prepared.store.delete(PENDING)  # left by an earlier extension
             else:
                 with ThreadPoolExecutor(1) as background:
-                    begun = _begin(prepared, background)
+                    claim, begun = _begin(prepared, background)
                     worker.run()
                     prepared = worker.prepared
                     finished = finish(prepared, begun.result())
-                complete_cache(prepared.path, finished)
-                remove_other_weights(prepared.path, finished.encoders.values())
-            if prepared.path != prepared.out:
-                swap(prepared.path, prepared.out)
+                complete_cache(prepared.store, finished, claim)
+                remove_other_weights(prepared.store, finished.encoders.values())
+            if prepared.store is not prepared.out:
+                swap(prepared.store, prepared.out, prepared.stamps[0])
     return prepared, finished, worker
 
 
-def _nothing_to_do(config: ExtractConfig, out: Path, error: OSError) -> tuple[Prepared, Manifest, Worker]:
+def _nothing_to_do(config: ExtractConfig, out: Store, error: OSError) -> tuple[Prepared, Manifest, Worker]:
     """Returns the result of an up-to-date cache that is not writable; raises CacheError if it is not up to date."""
     if error.errno not in NOT_ALLOWED or not is_complete(out):
         raise error
@@ -157,31 +158,31 @@ def _tell_changes(prepared: Prepared) -> None:
     for what in ("added", "changed", "removed"):
         names = getattr(prepared.matching, what)
         if names:
-            logger.info("%s: %d demos %s: %s", prepared.out, len(names), what, listed(names, limit=5))
+            logger.info("%s: %d demos %s: %s", prepared.out.place, len(names), what, listed(names, limit=5))
 
 
-def _begin(prepared: Prepared, background: Executor) -> Future[dict[str, str]]:
-    """Prepares the folder; the weights are written in the background.
+def _begin(prepared: Prepared, background: Executor) -> tuple[Stamp | None, Future[dict[str, str]]]:
+    """Begins or goes on with the cache; the weights are written in the background.
 
     Returns:
-        Future of the digests of its metadata and weights.
+        The stamp of the claimed manifest, and the future of the digests of metadata and weights.
     """
-    if prepared.path == prepared.out:
-        prepared.path.mkdir(parents=True, exist_ok=True)
-    else:
-        make_beside(prepared.path, prepared.out, "new")
-    remove_partial_files(prepared.path)
+    store = prepared.store
+    if store is not prepared.out:
+        make_beside(store, prepared.out, "new")
+    remove_partial_files(store)
+    claim = claim_manifest(store, prepared.stamps[1], {"target": json_digest(prepared.manifest.to_json())})
     files = metadata_files(prepared.manifest)
     metadata = {name: digest(content) for name, content in files.items()}
-    write_pending(prepared.path, replace(prepared.manifest, metadata=metadata))
+    write_pending(store, replace(prepared.manifest, metadata=metadata))
     # A cache that is extended keeps its root group: it describes what is complete until all else is.
     root = {} if prepared.old else {ROOT: root_file(prepared.manifest, complete=False)}
-    write_metadata(prepared.path, {**root, **files})
-    return background.submit(_save_weights, prepared)
+    write_metadata(store, {**root, **files})
+    return claim, background.submit(_save_weights, prepared)
 
 
 def _save_weights(prepared: Prepared) -> dict[str, str]:
-    save_weights(prepared.path, prepared.encoders, prepared.old.metadata if prepared.old else {})
+    save_weights(prepared.store, prepared.encoders, prepared.old.metadata if prepared.old else {})
     metadata = metadata_digests(prepared)
-    write_pending(prepared.path, replace(prepared.manifest, metadata=metadata))
+    write_pending(prepared.store, replace(prepared.manifest, metadata=metadata))
     return metadata

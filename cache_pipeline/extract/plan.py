@@ -6,17 +6,16 @@ import math
 import resource
 import sys
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from cache_pipeline.cache.store import real_store
 from cache_pipeline.errors import counted
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.prepare import Prepared, planned_bytes, prepare
 from cache_pipeline.extract.units import Job
-from cache_pipeline.files import resolved
 from cache_pipeline.text import listed
 
 TIMED_BATCHES = 3
@@ -82,10 +81,10 @@ def plan_extraction(config: ExtractConfig) -> ExtractionPlan:
     Raises:
         StaleCacheError, NotACacheError, DatasetError, EncoderError, ConfigError: as :func:`extract_features`.
     """
-    prepared = prepare(config, resolved(config.out), change=False)
+    prepared = prepare(config, real_store(config.out), change=False)
     work, matching = prepared.work, prepared.matching
     return ExtractionPlan(
-        cache=str(Path(config.out)),
+        cache=str(config.out),
         demos=len(prepared.manifest.demos),
         cameras=tuple(prepared.manifest.cameras),
         views=max(entry.views for entry in prepared.manifest.cameras.values()),

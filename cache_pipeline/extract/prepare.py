@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from cache_pipeline.cache.arrays import array_specs, unit_arrays
-from cache_pipeline.cache.folder import check_target, finish_swap, folders_beside, remove_cache, unused_name
+from cache_pipeline.cache.folder import check_target, finish_swap, remove_cache, stores_beside, unused_sibling
 from cache_pipeline.cache.layout import choose_shard_rows, place_demos
 from cache_pipeline.cache.manifest import MANIFEST, DemoRows, Manifest, is_cache, read_manifest, read_pending
 from cache_pipeline.cache.metadata import metadata_files
+from cache_pipeline.cache.store import Stamp, Store, exists
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.frozen import preferred_batch_size
-from cache_pipeline.errors import CorruptCacheError, DatasetError, StaleCacheError, available
+from cache_pipeline.errors import CorruptCacheError, DatasetError, IncompleteCacheError, StaleCacheError, available
 from cache_pipeline.extract.camera_encoders import (
     CameraEncoder,
     build_encoders,
@@ -42,15 +42,17 @@ class Prepared(NamedTuple):
     """An extraction whose inputs have passed all checks.
 
     Attributes:
-        out: the cache; path: folder of writing, which is beside ``out`` with ``--overwrite``.
+        out: the cache; store: where to write, which is beside ``out`` with ``--overwrite``.
+        stamps: stamps of the manifests in ``out`` and in ``store`` when they were read.
         manifest: the future manifest, without digests of new demos.
         old: the current manifest, if any.
         matching: new, changed and removed demos.
         work: units to write.
     """
 
-    out: Path
-    path: Path
+    out: Store
+    store: Store
+    stamps: tuple[Stamp | None, Stamp | None]
     dataset: Dataset
     encoders: Mapping[str, CameraEncoder]
     manifest: Manifest
@@ -59,12 +61,12 @@ class Prepared(NamedTuple):
     work: Work
 
 
-def prepare(config: ExtractConfig, out: Path, *, change: bool = True) -> Prepared:
+def prepare(config: ExtractConfig, out: Store, *, change: bool = True) -> Prepared:
     """Opens the dataset, builds the encoders, compares the cache with both, and assigns rows to new demos.
 
     Args:
         config: the options.
-        out: the real path of the cache.
+        out: the cache.
         change: whether to remove leftovers of earlier runs; False: write nothing.
 
     Raises:
@@ -73,14 +75,15 @@ def prepare(config: ExtractConfig, out: Path, *, change: bool = True) -> Prepare
     if change:
         finish_swap(out)
     check_target(out)
-    anew = config.overwrite and (out / MANIFEST).is_file()
-    path = next(iter(folders_beside(out, "new")), unused_name(out, "new")) if anew else out
-    old = None if anew else _manifest_so_far(path, mend_with_ledger=True)
-    pending = read_pending(path) if old is None else None
+    anew = config.overwrite and exists(out, MANIFEST)
+    store = next(iter(stores_beside(out, "new")), unused_sibling(out, "new")) if anew else out
+    stamps = out.stamp(MANIFEST), store.stamp(MANIFEST)
+    old = None if anew else _manifest_so_far(store)
+    pending = read_pending(store) if old is None else None
     with ThreadPoolExecutor(1, thread_name_prefix="build") as background:
         known = old or pending
-        cached = {path / file: known.metadata.get(file) for file in known.encoders.values()} if known else {}
-        building = background.submit(build_encoders, config, cached, stand_in=not change and known is None)
+        cached = {file: known.metadata.get(file) for file in known.encoders.values()} if known else {}
+        building = background.submit(build_encoders, config, store, cached, stand_in=not change and known is None)
         dataset = _open_dataset(config, old)
     for line in dataset.choice.lines():
         logger.info("%s", line)
@@ -88,22 +91,24 @@ def prepare(config: ExtractConfig, out: Path, *, change: bool = True) -> Prepare
     check_array_names(dataset)
     encoders = for_cameras(building.result(), config, dataset, old or pending)
     if old is not None and config.views < (views := max(entry.views for entry in old.cameras.values())):
-        logger.info("%s: keeps its %d views of every frame", out, views)
+        logger.info("%s: keeps its %d views of every frame", out.place, views)
     if old is not None:
         check_rows(old, dataset.low_dim, dataset.action_dim)
-    pending = _check_stale(config, path, old, pending, encoders, change=change)
+    pending = _check_stale(config, store, old, pending, encoders, change=change)
     matching = match_demos(old, dataset, deep=config.deep)
     manifest = _target(config, dataset, encoders, old, pending, matching)
-    work = find_work(path, manifest, dataset, [index is not None for index in matching.kept])
+    work = find_work(store, manifest, dataset, [index is not None for index in matching.kept])
     check_precisions(encoders, [job.camera for job in work.jobs if job.views])
-    return Prepared(out, path, dataset, encoders, manifest, old, matching, work)
+    return Prepared(out, store, stamps, dataset, encoders, manifest, old, matching, work)
 
 
-def _manifest_so_far(path: Path, mend_with_ledger: bool) -> Manifest | None:
-    if not (path / MANIFEST).is_file():
+def _manifest_so_far(store: Store) -> Manifest | None:
+    if not exists(store, MANIFEST):
         return None
     try:
-        return read_manifest(path)
+        return read_manifest(store)
+    except IncompleteCacheError:  # on an object store: claimed, but never completed
+        return None
     except CorruptCacheError as error:
         logger.warning("%s; the manifest is rebuilt from the ledger", str(error).split(";")[0])
         return None
@@ -142,7 +147,7 @@ def _asked(cameras: tuple[str, ...] | None, low_dim_keys: tuple[str, ...] | None
 
 def _check_stale(
     config: ExtractConfig,
-    path: Path,
+    store: Store,
     old: Manifest | None,
     pending: Manifest | None,
     encoders: Mapping[str, CameraEncoder],
@@ -152,8 +157,8 @@ def _check_stale(
     """Raises StaleCacheError for other settings than in the cache; ``overwrite`` removes such an unfinished cache."""
     cached = old or pending
     if cached is None:
-        if change and config.overwrite and is_cache(path):
-            remove_cache(path)
+        if change and config.overwrite and is_cache(store):
+            remove_cache(store)
         return None
     try:
         check_store(cached, config.store_dtype, config.shard_rows)
@@ -164,7 +169,7 @@ def _check_stale(
         if not config.overwrite or old is not None:
             raise
         if change:
-            remove_cache(path)
+            remove_cache(store)
         return None
     return pending
 
@@ -239,7 +244,7 @@ def planned_bytes(prepared: Prepared) -> int:
     row_bytes = sum(specs[name].row_bytes for unit in units for name in unit_arrays(manifest, unit))
     total = manifest.shard_rows * row_bytes
     for file, encoder in {encoder.file: encoder for encoder in prepared.encoders.values()}.items():
-        if not (prepared.path / file).is_file():
+        if not exists(prepared.store, file):
             total += sum(value.numel() * value.element_size() for value in encoder.encoder.state_dict().values())
     return total
 
@@ -257,5 +262,5 @@ def check_array_names(dataset: Dataset) -> None:
 def metadata_digests(prepared: Prepared) -> dict[str, str]:
     """Returns digests of the metadata (the root group's aside) and weight files; weights are read from the disk."""
     found = {name: digest(content) for name, content in metadata_files(prepared.manifest).items()}
-    weights = {file: digest((prepared.path / file).read_bytes()) for file in prepared.manifest.encoders.values()}
+    weights = {file: digest(prepared.store.read(file)) for file in prepared.manifest.encoders.values()}
     return {**found, **weights}

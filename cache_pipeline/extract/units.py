@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -12,6 +11,7 @@ from cache_pipeline.cache.arrays import unit_arrays
 from cache_pipeline.cache.layout import Segment, Unit
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, read_record
 from cache_pipeline.cache.manifest import Manifest
+from cache_pipeline.cache.store import Store
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.extract.matching import array_digest, frame_digests
 from cache_pipeline.files import digest
@@ -65,18 +65,18 @@ class UnitCheck:
     """Compares ledger records with the current settings and data.
 
     Args:
-        path: the cache.
+        store: the cache.
         manifest: the future manifest.
         dataset: the source of frames.
         kept: for each demo of the table, whether its rows are already complete and unchanged.
     """
 
-    def __init__(self, path: Path, manifest: Manifest, dataset: Dataset, kept: Sequence[bool]) -> None:
-        self._path, self._manifest, self._dataset, self._kept = path, manifest, dataset, kept
+    def __init__(self, store: Store, manifest: Manifest, dataset: Dataset, kept: Sequence[bool]) -> None:
+        self._store, self._manifest, self._dataset, self._kept = store, manifest, dataset, kept
 
     def find(self, unit: Unit, segments: Sequence[Segment]) -> LedgerRecord | None:
         """Returns the unit's record if it is done, else None."""
-        record = read_record(self._path, unit)
+        record = read_record(self._store, unit)
         if record is None or record.inputs != self._manifest.unit_inputs(unit):
             return None
         recorded = {(segment.start, segment.stop): segment for segment in record.segments}
@@ -116,9 +116,9 @@ def rows_digest(rows: Mapping[str, np.ndarray]) -> str:
     return digest(*(np.ascontiguousarray(rows[name]).tobytes() for name in sorted(rows)))
 
 
-def find_work(path: Path, manifest: Manifest, dataset: Dataset, kept: Sequence[bool]) -> Work:
+def find_work(store: Store, manifest: Manifest, dataset: Dataset, kept: Sequence[bool]) -> Work:
     """Returns all units that are not done, block by block, grouped so that each frame is read once."""
-    check = UnitCheck(path, manifest, dataset, kept)
+    check = UnitCheck(store, manifest, dataset, kept)
     blocks = manifest.block_segments()
     jobs, units_reused, images_reused = [], 0, 0
     for block, segments in blocks.items():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cache_pipeline.cache.manifest import CameraEntry
 from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.cache.store import Place
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.factory import Factories
@@ -113,7 +114,7 @@ class _Compared(NamedTuple):
 
 
 def verify(
-    cache_path: str | Path,
+    cache_path: Place,
     *,
     datasets: Sequence[str | Path] | None = None,
     rows: int = 64,

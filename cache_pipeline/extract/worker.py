@@ -18,7 +18,7 @@ from cache_pipeline.cache.layout import Segment, Unit
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, write_record
 from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.encoders.views import ViewParameters, view_parameters
-from cache_pipeline.errors import CorruptCacheError, DatasetError, EncoderError
+from cache_pipeline.errors import ChangedError, CorruptCacheError, DatasetError, EncoderError
 from cache_pipeline.extract.encode import BatchEncoder, not_finite_row
 from cache_pipeline.extract.matching import array_digest, frame_digests
 from cache_pipeline.extract.prepare import Prepared
@@ -26,6 +26,9 @@ from cache_pipeline.extract.stages import ReadAhead, WriteBehind
 from cache_pipeline.extract.units import Job, read_rows, rows_digest
 from cache_pipeline.files import digest
 from cache_pipeline.progress import Progress
+
+ATTEMPTS = 3
+"""Of writing a shard that another process writes at the same time, on an object store."""
 
 
 class _Read(NamedTuple):
@@ -48,12 +51,32 @@ class _Write(NamedTuple):
     seconds: float
 
 
-def _stored_block(
+def _write_block(stored: arrays.StoredArray, unit: Unit, rows: NDArray[np.int64], values: NDArray[Any]) -> NDArray[Any]:
+    """Writes a shard, unless its ``rows`` equal ``values`` already: its other rows may be in use. Returns the shard.
+
+    Raises:
+        ChangedError: another process writes other values there.
+    """
+    for attempt in range(ATTEMPTS):
+        stamp = stored.stamp(unit.block, unit.view)
+        block = _equal_block(stored, unit, rows, values) if stamp is not None else None
+        if block is not None:
+            return block
+        block = np.full((stored.shard_rows, *stored.row_shape), stored.fill, stored.dtype)
+        block[rows] = values
+        try:
+            stored.write_block(unit.block, block, unit.view, stamp)
+            return block
+        except ChangedError:
+            if attempt == ATTEMPTS - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def _equal_block(
     stored: arrays.StoredArray, unit: Unit, rows: NDArray[np.int64], values: NDArray[Any]
 ) -> NDArray[Any] | None:
-    """Returns the stored shard if its ``rows`` equal ``values``, else None. Other rows of it may be in use."""
-    if not stored.has_block(unit.block, unit.view):
-        return None
+    """Returns the stored shard if its ``rows`` equal ``values``, else None."""
     try:
         block = stored.block(unit.block, unit.view)
     except CorruptCacheError:
@@ -75,7 +98,7 @@ class Worker:
     def run(self) -> None:
         work = self.prepared.work
         for name in arrays.array_names(self._manifest):
-            self._stored[name] = arrays.StoredArray(self.prepared.path, name, read_only=False)
+            self._stored[name] = arrays.StoredArray(self.prepared.store, name, read_only=False)
         reader, writer = ReadAhead(self._read, work.jobs), WriteBehind(self._write)
         total = work.images + work.images_reused
         try:
@@ -170,15 +193,10 @@ class Worker:
         for name in arrays.unit_arrays(self._manifest, unit):
             stored, values = self._stored[name], item.values[name]
             assert len(values) == len(rows), (unit, len(rows), len(values))
-            block = _stored_block(stored, unit, rows % size, values)
-            if block is None:
-                block = np.full((size, *stored.row_shape), stored.fill, stored.dtype)
-                block[rows % size] = values
-                stored.write_block(unit.block, block, unit.view)
-            hashes.append(block.tobytes())
+            hashes.append(_write_block(stored, unit, rows % size, values).tobytes())
         base = unit.block * size
         span = (base, base + size)
         record = LedgerRecord(
             unit.name, span, item.recorded, self._manifest.unit_inputs(unit), digest(*hashes), round(item.seconds, 4)
         )
-        write_record(self.prepared.path, unit, record)
+        write_record(self.prepared.store, unit, record)

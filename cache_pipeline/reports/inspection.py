@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from cache_pipeline.errors import CheckpointError, DatasetError
+from cache_pipeline.files import Location
 
 
 class Summary(Protocol):
@@ -47,20 +48,19 @@ class Inspection(NamedTuple):
         return self.summary.lines()
 
 
-def inspect_path(path: Path) -> Inspection:
+def inspect_path(path: Location) -> Inspection:
     """Summarises the dataset, cache or run at ``path``; its problems are returned, not raised.
 
     Raises:
         DatasetError: ``path`` is missing, or is none of the three.
     """
+    if isinstance(path, str):
+        return _inspect_cache(path)
     if path.is_dir():
         if any((path / name).exists() for name in ("run.json", "checkpoint.json")):
             return _inspect_run(path)
         if any((path / name).exists() for name in ("manifest.json", "ledger", "zarr.json")):
-            from cache_pipeline.cache.summary import inspect_cache
-
-            cache = inspect_cache(path)
-            return Inspection(cache, cache.problems)
+            return _inspect_cache(path)
         raise DatasetError(
             f"{path}: neither a cache nor a run; give a robomimic .hdf5 file, a cache folder or a run folder"
         )
@@ -78,6 +78,13 @@ def _inspect_dataset(path: Path) -> Inspection:
             raise
         return Inspection(Broken(str(path), "dataset", str(error)), (str(error),))
     return Inspection(dataset, dataset.all_problems)
+
+
+def _inspect_cache(path: Location) -> Inspection:
+    from cache_pipeline.cache.summary import inspect_cache
+
+    cache = inspect_cache(path)
+    return Inspection(cache, cache.problems)
 
 
 def _inspect_run(path: Path) -> Inspection:

@@ -28,7 +28,7 @@ from cache_pipeline.encoders.saving import saved_spec
 from cache_pipeline.errors import CacheError, CachePipelineError
 from cache_pipeline.extract.encode import BatchEncoder
 from cache_pipeline.extract.freshness import open_sources
-from cache_pipeline.files import PNG, check_output, output_file
+from cache_pipeline.files import PNG, Location, check_output, output_file
 from cache_pipeline.progress import Progress, logger
 from cache_pipeline.reports import plots
 
@@ -60,7 +60,7 @@ class ProbeScore(NamedTuple):
 class ProbeResult(NamedTuple):
     """All scores, and a verdict in words."""
 
-    cache: Path
+    cache: Location
     train_rows: int
     valid_rows: int
     scores: tuple[ProbeScore, ...]
@@ -86,7 +86,7 @@ class ProbeResult(NamedTuple):
 
 
 def probe_cache(
-    path: Path, *, picture: Path | None = None, overwrite: bool = False, seed: int = 0, device: str = "auto"
+    path: Location, *, picture: Path | None = None, overwrite: bool = False, seed: int = 0, device: str = "auto"
 ) -> ProbeResult:
     """Probes the clean view of a cache.
 

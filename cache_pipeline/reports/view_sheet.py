@@ -15,7 +15,7 @@ from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.encoders.views import view_parameters
 from cache_pipeline.errors import CacheError, CachePipelineError
 from cache_pipeline.extract.freshness import open_sources
-from cache_pipeline.files import PNG, check_output, output_file
+from cache_pipeline.files import PNG, Location, check_output, output_file
 from cache_pipeline.progress import logger
 from cache_pipeline.reports import plots
 
@@ -23,7 +23,7 @@ COLUMNS = 6
 SHOWN_ROWS = 10
 
 
-def write_view_sheet(cache_path: Path, out: Path, *, overwrite: bool = False) -> Path:
+def write_view_sheet(cache_path: Location, out: Path, *, overwrite: bool = False) -> Path:
     """Draws frames of the first demos of a cache in every view, as a PNG.
 
     Raises:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, get_args
 
 from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.errors import ConfigError, OptionError, available
+from cache_pipeline.files import location
 from cache_pipeline.options import (
     DATA,
     ENCODER,
@@ -110,7 +111,10 @@ class SavingConfig:
 class RunConfig:
     """Fields that ``train`` and ``finetune`` share."""
 
-    cache: Annotated[Path | None, Option("A cache made by extract-features.", DATA, "--from-cache")] = None
+    cache: Annotated[
+        Path | str | None,
+        Option("A cache made by extract-features: a folder or a URL.", DATA, "--from-cache", typed=str, parse=location),
+    ] = None
     """A finished feature cache."""
     datasets: Annotated[
         tuple[Path, ...],
@@ -176,7 +180,8 @@ class RunConfig:
         for name in ("cache", "checkpoint", "out", "robomimic_config"):
             if isinstance(getattr(self, name, None), str):
                 check_text(name, getattr(self, name))
-                object.__setattr__(self, name, Path(getattr(self, name)))
+                read = location if name == "cache" else Path
+                object.__setattr__(self, name, read(getattr(self, name)))
         given = (self.datasets,) if isinstance(self.datasets, str | Path) else self.datasets
         object.__setattr__(self, "datasets", tuple(Path(path) for path in given))
         check(self)

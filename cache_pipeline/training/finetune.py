@@ -19,7 +19,7 @@ from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.precision import resolve_precision
 from cache_pipeline.errors import CacheError, CheckpointError, ConfigError, DatasetError, EncoderError, OptionError
 from cache_pipeline.extract.freshness import check_sources
-from cache_pipeline.files import resolved
+from cache_pipeline.files import Location, location, resolved
 from cache_pipeline.policies.build import build_policy
 from cache_pipeline.policies.spec import PolicySpec
 from cache_pipeline.policies.visuomotor import ENCODERS, VisuomotorPolicy
@@ -143,7 +143,7 @@ def open_finetuning(config: FinetuneConfig, run: Path, *, base: Path, folder: Pa
     return session
 
 
-def _open_data(config: FinetuneConfig, record: RunRecord, folder: Path, path: Path | None) -> RunData:
+def _open_data(config: FinetuneConfig, record: RunRecord, folder: Path, path: Location | None) -> RunData:
     """Opens the cache at ``path``, or the dataset, with the demos of the run unless filter keys are given."""
     before, spec = record.data, record.policy
     known = None if config.deep else recorded_contents(before)
@@ -262,7 +262,7 @@ def _compared_cache(config: FinetuneConfig, session: Session, base: RunRecord, f
             return f"{before.cache} has changed since the run was trained"
     except CacheError as error:
         return f"the run's cache cannot be read ({error})"
-    cached = _open_data(config, base, folder, Path(before.cache))
+    cached = _open_data(config, base, folder, location(before.cache))
     if cached.digests != data.digests and cached.rows.demos != data.rows.demos:
         return f"{before.cache} holds other demos than the dataset"
     return cached

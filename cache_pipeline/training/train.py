@@ -20,7 +20,7 @@ from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.extract.camera_encoders import restore_encoders
 from cache_pipeline.extract.freshness import check_sources
-from cache_pipeline.files import resolved
+from cache_pipeline.files import absolute
 from cache_pipeline.policies.build import build_policy
 from cache_pipeline.policies.robomimic.config import RobomimicConfig
 from cache_pipeline.policies.robomimic.policy import CONFIG, RobomimicPolicy, build_robomimic_policy
@@ -70,7 +70,7 @@ def train(config: TrainConfig, *, progress: bool = True) -> TrainResult:
 
 def default_run(config: TrainConfig) -> Path:
     """Returns the default run folder: ``runs/<name of the cache or of the first dataset>``."""
-    return RUNS / resolved(config.cache or config.datasets[0]).stem
+    return RUNS / Path(absolute(config.cache or config.datasets[0])).stem
 
 
 def open_training(config: TrainConfig, run: Path) -> Session:

@@ -13,6 +13,7 @@ from cache_pipeline.cache.integrity import check_integrity
 from cache_pipeline.cache.lock import writer_lock
 from cache_pipeline.cache.manifest import MANIFEST, PENDING, is_cache, read_manifest
 from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.cache.store import store_at
 from cache_pipeline.errors import CacheLockedError, ConfigError, NotACacheError, StaleCacheError
 from cache_pipeline.files import json_digest, read_json, write_json
 
@@ -62,7 +63,7 @@ def test_folders_beside_a_cache_are_left_alone_by_every_writer(tmp_path, dataset
 def test_a_copy_of_a_folder_that_we_left_is_the_users(tmp_path, dataset, cache):
     left, copy = tmp_path / ".lift.zarr.11111111.old", tmp_path / ".lift.zarr.22222222.old"
     shutil.copytree(cache, left)
-    make_beside(left, cache, "old")
+    make_beside(store_at(left), store_at(cache), "old")
     shutil.copytree(left, copy)
     extract(cache, dataset)
     assert not left.exists()
@@ -102,7 +103,7 @@ def test_a_damaged_cache_is_still_known_as_ours(cache, dataset, damaged):
     before = outputs(cache)
     for name in damaged:
         (cache / name).write_bytes(b"\0" * 100)
-    check_target(cache)
+    check_target(store_at(cache))
     assert extract(cache, dataset).images == 0
     assert outputs(cache) == before
 

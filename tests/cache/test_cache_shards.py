@@ -9,6 +9,7 @@ from fakes import make_dataset
 from cache_pipeline.cache import shards
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.shards import ShardLayout, open_shard, uncompressed_layout, write_shard
+from cache_pipeline.cache.store import FolderStore
 
 LAYOUT = ShardLayout(chunks=6, chunk_bytes=40, fill=b"\x00\x7e")
 ROW_BYTES = 10
@@ -22,19 +23,19 @@ def values():
 
 
 def write(file, values):
-    write_shard(file, LAYOUT, values.reshape(LAYOUT.chunks, -1))
+    write_shard(FolderStore(file.parent), file.name, LAYOUT, values.reshape(LAYOUT.chunks, -1))
 
 
 def read(file, start=0, count=ROWS):
     out = np.empty((count, ROW_BYTES), np.uint8)
-    with open_shard(file, LAYOUT) as shard:
+    with open_shard(FolderStore(file.parent), file.name, LAYOUT) as shard:
         shard.read_span(start, out)
     return out
 
 
 def read_rows(file, rows):
     out = np.empty((len(rows), ROW_BYTES), np.uint8)
-    with open_shard(file, LAYOUT) as shard:
+    with open_shard(FolderStore(file.parent), file.name, LAYOUT) as shard:
         shard.read_rows(np.array(rows), out)
     return out
 

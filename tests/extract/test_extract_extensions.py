@@ -116,17 +116,21 @@ def test_arrays_of_a_complete_cache_never_change_their_shape(dataset, out):
     assert FeatureCache(out).array("low_dim/robot0_eef_pos").shape == (25, 2)
 
 
-def test_the_manifest_appears_and_the_pending_one_goes_in_one_step(dataset, out, monkeypatch):
-    def stop(folder):
+def test_a_kill_between_the_manifest_and_the_removal_of_the_pending_one_leaves_nothing_unfinished(
+    dataset, out, monkeypatch
+):
+    def stop(store, name):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cache_pipeline.cache.manifest.sync_folder", stop)
+        patch.setattr("cache_pipeline.cache.store.FolderStore.delete", stop)
         with pytest.raises(KeyboardInterrupt):
             extract(out, dataset, low_dim_keys=ONE_KEY, views=2)
     assert FeatureCache(out).cameras[CAMERA].views == 2
-    assert not (out / PENDING).exists()
+    assert (out / PENDING).exists()
     assert inspect_cache(out).problem == ""
+    assert extract(out, dataset, low_dim_keys=ONE_KEY, views=2).units_encoded == 0
+    assert not (out / PENDING).exists()
 
 
 def test_a_pending_manifest_of_an_earlier_version_is_removed(dataset, out):

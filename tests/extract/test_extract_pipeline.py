@@ -11,9 +11,10 @@ from cache_fakes import CAMERA, OTHER, OTHER_WEIGHTS, OVERFLOWING, TINY, change_
 from fakes import make_dataset
 
 from cache_pipeline.cache import folder
-from cache_pipeline.cache.folder import MARKER, folders_beside
+from cache_pipeline.cache.folder import MARKER, stores_beside
 from cache_pipeline.cache.manifest import MANIFEST, PENDING, read_manifest
 from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.cache.store import store_at
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
@@ -206,7 +207,7 @@ def test_overwrite_keeps_the_old_cache_until_the_new_one_is_complete(dataset, ou
         with pytest.raises(KeyboardInterrupt):
             extract_features(other, progress=False)
     assert outputs(out) == before
-    (new,) = folders_beside(out, "new")
+    (new,) = [store.place for store in stores_beside(store_at(out), "new")]
     assert (new / PENDING).is_file()
     assert new.name.startswith(".cache.zarr.")
     result = extract_features(other, progress=False)

@@ -19,7 +19,7 @@ from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.split import Split, keep_together
 from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.errors import ConfigError
-from cache_pipeline.files import json_digest
+from cache_pipeline.files import Location, absolute, json_digest
 from cache_pipeline.runs.contents import Contents, Known, split_of_run
 from cache_pipeline.runs.record import DataRecord, DemoRecord, Digests
 from cache_pipeline.text import few
@@ -87,7 +87,7 @@ class RunData(NamedTuple):
             for (file, name), digests in zip(self.rows.demos, self.digests, strict=True)
         ]
         return DataRecord(
-            cache=None if self.cache is None else str(self.cache.path.resolve()),
+            cache=None if self.cache is None else absolute(self.cache.path),
             fingerprint=None if self.cache is None else self.cache.fingerprint,
             datasets=tuple(str(path.resolve()) for path in self.files),
             files=self.sources,
@@ -137,13 +137,13 @@ def tell_choice(data: RunData) -> None:
     black or frozen through whole demos."""
     for line in data.choice.lines():
         logger.info("%s", line)
-    still = still_cameras(data.cache.path, data.cache.manifest) if data.cache is not None else ()
+    still = still_cameras(data.cache.store, data.cache.manifest) if data.cache is not None else ()
     for sentence in few(still, "camera", more="inspect --json lists all"):
         logger.warning("%s", sentence)
 
 
 def open_cache_data(
-    path: Path, cameras: Sequence[str] | None, low_dim_keys: Sequence[str] | None, split: DemoChoice
+    path: Location, cameras: Sequence[str] | None, low_dim_keys: Sequence[str] | None, split: DemoChoice
 ) -> RunData:
     """Opens a cache; raises CacheError, or ConfigError or DatasetError for unknown names.
 
