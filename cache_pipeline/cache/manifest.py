@@ -18,7 +18,14 @@ from typing import Any, NamedTuple
 from cache_pipeline.cache.layout import Segment, Unit, block_segments
 from cache_pipeline.cache.ledger import has_records, record_names
 from cache_pipeline.cache.store import Place, Stamp, Store, exists, is_remote, store_at
-from cache_pipeline.errors import NOT_ALLOWED, CacheError, CorruptCacheError, IncompleteCacheError, NotACacheError
+from cache_pipeline.errors import (
+    NOT_ALLOWED,
+    CacheError,
+    ChangedError,
+    CorruptCacheError,
+    IncompleteCacheError,
+    NotACacheError,
+)
 from cache_pipeline.files import Location, json_bytes, json_digest, typed
 
 FORMAT = 1
@@ -274,12 +281,10 @@ def read_pending(place: Place) -> Manifest | None:
     store = store_at(place)
     try:
         pending = _read(store, PENDING)
-    except CacheError:
+        left_behind = exists(store, MANIFEST) and store.read(MANIFEST) == store.read(PENDING)
+    except (CacheError, FileNotFoundError):
         return None
-    try:
-        return None if exists(store, MANIFEST) and _read(store, MANIFEST) == pending else pending
-    except CacheError:
-        return pending
+    return None if left_behind else pending
 
 
 def is_cache(place: Place) -> bool:
@@ -356,7 +361,11 @@ def write_manifest(place: Place, manifest: Manifest, after: Stamp | None = None)
         ChangedError: another process has written it.
     """
     store = store_at(place)
-    store.write_after(MANIFEST, after, json_bytes(manifest.to_json()))
+    try:
+        store.write_after(MANIFEST, after, json_bytes(manifest.to_json()))
+    except ChangedError:
+        check_claim(store, after)
+        raise
     store.delete(PENDING)
 
 
@@ -383,6 +392,15 @@ def claim_manifest(store: Store, after: Stamp | None, purpose: dict[str, Any]) -
     value[CLAIM] = purpose
     store.write_after(MANIFEST, after, json_bytes({**value, "digest": json_digest(value)}))
     return store.stamp(MANIFEST)
+
+
+def check_claim(store: Store, claim: Stamp | None) -> None:
+    """Raises ChangedError if the manifest has not the stamp of the claim any more, on an object store."""
+    if is_remote(store) and store.stamp(MANIFEST) != claim:
+        raise ChangedError(
+            f"another process writes {store.place} too, and has begun later; what it has written stays. Wait for it, "
+            "then run the same command again"
+        )
 
 
 def replaced_by(store: Store) -> str | None:

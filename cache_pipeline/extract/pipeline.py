@@ -129,7 +129,7 @@ def _extract(config: ExtractConfig, progress: bool) -> tuple[Prepared, Manifest,
             else:
                 with ThreadPoolExecutor(1) as background:
                     claim, begun = _begin(prepared, background)
-                    worker.run()
+                    worker.run(claim)
                     prepared = worker.prepared
                     finished = finish(prepared, begun.result())
                 complete_cache(prepared.store, finished, claim)

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from cache_pipeline.cache import arrays
 from cache_pipeline.cache.layout import Segment, Unit
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, write_record
+from cache_pipeline.cache.manifest import check_claim
+from cache_pipeline.cache.store import Stamp
 from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.encoders.views import ViewParameters, view_parameters
 from cache_pipeline.errors import ChangedError, CorruptCacheError, DatasetError, EncoderError
@@ -51,8 +53,14 @@ class _Write(NamedTuple):
     seconds: float
 
 
-def _write_block(stored: arrays.StoredArray, unit: Unit, rows: NDArray[np.int64], values: NDArray[Any]) -> NDArray[Any]:
+def _write_block(
+    stored: arrays.StoredArray, unit: Unit, rows: NDArray[np.int64], values: NDArray[Any], claim: Stamp | None
+) -> NDArray[Any]:
     """Writes a shard, unless its ``rows`` equal ``values`` already: its other rows may be in use. Returns the shard.
+
+    Args:
+        claim: the stamp of the claimed manifest. A stored shard is only replaced while it stands, which is looked up
+            after the shard's own stamp, so that a writer who was overtaken meanwhile replaces nothing.
 
     Raises:
         ChangedError: another process writes other values there.
@@ -62,6 +70,8 @@ def _write_block(stored: arrays.StoredArray, unit: Unit, rows: NDArray[np.int64]
         block = _equal_block(stored, unit, rows, values) if stamp is not None else None
         if block is not None:
             return block
+        if stamp is not None:
+            check_claim(stored.store, claim)
         block = np.full((stored.shard_rows, *stored.row_shape), stored.fill, stored.dtype)
         block[rows] = values
         try:
@@ -94,9 +104,15 @@ class Worker:
         self._batches = BatchEncoder(prepared.manifest.batch_size, prepared.manifest.dtype)
         self._progress = progress
         self._stored: dict[str, arrays.StoredArray] = {}
+        self._claim: Stamp | None = None
 
-    def run(self) -> None:
-        work = self.prepared.work
+    def run(self, claim: Stamp | None = None) -> None:
+        """Makes all units of the work.
+
+        Args:
+            claim: the stamp of the claimed manifest, on an object store.
+        """
+        work, self._claim = self.prepared.work, claim
         for name in arrays.array_names(self._manifest):
             self._stored[name] = arrays.StoredArray(self.prepared.store, name, read_only=False)
         reader, writer = ReadAhead(self._read, work.jobs), WriteBehind(self._write)
@@ -193,7 +209,7 @@ class Worker:
         for name in arrays.unit_arrays(self._manifest, unit):
             stored, values = self._stored[name], item.values[name]
             assert len(values) == len(rows), (unit, len(rows), len(values))
-            hashes.append(_write_block(stored, unit, rows % size, values).tobytes())
+            hashes.append(_write_block(stored, unit, rows % size, values, self._claim).tobytes())
         base = unit.block * size
         span = (base, base + size)
         record = LedgerRecord(
