@@ -180,6 +180,8 @@ class ObjectStore:
 class _OpenKey:
     """Reads parts of one object; the ranges of one call go out together."""
 
+    at_once = 64 << 20
+
     def __init__(self, store: ObjectStore, name: str) -> None:
         self._store, self._name = store, name
 

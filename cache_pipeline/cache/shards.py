@@ -103,10 +103,16 @@ class OpenShard:
     def read_rows(self, rows: NDArray[np.integer], out: NDArray[np.uint8]) -> None:
         """Reads rows in ascending order into ``out``, (n, bytes of a row), and each chunk once."""
         size = self._layout.chunk_bytes // out.shape[1]
-        chunks, places = np.unique(rows // size, return_inverse=True)
-        read = np.empty((len(chunks), self._layout.chunk_bytes), np.uint8)
-        self._read_chunks(chunks.tolist(), list(read))
-        out[...] = read.reshape(-1, out.shape[1])[places * size + rows % size]
+        chunks = rows // size
+        firsts = np.flatnonzero(np.diff(chunks, prepend=-1))  # of each chunk, its first row here
+        step = max(1, self._opened.at_once // self._layout.chunk_bytes)
+        for at in range(0, len(firsts), step):
+            begin, end = int(firsts[at]), int(firsts[at + step]) if at + step < len(firsts) else len(rows)
+            wanted = chunks[firsts[at : at + step]]
+            read = np.empty((len(wanted), self._layout.chunk_bytes), np.uint8)
+            self._read_chunks(wanted.tolist(), list(read))
+            places = np.searchsorted(wanted, chunks[begin:end])
+            out[begin:end] = read.reshape(-1, out.shape[1])[places * size + rows[begin:end] % size]
 
     def _read_chunks(self, chunks: Sequence[int], pieces: Sequence[NDArray[np.uint8]]) -> None:
         """Reads chunks, each into its own array; chunks that lie one after another go into one run."""
@@ -168,16 +174,17 @@ def _read_index(opened: OpenObject, layout: ShardLayout) -> list[int]:
 
 def _read_runs(opened: OpenObject, runs: Sequence[tuple[int, Sequence[NDArray[np.uint8]]]]) -> None:
     """Reads runs of chunks, each chunk into its own array; checks a run while it is still in the CPU's cache."""
-    checksums = [np.empty((len(chunks), CRC_BYTES), np.uint8) for _, chunks in runs]
-    wanted = [
-        (offset, [part for pair in zip(chunks, sums, strict=True) for part in pair])
-        for (offset, chunks), sums in zip(runs, checksums, strict=True)
-    ]
-    for (_, chunks), sums, count in zip(runs, checksums, opened.read_runs(wanted), strict=True):
+    sums = np.empty((sum(len(chunks) for _, chunks in runs), CRC_BYTES), np.uint8)
+    free = iter(sums)
+    wanted = [(offset, [part for chunk in chunks for part in (chunk, next(free))]) for offset, chunks in runs]
+    at = 0
+    for (_, chunks), count in zip(runs, opened.read_runs(wanted), strict=True):
         if count != len(chunks) * (chunks[0].size + CRC_BYTES):
             raise ValueError("the shard is too short")
-        if [crc32c.crc32c(chunk.data) for chunk in chunks] != sums.view("<u4").ravel().tolist():
+        found = [crc32c.crc32c(chunk.data) for chunk in chunks]
+        if found != sums[at : at + len(chunks)].view("<u4").ravel().tolist():
             raise ValueError("the checksum of a chunk does not match")
+        at += len(chunks)
 
 
 def _crc(stored: bytes) -> int:

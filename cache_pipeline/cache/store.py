@@ -24,7 +24,14 @@ Buffer = Any
 
 
 class OpenObject(Protocol):
-    """An object that is open for reading."""
+    """An object that is open for reading.
+
+    Attributes:
+        at_once: bytes to ask for in one call: few from a disk, so that they are still in the CPU's cache when they are
+            used, and many over a network, so that its requests go out together.
+    """
+
+    at_once: int
 
     def tail(self, count: int) -> tuple[bytes, int]:
         """Returns the last ``count`` bytes, or all if there are fewer, and the size of the object."""
@@ -200,6 +207,8 @@ class FolderStore:
 
 class _OpenFile:
     """A file descriptor, read without copies."""
+
+    at_once = 1 << 20
 
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
