@@ -18,7 +18,8 @@ from zarr.core.metadata import ArrayV3Metadata
 from cache_pipeline.cache.layout import Unit
 from cache_pipeline.cache.manifest import Manifest
 from cache_pipeline.cache.shards import open_shard, uncompressed_layout, write_shard
-from cache_pipeline.cache.store import Place, Stamp, exists, is_remote, store_at
+from cache_pipeline.cache.store import Place, exists, is_remote, store_at
+from cache_pipeline.cache.store_protocol import Stamp
 from cache_pipeline.errors import CorruptCacheError
 from cache_pipeline.files import DIGEST_BYTES
 

@@ -13,9 +13,11 @@ from cache_pipeline.cache.folder import finish_swap, make_beside, remove_cache, 
 from cache_pipeline.cache.layout import Segment, Unit, place_demos
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, write_record
 from cache_pipeline.cache.lock import writing
-from cache_pipeline.cache.manifest import MANIFEST, PENDING, DemoRows, Manifest, read_manifest, write_pending
+from cache_pipeline.cache.manifest import MANIFEST, PENDING, Manifest, read_manifest, write_pending
 from cache_pipeline.cache.metadata import ROOT, complete_cache, metadata_files, root_file, write_metadata
-from cache_pipeline.cache.store import Place, Store, exists, stored_bytes
+from cache_pipeline.cache.store import Place, exists, stored_bytes
+from cache_pipeline.cache.store_protocol import Store
+from cache_pipeline.cache.table import DemoRows
 from cache_pipeline.files import digest
 
 
@@ -51,7 +53,7 @@ def compact(place: Place) -> CompactResult:
         finish_swap(store)
         stamp = store.stamp(MANIFEST)
         manifest = read_manifest(store)
-        before, live = stored_bytes(store), sum(demo.length for demo in manifest.demos)
+        before, live = stored_bytes(store), manifest.rows
         new = unused_sibling(store, "compact")
         with told_when_full(store.place, before):
             try:

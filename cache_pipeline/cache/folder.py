@@ -28,7 +28,8 @@ from cache_pipeline.cache.manifest import (
     write_manifest,
 )
 from cache_pipeline.cache.object_store import ObjectStore
-from cache_pipeline.cache.store import FolderStore, Stamp, Store
+from cache_pipeline.cache.store import FolderStore
+from cache_pipeline.cache.store_protocol import Stamp, Store
 from cache_pipeline.errors import DISK_LIMITS, CacheError, NotACacheError
 from cache_pipeline.files import Location, json_bytes, json_digest, sync_folder
 
@@ -38,7 +39,18 @@ Role = Literal["new", "compact", "old"]
 MARKER = ".cache_pipeline.json"
 """File in each folder beside a cache. It records the folder, the cache, the role and its own digest."""
 
-CONTENTS = ("zarr.json", "encoder", "features", "frame_digests", "low_dim", "actions", "rewards", "dones", "ledger")
+CONTENTS = (
+    "zarr.json",
+    "encoder",
+    "tables",
+    "features",
+    "frame_digests",
+    "low_dim",
+    "actions",
+    "rewards",
+    "dones",
+    "ledger",
+)
 """Contents of a cache besides its manifests, in the order in which they are removed."""
 
 PARTIAL = re.compile(r"\..+\.\d+\.partial")

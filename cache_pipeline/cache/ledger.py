@@ -8,7 +8,8 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from cache_pipeline.cache.layout import Unit
-from cache_pipeline.cache.store import Place, Store, store_at
+from cache_pipeline.cache.store import Place, store_at
+from cache_pipeline.cache.store_protocol import Store
 from cache_pipeline.files import json_bytes, json_digest, typed
 
 LOOKED_AT = 1000  # most records to try when looking for a valid one

@@ -13,7 +13,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from cache_pipeline.cache.store import FolderStore, Place, Store, is_remote, store_at
+from cache_pipeline.cache.store import FolderStore, Place, is_remote, store_at
+from cache_pipeline.cache.store_protocol import Store
 from cache_pipeline.errors import CacheLockedError, CachePipelineError, ConfigError
 from cache_pipeline.files import resolved
 

@@ -11,13 +11,18 @@ condition that the claim still stands. Of two writers with different aims, the o
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from cache_pipeline.cache.layout import Segment, Unit, block_segments
 from cache_pipeline.cache.ledger import has_records, record_names
-from cache_pipeline.cache.store import Place, Stamp, Store, exists, is_remote, store_at
+from cache_pipeline.cache.store import Place, exists, is_remote, store_at
+from cache_pipeline.cache.store_protocol import Stamp, Store
+from cache_pipeline.cache.table import DemoRows, DemoTable, demo_files, first_rows, lengths
 from cache_pipeline.errors import (
     NOT_ALLOWED,
     CacheError,
@@ -26,14 +31,16 @@ from cache_pipeline.errors import (
     IncompleteCacheError,
     NotACacheError,
 )
-from cache_pipeline.files import Location, json_bytes, json_digest, typed
+from cache_pipeline.files import Location, digest, json_bytes, json_digest, typed
 
 FORMAT = 1
 MANIFEST = "manifest.json"
 PENDING = "pending.json"
 CLAIM = "claim"
+TABLES = "tables"
+MANY_DEMOS = 20_000
+"""Above this number of demos, their table is an object of its own, in columns."""
 UNKNOWN = "?"
-STORE_DTYPES = ("float16", "float32")
 
 
 class SourceRecord(NamedTuple):
@@ -85,26 +92,6 @@ class CameraEntry(NamedTuple):
         return {**self.identity, "weights": weights}
 
 
-class DemoRows(NamedTuple):
-    """One row of the demo table.
-
-    Attributes:
-        file: index into ``Manifest.files``.
-        name: its name in that file.
-        length: frames.
-        row: first row in every array of the cache.
-        digests: camera → digest of its frames, and ``rows`` → digest of its low-dim obs and actions.
-        view_key: seed of its view parameters: its first name, kept when it is renamed.
-    """
-
-    file: int
-    name: str
-    length: int
-    row: int
-    digests: dict[str, str]
-    view_key: str
-
-
 @dataclass(frozen=True)
 class Manifest:
     """The contents of ``manifest.json``."""
@@ -117,7 +104,7 @@ class Manifest:
     low_dim: dict[str, tuple[int, ...]]
     action_dim: int
     files: tuple[SourceRecord, ...]
-    demos: tuple[DemoRows, ...]
+    demos: Sequence[DemoRows]
     masks: dict[str, tuple[int, ...]]
     env_args: dict[str, Any] | None = None
     render_flags: dict[str, Any] | None = None
@@ -136,7 +123,7 @@ class Manifest:
     The same request, on files that have not changed, gives the same demos and keys."""
     format: int = FORMAT
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Digest of the contents: equal for equal frames, encoder and views, whatever the row layout."""
         cameras = {
@@ -148,7 +135,7 @@ class Manifest:
 
     def block_segments(self) -> dict[int, tuple[Segment, ...]]:
         """Returns the live segments of each block that has live rows."""
-        return block_segments([d.row for d in self.demos], [d.length for d in self.demos], self.shard_rows)
+        return block_segments(first_rows(self.demos).tolist(), lengths(self.demos).tolist(), self.shard_rows)
 
     def unit_inputs(self, unit: Unit) -> str:
         """Returns the digest of all settings, besides frames and rows, that determine the contents of a unit."""
@@ -173,8 +160,21 @@ class Manifest:
                 for view in range(entry.views):
                     yield Unit("features", camera, view, block)
 
+    @property
+    def rows(self) -> int:
+        """Number of live rows: the frames of all demos."""
+        return int(lengths(self.demos).sum())
+
+    @cached_property
+    def table(self) -> tuple[str, bytes] | None:
+        """Name and bytes of the object that holds the demo table in columns; None if the manifest itself holds it."""
+        if len(self.demos) <= MANY_DEMOS:
+            return None
+        data = DemoTable.of(self.demos).to_bytes()
+        return f"{TABLES}/{digest(data)}.npz", data
+
     def to_json(self) -> dict[str, Any]:
-        """Returns a JSON value with its own digest under ``digest``."""
+        """Returns a JSON value with its own digest under ``digest``; of many demos, it names the :attr:`table`."""
         value = {
             "format": self.format,
             "fingerprint": self.fingerprint,
@@ -196,7 +196,7 @@ class Manifest:
             "low_dim": {key: list(shape) for key, shape in self.low_dim.items()},
             "action_dim": self.action_dim,
             "files": [source.to_json() for source in self.files],
-            "demos": [list(demo) for demo in self.demos],
+            "demos": self.table[0] if self.table else [list(demo) for demo in self.demos],
             "masks": {key: list(demos) for key, demos in self.masks.items()},
             "absent": {key: list(names) for key, names in self.absent.items()},
             "filter_key": self.filter_key,
@@ -210,8 +210,12 @@ class Manifest:
         return {**value, "digest": json_digest(value)}
 
     @classmethod
-    def from_json(cls, value: Any) -> Manifest:
-        """Reads the value of :meth:`to_json`; raises ValueError for any other value, or one with a wrong digest."""
+    def from_json(cls, value: Any, table: DemoTable | None = None) -> Manifest:
+        """Reads the value of :meth:`to_json`; raises ValueError for any other value, or one with a wrong digest.
+
+        Args:
+            table: the demo table that the value names, if it names one.
+        """
         if not isinstance(value, dict):
             raise ValueError("it is not a JSON object")
         rest = {key: item for key, item in value.items() if key != "digest"}
@@ -221,19 +225,27 @@ class Manifest:
             name: [entry.get(item) for item in CameraEntry._fields]
             for name, entry in typed(rest.get("cameras"), dict[str, dict[str, Any]]).items()
         }
-        made: Manifest = typed({"filter_key": UNKNOWN, **rest, "cameras": cameras}, cls)
-        rows = [made.shard_rows, made.batch_size, made.action_dim, *(demo.length for demo in made.demos)]
-        shapes = [*(entry.feature_shape for entry in made.cameras.values()), *made.low_dim.values()]
-        if min(rows, default=1) < 1 or any(side < 1 for shape in shapes for side in shape):
-            raise ValueError("a size in it is not positive")
-        if any(not 0 <= demo.row <= made.n_rows - demo.length for demo in made.demos):
-            raise ValueError("a demo in it has rows outside the cache")
-        members = [number for numbers in made.masks.values() for number in numbers]
-        if any(not 0 <= demo.file < len(made.files) for demo in made.demos) or any(
-            not 0 <= number < len(made.demos) for number in members
-        ):
-            raise ValueError("it names a file or demo that it does not list")
+        demos = typed(rest.get("demos"), tuple[DemoRows, ...]) if table is None else ()
+        made: Manifest = typed({"filter_key": UNKNOWN, **rest, "cameras": cameras, "demos": ()}, cls)
+        made = replace(made, demos=demos if table is None else table)
+        if isinstance(rest.get("fingerprint"), str):
+            made.__dict__["fingerprint"] = rest["fingerprint"]
+        made._check()
         return made
+
+    def _check(self) -> None:
+        """Raises ValueError for sizes and numbers that do not fit together."""
+        starts, counts = first_rows(self.demos), lengths(self.demos)
+        shapes = [*(entry.feature_shape for entry in self.cameras.values()), *self.low_dim.values()]
+        sizes = [self.shard_rows, self.batch_size, self.action_dim, *(side for shape in shapes for side in shape)]
+        if min(sizes) < 1 or (counts < 1).any():
+            raise ValueError("a size in it is not positive")
+        if (starts < 0).any() or (starts > self.n_rows - counts).any():
+            raise ValueError("a demo in it has rows outside the cache")
+        files = demo_files(self.demos)
+        members = np.array([number for numbers in self.masks.values() for number in numbers], np.int64)
+        if ((files < 0) | (files >= len(self.files))).any() or ((members < 0) | (members >= len(self.demos))).any():
+            raise ValueError("it names a file or demo that it does not list")
 
 
 def _digest_fits(rest: dict[str, Any], value: dict[str, Any]) -> bool:
@@ -316,7 +328,7 @@ def _read(store: Store, name: str) -> Manifest:
             )
         if _is_bare_claim(value):
             raise _no_manifest(store)
-        return Manifest.from_json(value)
+        return Manifest.from_json(value, _read_table(store, value))
     except OSError as error:
         if error.errno in NOT_ALLOWED:
             raise
@@ -329,6 +341,17 @@ def _read(store: Store, name: str) -> Manifest:
                 f"{store.place} is not a cache: extract-features did not write its {name}; choose another path"
             ) from error
         raise CorruptCacheError(f"{file} is damaged: {error}; {mend}") from error
+
+
+def _read_table(store: Store, value: Any) -> DemoTable | None:
+    """Reads the demo table that a manifest names; None if the manifest holds it itself."""
+    name = value.get("demos") if isinstance(value, dict) else None
+    if not isinstance(name, str):
+        return None
+    data = store.read(name)
+    if name != f"{TABLES}/{digest(data)}.npz":
+        raise ValueError(f"the digest of {name} does not match its contents")
+    return DemoTable.from_bytes(data)
 
 
 def _no_manifest(store: Store) -> CacheError:
@@ -361,17 +384,30 @@ def write_manifest(place: Place, manifest: Manifest, after: Stamp | None = None)
         ChangedError: another process has written it.
     """
     store = store_at(place)
+    _write_table(store, manifest)
     try:
         store.write_after(MANIFEST, after, json_bytes(manifest.to_json()))
     except ChangedError:
         check_claim(store, after)
         raise
     store.delete(PENDING)
+    for name, _ in list(store.sizes(f"{TABLES}/")):
+        if manifest.table is None or name != manifest.table[0]:
+            store.delete(name)
 
 
 def write_pending(place: Place, manifest: Manifest) -> None:
     """Writes the target manifest of an extraction."""
+    _write_table(store_at(place), manifest)
     store_at(place).write(PENDING, json_bytes(manifest.to_json()))
+
+
+def _write_table(store: Store, manifest: Manifest) -> None:
+    if manifest.table is None:
+        return
+    name, data = manifest.table
+    if not exists(store, name) or store.read(name) != data:
+        store.write(name, data)
 
 
 def claim_manifest(store: Store, after: Stamp | None, purpose: dict[str, Any]) -> Stamp | None:

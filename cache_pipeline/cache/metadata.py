@@ -19,7 +19,9 @@ from zarr.storage import MemoryStore
 from cache_pipeline.cache.arrays import MEND, ArraySpec, array_specs
 from cache_pipeline.cache.layout import align_up, choose_chunk_rows
 from cache_pipeline.cache.manifest import Manifest, write_manifest, write_pending
-from cache_pipeline.cache.store import Place, Stamp, store_at
+from cache_pipeline.cache.store import Place, store_at
+from cache_pipeline.cache.store_protocol import Stamp
+from cache_pipeline.cache.table import first_rows, lengths, names
 from cache_pipeline.errors import CorruptCacheError
 from cache_pipeline.files import digest
 
@@ -30,6 +32,10 @@ ROWS = (
     "other rows hold no demo: they fill up a shard, belonged to a demo that was removed, or are being written."
 )
 UNFINISHED = "The extraction has not finished: no row can be relied on. Run the same extract-features command again."
+TABLE = (
+    "a NumPy .npz file: row has demo_starts, length has demo_lengths, and demo i is called "
+    "names[names_ends[i - 1]:names_ends[i]], in UTF-8"
+)
 AUTHORITY = "manifest.json decides what the cache holds; docs/cache-format.md describes it."
 GROUPS = {
     "features": "output of the frozen encoder at the cut, one array per camera",
@@ -206,14 +212,22 @@ def _root_attributes(manifest: Manifest, complete: bool) -> dict[str, Any]:
         "comment": f"{ROWS} {AUTHORITY}",
         "fingerprint": manifest.fingerprint,
         "demos": len(manifest.demos),
-        "rows": sum(demo.length for demo in manifest.demos),
-        "demo_names": [demo.name for demo in manifest.demos],
-        "demo_starts": [demo.row for demo in manifest.demos],
-        "demo_lengths": [demo.length for demo in manifest.demos],
+        "rows": manifest.rows,
+        **_demo_lists(manifest),
         "filter_keys": {key: list(members) for key, members in manifest.masks.items()},
         "cameras": list(manifest.cameras),
         "views": {camera: entry.views for camera, entry in manifest.cameras.items()},
         "low_dim_keys": list(manifest.low_dim),
+    }
+
+
+def _demo_lists(manifest: Manifest) -> dict[str, Any]:
+    if manifest.table is not None:
+        return {"demo_table": manifest.table[0], "demo_columns": TABLE}
+    return {
+        "demo_names": names(manifest.demos),
+        "demo_starts": first_rows(manifest.demos).tolist(),
+        "demo_lengths": lengths(manifest.demos).tolist(),
     }
 
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from cache_pipeline.cache.store import Buffer, OpenObject, Stamp, Store
+from cache_pipeline.cache.store_protocol import Buffer, OpenObject, Stamp, Store
 from cache_pipeline.errors import ChangedError, ConfigError, MissingExtraError, StoreError, available, install_command
 from cache_pipeline.text import shortened
 

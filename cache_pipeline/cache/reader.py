@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import mkdtemp
@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.cache import arrays
-from cache_pipeline.cache.manifest import MANIFEST, CameraEntry, DemoRows, Manifest, read_manifest
+from cache_pipeline.cache.manifest import MANIFEST, CameraEntry, Manifest, read_manifest
 from cache_pipeline.cache.metadata import check_metadata
-from cache_pipeline.cache.store import Place, Stamp, Store, is_remote, store_at
+from cache_pipeline.cache.store import Place, is_remote, store_at
+from cache_pipeline.cache.store_protocol import Stamp, Store
+from cache_pipeline.cache.table import DemoRows, first_rows, joined_spans, lengths
 from cache_pipeline.errors import CacheError, CorruptCacheError, StaleCacheError, available
 from cache_pipeline.files import Location, atomic_path
 
@@ -99,7 +101,7 @@ class FeatureCache:
         return self.manifest.cameras
 
     @property
-    def demos(self) -> tuple[DemoRows, ...]:
+    def demos(self) -> Sequence[DemoRows]:
         """The demo table, in the order of the source files."""
         return self.manifest.demos
 
@@ -141,12 +143,12 @@ class FeatureCache:
     @property
     def lengths(self) -> NDArray[np.int64]:
         """(E,) frames of each demo."""
-        return np.array([demo.length for demo in self.demos], np.int64)
+        return lengths(self.demos)
 
     @property
     def starts(self) -> NDArray[np.int64]:
         """(E,) first row of each demo."""
-        return np.array([demo.row for demo in self.demos], np.int64)
+        return first_rows(self.demos)
 
     @property
     def packed_starts(self) -> NDArray[np.int64]:
@@ -156,8 +158,7 @@ class FeatureCache:
     @property
     def live_rows(self) -> NDArray[np.int64]:
         """(N,) the rows that ``rows=None`` returns, in its order."""
-        rows = [np.arange(demo.row, demo.row + demo.length) for demo in self.demos]
-        return np.concatenate(rows) if rows else np.zeros(0, np.int64)
+        return np.arange(self.manifest.rows) + np.repeat(self.starts - self.packed_starts, self.lengths)
 
     def features(self, camera: str, rows: Rows = None, view: int = 0) -> NDArray[Any]:
         """Reads features at the cut, (n, D) or (n, D, h, w), in the stored dtype.
@@ -176,7 +177,7 @@ class FeatureCache:
         The result is filled in place: the fastest way to read a whole cache, without further memory.
         """
         self._check_view(camera, 0 if count is None else count - 1)
-        spans = [(demo.row, demo.row + demo.length) for demo in self.demos]
+        spans = joined_spans(self.demos)
         with self._same_cache():
             stored = self._stored(f"features/{camera}")
             return stored.views(spans, self.cameras[camera].views if count is None else count)
@@ -246,7 +247,7 @@ class FeatureCache:
         with self._same_cache():
             stored = self._stored(name)
             if rows is None:
-                return stored.spans([(demo.row, demo.row + demo.length) for demo in self.demos], view)
+                return stored.spans(joined_spans(self.demos), view)
             if isinstance(rows, slice):
                 start, stop, step = rows.indices(self.manifest.n_rows)
                 if step > 0:

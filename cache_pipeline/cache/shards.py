@@ -16,7 +16,7 @@ import crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_pipeline.cache.store import OpenObject, Stamp, Store
+from cache_pipeline.cache.store_protocol import OpenObject, Stamp, Store
 
 CRC_BYTES = 4
 EMPTY = (1 << 64) - 1  # offset and size of an empty chunk

@@ -7,6 +7,7 @@ import numpy as np
 from cache_pipeline.cache.arrays import StoredArray
 from cache_pipeline.cache.manifest import Manifest
 from cache_pipeline.cache.store import Place
+from cache_pipeline.cache.table import joined_spans, lengths
 from cache_pipeline.errors import CacheError
 from cache_pipeline.files import digest
 from cache_pipeline.text import listed, shortened
@@ -27,16 +28,16 @@ def still_cameras(place: Place, manifest: Manifest) -> tuple[str, ...]:
         found: dict[str, list[str]] = {"black": [], "frozen on one frame": []}
         try:
             stored = StoredArray(place, f"frame_digests/{camera}")
-            digests = stored.spans([(demo.row, demo.row + demo.length) for demo in manifest.demos])
+            digests = stored.spans(joined_spans(manifest.demos))
         except (CacheError, OSError):
             continue
-        ends = np.cumsum([demo.length for demo in manifest.demos])
-        for demo, part in zip(manifest.demos, np.split(digests, ends[:-1]), strict=True):
-            still = len(part) > 0 and bool((part == part[0]).all())
-            if still and np.array_equal(part[0], black):
-                found["black"].append(demo.name)
-            elif still and len(part) > 1:
-                found["frozen on one frame"].append(demo.name)
+        counts = lengths(manifest.demos)
+        starts = np.cumsum(counts) - counts
+        same = (digests == np.repeat(digests[starts], counts, axis=0)).all(1)
+        still = np.logical_and.reduceat(same, starts)
+        dark = still & (digests[starts] == black).all(1)
+        for state, chosen in (("black", dark), ("frozen on one frame", still & ~dark & (counts > 1))):
+            found[state] += [manifest.demos[number].name for number in np.flatnonzero(chosen).tolist()]
         sentences += [_sentence(camera, state, names) for state, names in found.items() if names]
     return tuple(sentences)
 

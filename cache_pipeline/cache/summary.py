@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from cache_pipeline.cache.layout import Unit
-from cache_pipeline.cache.ledger import read_record
+from cache_pipeline.cache.ledger import read_record, record_name, record_names
 from cache_pipeline.cache.manifest import Manifest, is_cache, read_manifest, read_pending
 from cache_pipeline.cache.stillness import still_cameras
 from cache_pipeline.cache.store import Place, store_at, stored_bytes
+from cache_pipeline.cache.store_protocol import Store
 from cache_pipeline.errors import CorruptCacheError, IncompleteCacheError, NotACacheError
 from cache_pipeline.text import by_name, few, listed, shortened
 
 ALL = "--json lists all"
+READ_RECORDS = 10_000
+"""Up to this number of units, their records are read; verify --integrity reads all of any number."""
 State = Literal["complete", "incomplete", "corrupt"]
 
 
@@ -66,7 +70,7 @@ class CacheSummary(NamedTuple):
             "fingerprint": manifest.fingerprint,
             "dtype": manifest.dtype,
             "demos": len(manifest.demos),
-            "rows": sum(demo.length for demo in manifest.demos),
+            "rows": manifest.rows,
             "shard_rows": manifest.shard_rows,
             "batch_size": manifest.batch_size,
             "action_dim": manifest.action_dim,
@@ -109,7 +113,7 @@ def inspect_cache(place: Place) -> CacheSummary:
         state, problem = "corrupt", str(error)
     target = read_pending(store) or manifest
     units = _units(target, manifest) if target else []
-    done = sum(read_record(store, unit) is not None for unit in units)
+    done = _count_done(store, units)
     if state == "complete" and target is not manifest:
         problem = "an extension is unfinished; run the same extract-features command again to continue"
     elif state == "complete" and done < len(units):
@@ -128,13 +132,21 @@ def _units(target: Manifest, manifest: Manifest | None) -> list[Unit]:
     return list(target.live_units())
 
 
+def _count_done(store: Store, units: Sequence[Unit]) -> int:
+    """Returns how many units have a record. Of many units the records are counted, not read."""
+    if len(units) <= READ_RECORDS:
+        return sum(read_record(store, unit) is not None for unit in units)
+    stored = set(record_names(store))
+    return sum(record_name(unit) in stored for unit in units)
+
+
 def _dead_rows(manifest: Manifest) -> int:
     """Returns the number of rows that belong to no live demo."""
-    return manifest.n_rows - sum(demo.length for demo in manifest.demos)
+    return manifest.n_rows - manifest.rows
 
 
 def _manifest_lines(manifest: Manifest, dead_rows: int) -> list[str]:
-    rows = sum(demo.length for demo in manifest.demos)
+    rows = manifest.rows
     blocks = len(manifest.block_segments())
     lines = [
         f"fingerprint {manifest.fingerprint}",

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from cache_pipeline.cache.manifest import CameraEntry, Manifest
 from cache_pipeline.cache.reader import FeatureCache
-from cache_pipeline.cache.store import Store, exists
+from cache_pipeline.cache.store import exists
+from cache_pipeline.cache.store_protocol import Store
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.factory import Factories

@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from cache_pipeline.cache.manifest import STORE_DTYPES
 from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.errors import ConfigError, available
 from cache_pipeline.options import DATA, ENCODER, OUTPUT, RUNNING, Option, check, names
@@ -19,6 +18,7 @@ Item = TypeVar("Item")
 OTHERS = ""
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 PRECISION_BOUND = 0.05
+STORE_DTYPES = ("float16", "float32")
 
 
 def _encoder_spec() -> Any:

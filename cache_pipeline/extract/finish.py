@@ -9,9 +9,10 @@ from dataclasses import replace
 from numpy.typing import NDArray
 
 from cache_pipeline.cache.arrays import StoredArray, array_names
-from cache_pipeline.cache.manifest import DemoRows, Manifest
+from cache_pipeline.cache.manifest import Manifest
 from cache_pipeline.cache.stillness import still_cameras
 from cache_pipeline.cache.store import exists
+from cache_pipeline.cache.table import DemoRows
 from cache_pipeline.errors import DatasetError, IncompleteCacheError
 from cache_pipeline.extract.matching import array_digest
 from cache_pipeline.extract.prepare import Prepared

@@ -13,7 +13,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_pipeline.cache.manifest import DemoRows, Manifest, SourceRecord
+from cache_pipeline.cache.manifest import Manifest, SourceRecord
+from cache_pipeline.cache.table import DemoRows
 from cache_pipeline.demos.choice import Choice
 from cache_pipeline.demos.dataset import Dataset, Demo
 from cache_pipeline.demos.layouts.robomimic import FileStamp, SourceFile

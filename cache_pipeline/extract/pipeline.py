@@ -20,7 +20,8 @@ from cache_pipeline.cache.folder import (
 from cache_pipeline.cache.lock import writing
 from cache_pipeline.cache.manifest import PENDING, Manifest, claim_manifest, is_complete, write_pending
 from cache_pipeline.cache.metadata import ROOT, complete_cache, metadata_files, root_file, write_metadata
-from cache_pipeline.cache.store import Stamp, Store, real_store, stored_bytes
+from cache_pipeline.cache.store import real_store, stored_bytes
+from cache_pipeline.cache.store_protocol import Stamp, Store
 from cache_pipeline.errors import NOT_ALLOWED, CacheError, counted
 from cache_pipeline.extract.camera_encoders import save_weights
 from cache_pipeline.extract.config import ExtractConfig

@@ -11,7 +11,7 @@ from cache_pipeline.cache.arrays import unit_arrays
 from cache_pipeline.cache.layout import Segment, Unit
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, read_record
 from cache_pipeline.cache.manifest import Manifest
-from cache_pipeline.cache.store import Store
+from cache_pipeline.cache.store_protocol import Store
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.extract.matching import array_digest, frame_digests
 from cache_pipeline.files import digest

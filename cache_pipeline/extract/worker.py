@@ -17,7 +17,7 @@ from cache_pipeline.cache import arrays
 from cache_pipeline.cache.layout import Segment, Unit
 from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, write_record
 from cache_pipeline.cache.manifest import check_claim
-from cache_pipeline.cache.store import Stamp
+from cache_pipeline.cache.store_protocol import Stamp
 from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.encoders.views import ViewParameters, view_parameters
 from cache_pipeline.errors import ChangedError, CorruptCacheError, DatasetError, EncoderError
