@@ -34,6 +34,8 @@ MOST_TAILS = 4096
 """Indexes of shards that are kept, some kilobytes each: a row then takes one request, not two."""
 NO_BUCKET = re.compile(r"NoSuchBucket|ContainerNotFound|bucket does not exist", re.IGNORECASE)
 _memory: dict[str, Any] = {}
+_process: list[int] = []
+"""The process in which obstore has started its threads, which a forked process does not have."""
 
 
 class ObjectStore:
@@ -144,7 +146,13 @@ class ObjectStore:
 
     def _store(self) -> Any:
         """Returns obstore's store of the bucket, opened in this process; the first time, asks whether it answers."""
+        if _process and _process != [os.getpid()]:
+            raise StoreError(
+                f"{self.place} cannot be read in a forked process; start workers with spawn, such as "
+                "DataLoader(…, multiprocessing_context='spawn')"
+            )
         if self._process != os.getpid():
+            _process[:] = [os.getpid()]
             first = _open_bucket(self._bucket, FIRST_RETRIES)
             with _described(f"{self.place}"):
                 try:

@@ -74,7 +74,8 @@ class FeatureCache:
     made anew or moved away, every read raises ``StaleCacheError``: each read checks, after the last byte, that the
     manifest is still the one that was opened.
 
-    Safe to pickle and to use in forked and spawned workers: arrays are opened on first use in each process.
+    Safe to pickle and to use in forked and spawned workers: arrays are opened on first use in each process. A cache on
+    an object store can be used in spawned workers only, and says so.
 
     >>> cache = FeatureCache("lift.zarr")                                  # doctest: +SKIP
     >>> cache.features("agentview_image").shape                            # doctest: +SKIP

@@ -1,5 +1,8 @@
 """A cache on an object store holds what a folder would, and no two writers can mix theirs."""
 
+import concurrent.futures
+import multiprocessing
+
 import numpy as np
 import pytest
 import zarr
@@ -276,3 +279,22 @@ def test_a_url_without_the_extra_names_it(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "obstore", None)
     with pytest.raises(MissingExtraError, match="uv sync --extra remote"):
         FeatureCache("s3://bucket/lift.zarr")
+
+
+def in_another_process(how, cache):
+    with concurrent.futures.ProcessPoolExecutor(1, multiprocessing.get_context(how)) as pool:
+        return pool.submit(cache.features, CAMERA).result()
+
+
+def test_it_is_read_in_spawned_processes(url, dataset):
+    extract(url, dataset)
+    cache = FeatureCache(url)
+    assert equal(in_another_process("spawn", cache), cache.features(CAMERA))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_forked_process_is_told_to_be_spawned(url, dataset):
+    extract(url, dataset)
+    cache = FeatureCache(url)
+    with pytest.raises(StoreError, match="multiprocessing_context='spawn'"):
+        in_another_process("fork", cache)
