@@ -22,7 +22,7 @@ from cache_pipeline.cache.layout import Segment, Unit, block_segments
 from cache_pipeline.cache.ledger import has_records, record_names
 from cache_pipeline.cache.store import Place, exists, is_remote, store_at
 from cache_pipeline.cache.store_protocol import Stamp, Store
-from cache_pipeline.cache.table import DemoRows, DemoTable, demo_files, first_rows, lengths
+from cache_pipeline.cache.table import DemoRows, DemoTable, demo_files, first_rows, joined_spans, lengths
 from cache_pipeline.errors import (
     NOT_ALLOWED,
     CacheError,
@@ -137,6 +137,12 @@ class Manifest:
         """Returns the live segments of each block that has live rows."""
         return block_segments(first_rows(self.demos).tolist(), lengths(self.demos).tolist(), self.shard_rows)
 
+    def live_blocks(self) -> list[int]:
+        """Returns the blocks that have live rows, in ascending order."""
+        size = self.shard_rows
+        spans = joined_spans(self.demos)
+        return sorted({block for start, stop in spans for block in range(start // size, -(-stop // size))})
+
     def unit_inputs(self, unit: Unit) -> str:
         """Returns the digest of all settings, besides frames and rows, that determine the contents of a unit."""
         if unit.kind == "features":
@@ -151,7 +157,7 @@ class Manifest:
 
     def live_units(self) -> Iterator[Unit]:
         """Returns every unit that a complete cache must hold, block by block."""
-        for block in self.block_segments():
+        for block in self.live_blocks():
             yield Unit("steps", "", 0, block)
             for key in self.low_dim:
                 yield Unit("low_dim", key, 0, block)

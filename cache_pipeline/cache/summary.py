@@ -147,7 +147,7 @@ def _dead_rows(manifest: Manifest) -> int:
 
 def _manifest_lines(manifest: Manifest, dead_rows: int) -> list[str]:
     rows = manifest.rows
-    blocks = len(manifest.block_segments())
+    blocks = len(manifest.live_blocks())
     lines = [
         f"fingerprint {manifest.fingerprint}",
         f"{len(manifest.demos)} demos, {rows} rows in {blocks} blocks of {manifest.shard_rows}, {manifest.dtype}",
