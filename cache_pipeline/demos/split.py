@@ -103,7 +103,8 @@ def keep_together(split: Split, contents: Mapping[int, Hashable], names: Sequenc
     some = ", ".join(f"{names[copy]} = {names[original]}" for copy, original in list(copies.items())[:5])
     repeat = "demo repeats" if len(copies) == 1 else "demos repeat"
     warning = f"{len(copies)} {repeat} the contents of others ({some}{', …' if len(copies) > 5 else ''})"
-    leaked = [demo for demo in split.train if demo in copies and copies[demo] in split.valid]
+    held_out = set(split.valid)
+    leaked = {demo: None for demo in split.train if demo in copies and copies[demo] in held_out}
     train = tuple(demo for demo in split.train if demo not in leaked)
     if not leaked:
         return split._replace(warnings=(*split.warnings, warning))

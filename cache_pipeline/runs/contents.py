@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from cache_pipeline.cache.manifest import SourceRecord
 from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.cache.table import DemoRows
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.split import Split
 from cache_pipeline.errors import CheckpointError
@@ -51,11 +52,13 @@ class Contents:
 
     def at_hand(self, number: int) -> Digests | None:
         """Returns the digests of a demo if they are known without reading frames, else None."""
-        if number not in self._taken and isinstance(self._data, FeatureCache):
-            digests = self._data.demos[number].digests
-            self._taken[number] = {name: digests.get(name) for name in (*self._cameras, *self._rows)}
+        if number in self._taken:
+            return self._taken[number]
         demo = self._data.demos[number]
-        return self._taken.get(number) or self._known.get((self._files[demo.file], demo.name))
+        if not isinstance(demo, DemoRows):
+            return self._known.get((self._files[demo.file], demo.name))
+        self._taken[number] = {name: demo.digests.get(name) for name in (*self._cameras, *self._rows)}
+        return self._taken[number]
 
     def digests(self, numbers: Sequence[int]) -> tuple[Digests, ...]:
         """Returns the digests of demos; reads the frames of those whose digests are unknown."""

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_pipeline.cache.table import demo_files, names
 from cache_pipeline.demos.split import Split, split_demos
 from cache_pipeline.demos.windows import Windows, WindowSpec, make_windows
 from cache_pipeline.errors import ConfigError, available
@@ -85,17 +86,19 @@ def choose_keys(asked: Sequence[str] | None, there: Sequence[str], what: str) ->
 
 def cache_row_numbers(cache: Any, split: Split) -> NDArray[np.int64]:
     """Returns (N,) the cache row of every packed row."""
-    chosen = [cache.demos[number] for number in (*split.train, *split.valid)]
-    return np.concatenate([np.arange(demo.row, demo.row + demo.length) for demo in chosen])
+    chosen = np.array([*split.train, *split.valid], np.int64)
+    starts, counts = cache.starts[chosen], cache.lengths[chosen]
+    return np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
 
 
 def rows_of_cache(cache: Any, split: Split, low_dim_keys: Sequence[str]) -> RunRows:
     """Reads the rows of a FeatureCache."""
-    chosen = [cache.demos[number] for number in (*split.train, *split.valid)]
+    chosen = [*split.train, *split.valid]
     numbers = cache_row_numbers(cache, split)
+    files, called = demo_files(cache.demos).tolist(), names(cache.demos)
     return RunRows(
-        demos=tuple((demo.file, demo.name) for demo in chosen),
-        lengths=np.array([demo.length for demo in chosen], np.int64),
+        demos=tuple((files[number], called[number]) for number in chosen),
+        lengths=cache.lengths[chosen],
         n_train=len(split.train),
         low_dim={key: cache.array(f"low_dim/{key}", numbers) for key in low_dim_keys},
         actions=cache.array("actions", numbers),
