@@ -45,6 +45,7 @@ MOST_PIXELS = 16384
 BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 Config = TypeVar("Config")
+Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -237,6 +238,19 @@ def image_shape(text: str) -> tuple[int, int]:
             f"{text!r} is not an image shape; give height and width in pixels, 1 to {MOST_PIXELS}, such as 76,76"
         )
     return int(match[1]), int(match[2])
+
+
+def channels(text: str) -> Channels:
+    """Reads ``0.5,0.5,1/255`` as one number each for red, green and blue; raises OptionError."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(
+        re.fullmatch(r"\s*-?\d{1,9}(\.\d{1,17})?(/[1-9]\d{0,8})?\s*", part) for part in parts
+    ):
+        raise OptionError(f"{text!r} is not one number each for red, green and blue, such as 0.5,0.5,0.5")
+    red, green, blue = (
+        float(number) / float(divisor or 1) for number, _, divisor in (part.partition("/") for part in parts)
+    )
+    return red, green, blue
 
 
 def byte_count(text: str) -> int:

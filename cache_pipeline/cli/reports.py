@@ -20,6 +20,7 @@ def quickstart(
     ] = None,
     steps: Annotated[int, typer.Option("--steps", min=10, help="Training steps.")] = 1500,
     weights: o.Weights = None,
+    weights_prefix: o.WeightsPrefix = None,
     device: o.Device = "auto",
     seed: o.Seed = 0,
     json: o.Json = False,
@@ -28,7 +29,15 @@ def quickstart(
     from cache_pipeline.reports.quickstart import run_quickstart
 
     with when_interrupted("features so far are kept; run the same command again to continue"):
-        result = run_quickstart(out, dataset=dataset, steps=steps, weights=weights, device=device, seed=seed)
+        result = run_quickstart(
+            out,
+            dataset=dataset,
+            steps=steps,
+            weights=weights,
+            weights_prefix=weights_prefix,
+            device=device,
+            seed=seed,
+        )
     o.emit(json, result.to_json(), result.lines())
 
 

@@ -45,6 +45,7 @@ SAMPLE = 64
 FLAGS = {
     "factory": "--encoder",
     "weights": "--weights or --no-pretrained-encoder",
+    "weights_prefix": "--weights-prefix",
     "rgb_model_name": "--rgb-model-name",
 }
 
