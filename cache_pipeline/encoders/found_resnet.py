@@ -42,6 +42,7 @@ NORMALIZED = {
     "else: --no-imagenet-norm, or --image-mean and --image-std",
 }
 MOST_NAMED = 6
+MOST_SIGNS = 44  # with an architecture, below the length from which messages shorten a name
 TOP = "."
 
 
@@ -87,12 +88,13 @@ def choose_resnet(path: str | Path, prefix: str | None = None) -> FoundResNet:
         )
     chosen = found if prefix is None else _matching(found, prefix)
     if not chosen:
-        raise EncoderError(f"{path} holds no ResNet under {prefix!r}; --weights-prefix takes one of: {_options(found)}")
+        raise EncoderError(
+            f"{path} holds no ResNet under {prefix!r}; --weights-prefix takes one of: {_options(found, found)}"
+        )
     if len(chosen) > 1:
-        said = f"{path} holds several ResNets: {_options(chosen)}; "
+        said = f"{path} holds several ResNets: {_options(chosen, found)}; "
         if len({state_digest(one.state) for one in chosen}) > 1:
-            first = chosen[0].prefix or TOP
-            raise EncoderError(f"{said}choose one, for example with --weights-prefix {first}")
+            raise EncoderError(f"{said}choose one, for example with --weights-prefix {_typable(chosen[0], found)}")
         logger.info("%sall are equal, and the first is used; --weights-prefix chooses another", said)
     return chosen[0]
 
@@ -103,8 +105,16 @@ def _matching(found: list[FoundResNet], prefix: str) -> list[FoundResNet]:
     return exact or [one for one in found if f".{wanted}." in f".{one.prefix}."]
 
 
-def _options(found: list[FoundResNet]) -> str:
-    return listed(f"{one.prefix or TOP} ({architecture(shapes_of(one.state))})" for one in found)
+def _options(shown: list[FoundResNet], found: list[FoundResNet]) -> str:
+    return listed(f"{_typable(one, found)} ({architecture(shapes_of(one.state))})" for one in shown)
+
+
+def _typable(one: FoundResNet, found: list[FoundResNet]) -> str:
+    """Returns a prefix that chooses ``one``: the whole, or its last parts if messages would shorten the whole."""
+    parts = one.prefix.split(".")
+    ends = (".".join(parts[-count:]) for count in range(1, len(parts)))
+    short = (end for end in ends if [other.prefix for other in _matching(found, end)] == [one.prefix])
+    return (one.prefix if len(one.prefix) <= MOST_SIGNS else next(short, one.prefix)) or TOP
 
 
 def log_found(path: str | Path, found: FoundResNet) -> None:

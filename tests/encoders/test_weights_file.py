@@ -2,11 +2,11 @@
 
 import argparse
 import enum
+import importlib
 import json
 import os
 import pickle
 import shutil
-import subprocess
 import sys
 import warnings
 import zipfile
@@ -20,11 +20,15 @@ import torchvision
 from safetensors.torch import save_file
 from torch import nn
 
+from cache_pipeline.cli.encoder import EncoderOptions
 from cache_pipeline.encoders.found_resnet import architecture, shapes_of
-from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
+from cache_pipeline.encoders.frozen import FrozenEncoder
+from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder, make_preprocess, with_declared
+from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.encoders.resnet import RESNETS, get_resnet
 from cache_pipeline.encoders.weights_file import read_weights
 from cache_pipeline.errors import EncoderError
+from cache_pipeline.text import message_line
 
 
 def drawn(seed):
@@ -268,6 +272,84 @@ def test_a_prefix_without_a_file_is_refused(weights):
         EncoderSpec(weights=weights, weights_prefix="x")
 
 
+def test_a_long_prefix_is_named_by_its_end_so_that_it_can_be_typed(tmp_path, bare, other):
+    start = "policy.nets.encoder.nets.obs.obs_nets"
+    both = {"front": bare, "a_camera_with_a_name_of_some_length": other}
+    tensors = {f"{start}.{camera}.backbone.{k}": v for camera, state in both.items() for k, v in state.items()}
+    torch.save({"model": tensors}, tmp_path / "w.pth")
+    with pytest.raises(EncoderError) as caught:
+        get_resnet("resnet18", tmp_path / "w.pth")
+    said = (
+        "front.backbone (resnet18), a_camera_with_a_name_of_some_length.backbone (resnet18); choose one, for example "
+    )
+    assert f"holds several ResNets: {said}with --weights-prefix front.backbone" in message_line(str(caught.value))
+    assert torch.equal(
+        get_resnet("resnet18", tmp_path / "w.pth", prefix="front.backbone").conv1.weight, bare["conv1.weight"]
+    )
+
+
+# Normalisation.
+
+
+def frames():
+    return torch.randint(0, 256, (2, 40, 40, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(3))
+
+
+def test_r3ms_0_to_255_with_its_own_normalisation_is_imagenets_as_here(tmp_path, net, bare, caplog):
+    caplog.set_level("INFO", logger="cache_pipeline")
+    torch.save({"r3m": under("module.convnet.", bare)}, tmp_path / "r3m.pt")
+    encoder = build_encoder(EncoderSpec(weights=str(tmp_path / "r3m.pt")))
+    images = frames()
+    normalised = torchvision.transforms.functional.normalize  # as R3M.forward does
+    with torch.no_grad():
+        theirs = net(
+            normalised(images.permute(0, 3, 1, 2).float() / 255.0, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+        )
+    ours = FrozenEncoder(encoder, make_preprocess(encoder), precision="fp32")(images)
+    with torch.no_grad():
+        torch.testing.assert_close(net.fc(ours), theirs, rtol=1e-5, atol=1e-5)
+    assert "R3M and VIP take 0-255 and normalise with ImageNet's mean and std in their own code" in caplog.text
+
+
+@pytest.mark.parametrize("origin", ["robomimic", "unknown"])
+@pytest.mark.parametrize("norm", [None, True, False])
+def test_the_normalisation_is_the_one_of_the_option_else_the_one_of_the_weights(tmp_path, bare, caplog, origin, norm):
+    caplog.set_level("INFO", logger="cache_pipeline")
+    prefix = "nets.obs.obs_nets.front.backbone." if origin == "robomimic" else "backbone."
+    torch.save({"model": under(prefix, bare)}, tmp_path / "w.pth")
+    spec = EncoderSpec(weights=str(tmp_path / "w.pth"))
+    encoder = build_encoder(spec)
+    said = {"robomimic": "robomimic trains on pixels on 0-1", "unknown": "does not say how its frames were normalised"}
+    assert said[origin] in caplog.text
+    plain = norm is False or (norm is None and origin == "robomimic")
+    wanted = Preprocess(imagenet_norm=not plain).to_json()
+    assert make_preprocess(encoder, imagenet_norm=norm).to_json() == wanted
+    options = EncoderOptions(weights=tmp_path / "w.pth", imagenet_norm=norm)
+    assert with_declared(encoder, options.preprocess(spec)).to_json() == wanted
+    own = EncoderOptions(weights=tmp_path / "w.pth", image_mean=(0, 0, 0), image_std=(1 / 255,) * 3)
+    assert with_declared(encoder, own.preprocess(spec)).to_json()["std"] == [1 / 255] * 3
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torchvision")
+def test_a_checkpoint_that_robomimic_wrote(tmp_path):
+    pytest.importorskip("robomimic", reason="robomimic is not installed")
+    from robomimic.models.base_nets import ResNet18Conv
+    from robomimic.models.obs_core import VisualCore
+
+    core = VisualCore((3, 84, 84))
+    state = nn.ModuleDict({"obs_nets": nn.ModuleDict({"front": core})}).state_dict()
+    shape_metadata = {"ac_dim": 7, "stats": {"eef_pos": {"mean": np.zeros((1, 3))}}}
+    torch.save(
+        {"model": under("policy.nets.encoder.nets.obs.", state), "config": "{}", **shape_metadata}, tmp_path / "m.pth"
+    )
+    net = get_resnet("resnet18", tmp_path / "m.pth").eval()
+    images = torch.rand(2, 3, 84, 84)
+    assert isinstance(core.backbone, ResNet18Conv)
+    with torch.no_grad():
+        torch.testing.assert_close(net(images), core.backbone.eval()(images).mean((2, 3)))
+    assert net.preprocess_std == (1.0, 1.0, 1.0)
+
+
 # Wrong networks.
 
 NETWORKS = ["resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext50_32x4d", "resnext101_32x8d"]
@@ -410,12 +492,13 @@ def test_a_call_of_any_other_function_is_not_made(tmp_path, bare):
     assert len(read_weights(tmp_path / "w.pth")) == len(bare)
 
 
-def test_no_module_that_a_file_names_is_imported(tmp_path, bare):
-    (tmp_path / "unheard_of.py").write_text("print('imported')\nclass Thing: pass\n")
-    script = "import sys, torch; sys.path.insert(0, '.'); import unheard_of; t = unheard_of.Thing(); t.a = 1\n"
-    script += "torch.save({'thing': t, 'state_dict': torch.load('bare.pth')}, 'w.pth')"
-    torch.save(bare, tmp_path / "bare.pth")
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True, capture_output=True)
+def test_no_module_that_a_file_names_is_imported(tmp_path, bare, monkeypatch):
+    (tmp_path / "unheard_of.py").write_text("class Thing:\n    pass\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    thing = importlib.import_module("unheard_of").Thing()
+    thing.size = 3
+    torch.save({"thing": thing, "state_dict": bare}, tmp_path / "w.pth")
+    del sys.modules["unheard_of"]
     assert len(read_weights(tmp_path / "w.pth")) == len(bare)
     assert "unheard_of" not in sys.modules
 
