@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import pickle
+import struct
 import warnings
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -25,7 +26,7 @@ from cache_pipeline.text import listed
 WRAPPERS = {"_modules", "_parameters", "_buffers", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 UNREADABLE = (
     *(OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError, MemoryError, AssertionError),
-    *(ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError),  # of damaged pickles
+    *(ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, struct.error),  # of damaged pickles
 )
 
 

@@ -6,11 +6,12 @@ import importlib
 import json
 import os
 import pickle
+import random
 import shutil
 import sys
 import warnings
 import zipfile
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +22,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from cache_pipeline.cli.encoder import EncoderOptions
-from cache_pipeline.encoders.found_resnet import architecture, shapes_of
+from cache_pipeline.encoders.found_resnet import architecture, find_resnets, shapes_of
 from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder, make_preprocess, with_declared
 from cache_pipeline.encoders.preprocess import Preprocess
-from cache_pipeline.encoders.resnet import RESNETS, get_resnet
+from cache_pipeline.encoders.resnet import RESNETS, ResNet, get_resnet, load_backbone
 from cache_pipeline.encoders.weights_file import read_weights
 from cache_pipeline.errors import EncoderError
 from cache_pipeline.text import message_line
@@ -374,9 +375,6 @@ def test_the_architecture_is_told_from_the_shapes(name):
 
 def load(state):
     """Loads a state dict into a ResNet-18 without a file."""
-    from cache_pipeline.encoders.found_resnet import find_resnets
-    from cache_pipeline.encoders.resnet import ResNet, load_backbone
-
     load_backbone(ResNet("resnet18"), "resnet18", find_resnets(state)[0].state, "w.pth")
 
 
@@ -565,3 +563,42 @@ def test_other_files_are_one_line(tmp_path, net):
             read_weights(tmp_path / name)
         assert "\n" not in str(caught.value)
         assert name in str(caught.value)
+
+
+def test_damaged_files_are_one_line_or_harmless(tmp_path):
+    """Bytes of three small files are changed, removed and cut at 600 places."""
+    state = {f"layer{i}.0.conv1.weight": torch.ones(2, 2, 1, 1) for i in range(1, 5)}
+    state |= {"conv1.weight": torch.ones(2, 3, 1, 1), "bn1.weight": torch.ones(2)}
+    value = {
+        "args": argparse.Namespace(a=1),
+        "state_dict": under("module.", state),
+        "list": [{"x": {0: torch.ones(3)}}],
+    }
+    torch.save(value, tmp_path / "new.pth")
+    torch.save(value | {"args": None}, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    save_file(state, tmp_path / "w.safetensors")
+    rng, ends, lines, mutated = random.Random(0), Counter(), [], tmp_path / "mutated"
+    for number in range(600):
+        content = bytearray((tmp_path / ("new.pth", "old.pth", "w.safetensors")[number % 3]).read_bytes())
+        at = rng.randrange(len(content) if rng.random() < 0.5 else min(len(content), 600))
+        if number % 4 == 0:
+            del content[at:]
+        elif number % 4 == 1:
+            del content[at : at + rng.choice([1, 30])]
+        else:
+            content[at : at + 3] = rng.randbytes(rng.choice([1, 3]))
+        mutated.write_bytes(content)
+        try:
+            find_resnets(read_weights(mutated))
+            ends["read"] += 1
+        except EncoderError as error:
+            lines.append(str(error))
+    assert not [line for line in lines if "\n" in line]
+    ends["refused"] = len(lines)
+    assert min(ends["read"], ends["refused"]) > 30, ends
+
+
+def test_a_file_that_ends_within_a_number_is_one_line(tmp_path):
+    (tmp_path / "w.pth").write_bytes(b"\x80\x02J\x01")  # a number of four bytes, cut after the first
+    with pytest.raises(EncoderError, match="cannot read weights"):
+        read_weights(tmp_path / "w.pth")
