@@ -25,8 +25,8 @@ from cache_pipeline.text import listed
 # Names that wrappers of a network, and a pickled module, add between those of its layers.
 WRAPPERS = {"_modules", "_parameters", "_buffers", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 UNREADABLE = (
-    *(OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError, MemoryError, AssertionError),
-    *(ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, struct.error),  # of damaged pickles
+    *(OSError, EOFError, RuntimeError, MemoryError, AssertionError, pickle.UnpicklingError, SafetensorError),
+    *(ValueError, TypeError, LookupError, AttributeError, ArithmeticError, struct.error),  # of damaged pickles
 )
 
 
