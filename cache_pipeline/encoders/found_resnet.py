@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
 from typing import NamedTuple
 
@@ -72,8 +73,8 @@ def choose_resnet(path: str | Path, prefix: str | None = None) -> FoundResNet:
 
     Args:
         path: the file.
-        prefix: what its names begin with, or some consecutive parts of that; ``.`` is the top level. ``None``: the file
-            holds one ResNet, or equal copies of one.
+        prefix: what its names begin with, or some parts of that in their order; ``.`` is the top level. ``None``: the
+            file holds one ResNet, or equal copies of one.
 
     Raises:
         EncoderError: as ``read_weights``; or the file holds no ResNet, several, or none under ``prefix``.
@@ -100,9 +101,16 @@ def choose_resnet(path: str | Path, prefix: str | None = None) -> FoundResNet:
 
 
 def _matching(found: list[FoundResNet], prefix: str) -> list[FoundResNet]:
+    """Returns those with exactly this prefix, else those that have its parts side by side, else in this order."""
     wanted = dotted(prefix)
     exact = [one for one in found if one.prefix == wanted]
-    return exact or [one for one in found if f".{wanted}." in f".{one.prefix}."]
+    beside = [one for one in found if f".{wanted}." in f".{one.prefix}."]
+    return exact or beside or [one for one in found if _in_order(wanted.split("."), one.prefix.split("."))]
+
+
+def _in_order(some: list[str], parts: list[str]) -> bool:
+    rest = iter(parts)
+    return all(part in rest for part in some)
 
 
 def _options(shown: list[FoundResNet], found: list[FoundResNet]) -> str:
@@ -110,11 +118,11 @@ def _options(shown: list[FoundResNet], found: list[FoundResNet]) -> str:
 
 
 def _typable(one: FoundResNet, found: list[FoundResNet]) -> str:
-    """Returns a prefix that chooses ``one``: the whole, or its last parts if messages would shorten the whole."""
+    """Returns a prefix that chooses ``one``: the whole, or a few of its parts if messages would shorten the whole."""
     parts = one.prefix.split(".")
-    ends = (".".join(parts[-count:]) for count in range(1, len(parts)))
-    short = (end for end in ends if [other.prefix for other in _matching(found, end)] == [one.prefix])
-    return (one.prefix if len(one.prefix) <= MOST_SIGNS else next(short, one.prefix)) or TOP
+    few = (".".join(reversed(some)) for count in (1, 2, 3) for some in combinations(parts[::-1], count))
+    chosen = (some for some in few if [other.prefix for other in _matching(found, some)] == [one.prefix])
+    return (one.prefix if len(one.prefix) <= MOST_SIGNS else next(chosen, one.prefix)) or TOP
 
 
 def log_found(path: str | Path, found: FoundResNet) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import enum
 import importlib
+import itertools
 import json
 import os
 import pickle
@@ -273,20 +274,33 @@ def test_a_prefix_without_a_file_is_refused(weights):
         EncoderSpec(weights=weights, weights_prefix="x")
 
 
-def test_a_long_prefix_is_named_by_its_end_so_that_it_can_be_typed(tmp_path, bare, other):
+def test_a_long_prefix_is_named_by_some_parts_so_that_it_can_be_typed(tmp_path, bare, other):
     start = "policy.nets.encoder.nets.obs.obs_nets"
     both = {"front": bare, "a_camera_with_a_name_of_some_length": other}
     tensors = {f"{start}.{camera}.backbone.{k}": v for camera, state in both.items() for k, v in state.items()}
     torch.save({"model": tensors}, tmp_path / "w.pth")
     with pytest.raises(EncoderError) as caught:
         get_resnet("resnet18", tmp_path / "w.pth")
-    said = (
-        "front.backbone (resnet18), a_camera_with_a_name_of_some_length.backbone (resnet18); choose one, for example "
-    )
-    assert f"holds several ResNets: {said}with --weights-prefix front.backbone" in message_line(str(caught.value))
+    said = "front (resnet18), a_camera_with_a_name_of_some_length (resnet18); choose one, for example "
+    assert f"holds several ResNets: {said}with --weights-prefix front" in message_line(str(caught.value))
     assert torch.equal(
         get_resnet("resnet18", tmp_path / "w.pth", prefix="front.backbone").conv1.weight, bare["conv1.weight"]
     )
+
+
+def test_parts_of_a_prefix_in_their_order_choose_among_the_networks_of_two_policies(tmp_path, bare):
+    start, tensors = "obs_encoder.key_model_map", {}
+    for number, (policy, camera) in enumerate(itertools.product(("model", "ema_model"), ("agentview_image", "wrist"))):
+        state = {k: v + number if v.is_floating_point() else v for k, v in bare.items()}
+        tensors |= under(f"{policy}.{start}.{camera}.", state)
+    torch.save({"state_dicts": tensors}, tmp_path / "w.ckpt")
+    with pytest.raises(EncoderError) as caught:
+        get_resnet("resnet18", tmp_path / "w.ckpt")
+    shown = ["model.agentview_image", "model.wrist", "ema_model.agentview_image", "ema_model.wrist"]
+    assert ", ".join(f"{name} (resnet18)" for name in shown) in message_line(str(caught.value))
+    for number, name in enumerate(shown):
+        found = get_resnet("resnet18", tmp_path / "w.ckpt", prefix=name)
+        assert torch.equal(found.bn1.bias, bare["bn1.bias"] + number)
 
 
 # Normalisation.
