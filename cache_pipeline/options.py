@@ -27,6 +27,8 @@ GROUPS = (DATA, ENCODER, POLICY, OPTIMISATION, RUNNING, OUTPUT)
 
 LARGEST = 2**63 - 1
 """Largest number that seeds, counts and sizes may have."""
+MOST_STEPS = 10**9
+"""Largest number of training steps: at 1000 steps/s they take eleven days."""
 MAX_NAME_BYTES = 255
 """Longest name of a file or folder on common file systems."""
 # Type of a field → accepted Python types, and the type in words.

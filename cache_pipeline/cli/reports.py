@@ -9,6 +9,7 @@ import typer
 
 from cache_pipeline.cli import options as o
 from cache_pipeline.cli.terminal import when_interrupted
+from cache_pipeline.options import MOST_STEPS
 
 
 def quickstart(
@@ -18,7 +19,7 @@ def quickstart(
     dataset: Annotated[
         Path | None, typer.Option("--dataset", help="A robomimic HDF5 file; the sample by default.")
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=10, help="Training steps.")] = 1500,
+    steps: Annotated[int, typer.Option("--steps", min=10, max=MOST_STEPS, help="Training steps.")] = 1500,
     weights: o.Weights = None,
     weights_prefix: o.WeightsPrefix = None,
     device: o.Device = "auto",

@@ -254,7 +254,7 @@ def test_options_drawn_at_random(tmp_path, made, monkeypatch):
         "report": ["run", *encoder, "--overwrite"],
         "export": ["run", "--out", "OUT.pt2", *encoder],
         "rollout": ["run", "--episodes", "1", "--horizon", "2", "--env-args", "missing.json"],
-        "bench": ["load", "--seconds", "0.1"],
+        "bench": ["load", "--seconds", "0.1", "--dataset", "demos.hdf5"],
     }
     faults, codes, rng = [], Counter[int](), random.Random(SEED)
     for number in range(DRAWS):
