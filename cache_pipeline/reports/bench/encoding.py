@@ -29,7 +29,7 @@ from cache_pipeline.reports.bench.measure import Prepare, Work, side_by_side
 
 EAGER_BATCH = 64
 LARGE_CACHE_BYTES = 500_000_000
-MOST_VIEWS = 100
+MOST_VIEWS = 32
 """A small dataset makes a smaller cache; extraction of more views of its few frames would take long."""
 EAGER_NAME = f"torchvision, eager, fp32, no_grad, batches of {EAGER_BATCH}"
 # Every precision is measured, also if features of random weights exceed the default bound.
