@@ -136,6 +136,11 @@ def described(error: Exception, then: str = "run the same command again") -> str
     return f"{where}: {what}; {hint}" if where else f"{what}; {hint}"
 
 
+def first_line(error: BaseException) -> str:
+    """Returns the first line of an error's text, or its type if it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
 def install_command(extra: str) -> str:
     """Returns the command that installs an optional extra of this project in a checkout."""
     return f"uv sync --extra {extra} (or pip install '.[{extra}]')"

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from itertools import chain, count
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import msgspec
 
@@ -211,8 +211,23 @@ def json_bytes(value: Any) -> bytes:
 
 
 def read_json(path: str | Path) -> Any:
-    """Reads one JSON value; raises ``OSError`` or ``ValueError``."""
-    return json.loads(Path(path).read_text(encoding="utf-8"))
+    """Reads one JSON value; raises ``OSError`` or ``ValueError``, the latter also for NaN and infinity."""
+    return json.loads(Path(path).read_text(encoding="utf-8"), parse_constant=_not_json)
+
+
+def _not_json(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def check_numbers(value: Any) -> None:
+    """Raises ValueError for a number in a JSON value that is infinite, such as 1e999, or has more than 64 bits."""
+    stack = [value]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict | list):
+            stack += item.values() if isinstance(item, dict) else item
+        elif (isinstance(item, int) and abs(item) >= 2**64) or (isinstance(item, float) and not math.isfinite(item)):
+            raise ValueError(f"it holds the number {item}")
 
 
 def typed(value: Any, kind: Any) -> Any:

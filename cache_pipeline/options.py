@@ -27,6 +27,8 @@ GROUPS = (DATA, ENCODER, POLICY, OPTIMISATION, RUNNING, OUTPUT)
 
 LARGEST = 2**63 - 1
 """Largest number that seeds, counts and sizes may have."""
+MOST_STEPS = 10**9
+"""Largest number of training steps: at 1000 steps/s they take eleven days."""
 MAX_NAME_BYTES = 255
 """Longest name of a file or folder on common file systems."""
 # Type of a field → accepted Python types, and the type in words.
@@ -45,6 +47,7 @@ MOST_PIXELS = 16384
 BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 Config = TypeVar("Config")
+Channels = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
@@ -237,6 +240,19 @@ def image_shape(text: str) -> tuple[int, int]:
             f"{text!r} is not an image shape; give height and width in pixels, 1 to {MOST_PIXELS}, such as 76,76"
         )
     return int(match[1]), int(match[2])
+
+
+def channels(text: str) -> Channels:
+    """Reads ``0.5,0.5,1/255`` as one number each for red, green and blue; raises OptionError."""
+    parts = text.split(",")
+    if len(parts) != 3 or not all(
+        re.fullmatch(r"\s*-?\d{1,9}(\.\d{1,17})?(/[1-9]\d{0,8})?\s*", part) for part in parts
+    ):
+        raise OptionError(f"{text!r} is not one number each for red, green and blue, such as 0.5,0.5,0.5")
+    red, green, blue = (
+        float(number) / float(divisor or 1) for number, _, divisor in (part.partition("/") for part in parts)
+    )
+    return red, green, blue
 
 
 def byte_count(text: str) -> int:

@@ -12,6 +12,7 @@ LONGEST_FILE_NAME = 255
 LONGEST_LINE = 4000
 SHOWN_NAMES = 12
 SHOWN_LINES = 8
+SHOWN_DEMOS = 5
 PUNCTUATION = "'\"`:;,.()[]{}<>"
 BIDIRECTIONAL = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"
 PLAIN = {
@@ -72,6 +73,16 @@ def few(lines: Sequence[str], noun: str, limit: int = SHOWN_LINES, more: str = "
     ['a', 'b', '… and 2 more warnings']
     """
     return [*lines[:limit], *_count_of_rest(len(lines) - limit, noun, more)]
+
+
+def still_sentence(camera: str, state: str, demos: Sequence[str]) -> str:
+    """Returns the sentence that reports a camera that is black or frozen during whole demos.
+
+    >>> still_sentence("eye_image", "black", ["demo_1", "demo_4"])
+    'camera eye_image is black through 2 whole demos (demo_1, demo_4)'
+    """
+    count = f"{len(demos)} whole demo{'s' * (len(demos) > 1)}"
+    return f"camera {shortened(camera)} is {state} through {count} ({listed(demos, limit=SHOWN_DEMOS)})"
 
 
 def _count_of_rest(rest: int, noun: str, more: str) -> list[str]:

@@ -148,7 +148,7 @@ def small_quickstart(dataset: Path, out: Path) -> None:
     """Runs all stages on a small dataset, with random weights and without a download."""
     with pytest.MonkeyPatch.context() as patch:
         random = EncoderSpec(weights="random")
-        patch.setattr(quickstart, "choose_weights", lambda weights, seed: (random, "random weights"))
+        patch.setattr(quickstart, "choose_weights", lambda weights, prefix, seed: (random, "random weights"))
         quickstart.run_quickstart(out, steps=2, weights=None, device="cpu", seed=0, dataset=dataset)
 
 

@@ -55,7 +55,7 @@ def compact(place: Place) -> CompactResult:
         manifest = read_manifest(store)
         before, live = stored_bytes(store), manifest.rows
         new = unused_sibling(store, "compact")
-        with told_when_full(store.place, before):
+        with told_when_full(store.place, before, "; the cache is unchanged"):
             try:
                 make_beside(new, store, "compact")
                 _copy(store, manifest, new)

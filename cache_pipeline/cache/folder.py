@@ -203,12 +203,13 @@ def remove_other_weights(store: Store, kept: Iterable[str]) -> None:
 
 
 @contextmanager
-def told_when_full(place: Location, needed: int) -> Iterator[None]:
+def told_when_full(place: Location, needed: int, kept: str) -> Iterator[None]:
     """Turns a full-disk error into a CacheError that says how many bytes are needed.
 
     Args:
         place: the cache that is written.
         needed: upper bound of the bytes to write.
+        kept: the end of the message, which says what has been kept.
     """
     try:
         yield
@@ -218,7 +219,7 @@ def told_when_full(place: Location, needed: int) -> Iterator[None]:
             raise
         raise CacheError(
             f"{limit.reached} for {place}: it needs {needed / 1e6:.1f} MB in total; "
-            f"{limit.remedy} and run the same command again, which continues where it stopped"
+            f"{limit.remedy} and run the same command again{kept}"
         ) from error
 
 

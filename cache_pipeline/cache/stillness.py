@@ -10,9 +10,7 @@ from cache_pipeline.cache.store import Place
 from cache_pipeline.cache.table import joined_spans, lengths
 from cache_pipeline.errors import CacheError
 from cache_pipeline.files import digest
-from cache_pipeline.text import listed, shortened
-
-NAMED = 5
+from cache_pipeline.text import still_sentence
 
 
 def still_cameras(place: Place, manifest: Manifest) -> tuple[str, ...]:
@@ -38,10 +36,5 @@ def still_cameras(place: Place, manifest: Manifest) -> tuple[str, ...]:
         dark = still & (digests[starts] == black).all(1)
         for state, chosen in (("black", dark), ("frozen on one frame", still & ~dark & (counts > 1))):
             found[state] += [manifest.demos[number].name for number in np.flatnonzero(chosen).tolist()]
-        sentences += [_sentence(camera, state, names) for state, names in found.items() if names]
+        sentences += [still_sentence(camera, state, names) for state, names in found.items() if names]
     return tuple(sentences)
-
-
-def _sentence(camera: str, state: str, names: list[str]) -> str:
-    count = f"{len(names)} whole demo{'s' * (len(names) > 1)}"
-    return f"camera {shortened(camera)} is {state} through {count} ({listed(names, limit=NAMED)})"

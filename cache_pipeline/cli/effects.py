@@ -32,8 +32,8 @@ class Rule(NamedTuple):
     why: str
 
 
-NETWORK = ("rgb_model_name", "pretrained_encoder", "weights")
-PREPROCESSING = ("imagenet_norm", "resize_shape", "crop_shape")
+NETWORK = ("rgb_model_name", "pretrained_encoder", "weights", "weights_prefix")
+PREPROCESSING = ("imagenet_norm", "image_mean", "image_std", "resize_shape", "crop_shape")
 OWN_POLICIES = tuple(parameter_names(TrainConfig, OWN_POLICY_OPTIONS))
 VIEWS = tuple(parameter_names(ViewSpec))
 
@@ -42,6 +42,9 @@ def _robomimic(values: Values) -> bool:
     return values["robomimic_config"] is not None or values["policy"].startswith("robomimic:")
 
 
+NO_FILE = Rule(
+    ("weights_prefix",), lambda v: not v["weights"], "it chooses among the ResNets of a file, which --weights names"
+)
 ENCODER = (
     Rule(NETWORK, lambda v: v["encoder"], "--encoder brings its own network and weights"),
     Rule(("cut",), lambda v: v["encoder"] and v["cut"] != "output", "only ResNets are cut; --encoder gives its output"),
@@ -50,9 +53,12 @@ ENCODER = (
         lambda v: v["weights"] and not v["pretrained_encoder"],
         "--weights takes the weights of a file",
     ),
+    NO_FILE,
+    Rule(("imagenet_norm",), lambda v: v["image_mean"], "--image-mean and --image-std set the normalisation"),
 )
 
 RULES: dict[str, tuple[Rule, ...]] = {
+    "quickstart": (NO_FILE,),
     "extract-features": (
         Rule(
             (*NETWORK, *PREPROCESSING, "camera_encoder"),

@@ -47,6 +47,10 @@ Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST, help="Seed of e
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing output once the new one is complete.")]
 RgbModelName = Annotated[str, typer.Option("--rgb-model-name", help="resnet18, resnet34 or resnet50.")]
 Weights = Annotated[Path | None, typer.Option("--weights", help="Encoder weights from a .pth or .safetensors file.")]
+WeightsPrefix = Annotated[
+    str | None,
+    typer.Option("--weights-prefix", help="Beginning of the names of one of several ResNets in the file of --weights."),
+]
 StoredEncoder = Annotated[
     str | None,
     typer.Option("--encoder", help="The factory that made the encoder, if any; it runs only if it is named here."),

@@ -9,6 +9,7 @@ import typer
 
 from cache_pipeline.cli import options as o
 from cache_pipeline.cli.terminal import when_interrupted
+from cache_pipeline.options import MOST_STEPS
 
 
 def quickstart(
@@ -18,8 +19,9 @@ def quickstart(
     dataset: Annotated[
         Path | None, typer.Option("--dataset", help="A robomimic HDF5 file; the sample by default.")
     ] = None,
-    steps: Annotated[int, typer.Option("--steps", min=10, help="Training steps.")] = 1500,
+    steps: Annotated[int, typer.Option("--steps", min=10, max=MOST_STEPS, help="Training steps.")] = 1500,
     weights: o.Weights = None,
+    weights_prefix: o.WeightsPrefix = None,
     device: o.Device = "auto",
     seed: o.Seed = 0,
     json: o.Json = False,
@@ -28,7 +30,15 @@ def quickstart(
     from cache_pipeline.reports.quickstart import run_quickstart
 
     with when_interrupted("features so far are kept; run the same command again to continue"):
-        result = run_quickstart(out, dataset=dataset, steps=steps, weights=weights, device=device, seed=seed)
+        result = run_quickstart(
+            out,
+            dataset=dataset,
+            steps=steps,
+            weights=weights,
+            weights_prefix=weights_prefix,
+            device=device,
+            seed=seed,
+        )
     o.emit(json, result.to_json(), result.lines())
 
 

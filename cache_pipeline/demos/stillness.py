@@ -11,12 +11,11 @@ import numpy as np
 from cache_pipeline.demos.layouts.robomimic import ArrayInfo, DemoInfo
 from cache_pipeline.hdf5 import READ_ERRORS, damage_as_error, open_file
 from cache_pipeline.isolation import isolated, progress
-from cache_pipeline.text import listed, shortened
+from cache_pipeline.text import still_sentence
 
 MOST_DEMOS = 1000
 """Number of demos that are checked, spread over the file."""
 FRAMES_AT_ONCE = 64
-NAMED = 5
 
 
 def still_cameras(path: Path, demos: Sequence[DemoInfo], cameras: Sequence[str]) -> list[str]:
@@ -50,12 +49,6 @@ def _still_demos(path: Path, camera: str, demos: Sequence[str]) -> dict[str, lis
             if state := _state(file, f"data/{demo}/obs/{camera}"):
                 found[state].append(demo)
     return found
-
-
-def still_sentence(camera: str, state: str, names: Sequence[str]) -> str:
-    """Returns the sentence that reports a black or frozen camera."""
-    count = f"{len(names)} whole demo{'s' * (len(names) > 1)}"
-    return f"camera {shortened(camera)} is {state} through {count} ({listed(names, limit=NAMED)})"
 
 
 def _state(file: h5py.File, path: str) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from cache_pipeline.encoders.cut import CUTS, check_cut, head_stages, run_stages, trunk_stages
 from cache_pipeline.encoders.factory import call_factory, structure_digest
-from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.encoders.preprocess import IMAGENET_MEAN, IMAGENET_STD, Preprocess
 from cache_pipeline.encoders.resnet import RESNETS, ResNet, get_resnet
 from cache_pipeline.encoders.weights import imagenet_sha256, state_digest
 from cache_pipeline.errors import EncoderError, available
@@ -31,6 +31,8 @@ class EncoderSpec:
     rgb_model_name: str = "resnet18"
     weights: str = "imagenet"
     """``imagenet`` (torchvision's IMAGENET1K_V1), ``random``, or a ``.pth`` or ``.safetensors`` file."""
+    weights_prefix: str | None = None
+    """What the names of one of several ResNets in the file begin with; see ``choose_resnet``."""
     seed: int = 0
     """Seed of random weights; no effect on other weights."""
     cut: str = "avgpool"
@@ -42,6 +44,8 @@ class EncoderSpec:
     """GroupNorm instead of BatchNorm; only for random weights."""
 
     def __post_init__(self) -> None:
+        if self.weights_prefix is not None and (self.factory is not None or self.weights in ("imagenet", "random")):
+            raise EncoderError("weights_prefix chooses one of several ResNets in a weights file; leave it out")
         if self.factory is not None:
             self._check_factory()
             object.__setattr__(self, "cut", OUTPUT)
@@ -79,7 +83,9 @@ class EncoderSpec:
             return f"random, seed {self.seed}"
         if self.factory is not None:
             return self.factory
-        return "torchvision IMAGENET1K_V1" if self.weights == "imagenet" else Path(self.weights).name
+        if self.weights == "imagenet":
+            return "torchvision IMAGENET1K_V1"
+        return Path(self.weights).name + ("" if self.weights_prefix is None else f", {self.weights_prefix}")
 
     def to_json(self) -> dict[str, Any]:
         """Returns a JSON object for a run or saved weights. It is not an identity, because it names files."""
@@ -314,7 +320,8 @@ def build_encoder(spec: EncoderSpec) -> ImageEncoder:
                 load_saved(encoder, spec.weights)
         else:
             weights = None if spec.weights == "random" else spec.weights
-            net = get_resnet(spec.rgb_model_name, weights, use_group_norm=spec.use_group_norm)
+            prefix, norm = spec.weights_prefix, spec.use_group_norm
+            net = get_resnet(spec.rgb_model_name, weights, prefix=prefix, use_group_norm=norm)
             checked = f", sha256 {imagenet_sha256(spec.rgb_model_name)}" if weights == "imagenet" else ""
             encoder = ImageEncoder(net, spec.cut, source=spec.source + checked, spec=spec)
     return encoder.eval()
@@ -340,7 +347,7 @@ def make_preprocess(
 ) -> Preprocess:
     """Returns the preprocessing of an encoder.
 
-    A custom module declares it by the attributes ``preprocess_mean`` and ``preprocess_std`` (RGB, pixels on 0–1) and
+    A module declares it by the attributes ``preprocess_mean`` and ``preprocess_std`` (RGB, pixels on 0–1) and
     ``preprocess_resize_shape`` (H, W). Normalisation (declared, else ImageNet's) is on unless weights are random.
 
     Args:
@@ -348,6 +355,8 @@ def make_preprocess(
         resize_shape, crop_shape: (H, W) in pixels; ``resize_shape`` overrides a declared size.
         imagenet_norm: normalisation on or off; ``None``: as the encoder declares.
     """
+    if imagenet_norm and encoder.is_resnet:
+        return Preprocess(resize_shape, crop_shape, mean=IMAGENET_MEAN, std=IMAGENET_STD)
     if imagenet_norm is None:
         imagenet_norm = encoder.spec is None or encoder.spec.weights != "random"
     return with_declared(encoder, Preprocess(resize_shape, crop_shape, imagenet_norm))

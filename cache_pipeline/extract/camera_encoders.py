@@ -45,6 +45,7 @@ SAMPLE = 64
 FLAGS = {
     "factory": "--encoder",
     "weights": "--weights or --no-pretrained-encoder",
+    "weights_prefix": "--weights-prefix",
     "rgb_model_name": "--rgb-model-name",
 }
 
@@ -82,17 +83,17 @@ class CameraEncoder(NamedTuple):
 
 
 def build_encoders(
-    config: ExtractConfig, store: Store, cached: Mapping[str, str | None], *, stand_in: bool = False
+    specs: Iterable[EncoderSpec], store: Store, cached: Mapping[str, str | None], *, stand_in: bool = False
 ) -> Built:
-    """Builds every encoder of the config once.
+    """Builds each encoder once.
 
     Args:
+        specs: the encoders.
         store: the cache.
         cached: weight file in the cache → its recorded digest. Without torchvision's file in the hub folder, ImageNet
             weights are read from such a file if it is intact, instead of downloading them again.
         stand_in: use random weights instead of ImageNet weights that would have to be downloaded.
     """
-    specs = config.encoders.values() if isinstance(config.encoders, Mapping) else (config.encoders,)
     return {spec: _build(spec, store, cached, stand_in=stand_in) for spec in dict.fromkeys(specs)}
 
 

@@ -81,6 +81,12 @@ class ExtractConfig:
             raise ConfigError("no cameras are given; name at least one with --cameras, or leave it out for all")
         check(self)
 
+    def encoders_of_cameras(self) -> "tuple[EncoderSpec, ...]":
+        """Returns the encoders that are used whatever cameras there are: not one for all cameras without their own."""
+        if not isinstance(self.encoders, Mapping):
+            return (self.encoders,)
+        return tuple(spec for camera, spec in self.encoders.items() if camera != OTHERS)
+
     def encoder_for(self, camera: str) -> "EncoderSpec":
         """Returns the encoder of one camera."""
         return _of_camera(self.encoders, camera, "encoder")

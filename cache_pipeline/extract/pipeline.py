@@ -121,7 +121,7 @@ def _extract(config: ExtractConfig, progress: bool) -> tuple[Prepared, Manifest,
             return _nothing_to_do(config, out, error)
         prepared = prepare(config, out)
         _tell_changes(prepared)
-        with told_when_full(out.place, planned_bytes(prepared)):
+        with told_when_full(out.place, planned_bytes(prepared), ", which continues where it stopped"):
             worker = Worker(prepared, progress)
             if is_up_to_date(prepared):
                 assert prepared.old is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -85,13 +86,16 @@ def prepare(config: ExtractConfig, out: Store, *, change: bool = True) -> Prepar
     with ThreadPoolExecutor(1, thread_name_prefix="build") as background:
         known = old or pending
         cached = {file: known.metadata.get(file) for file in known.encoders.values()} if known else {}
-        building = background.submit(build_encoders, config, store, cached, stand_in=not change and known is None)
+        build = functools.partial(build_encoders, store=store, cached=cached, stand_in=not change and known is None)
+        building = background.submit(build, config.encoders_of_cameras())
         dataset = _open_dataset(config, old)
     for line in dataset.choice.lines():
         logger.info("%s", line)
     check_names(config, dataset)
     check_array_names(dataset)
-    encoders = for_cameras(building.result(), config, dataset, old or pending)
+    built = building.result()
+    built |= build({config.encoder_for(camera) for camera in dataset.cameras} - built.keys())
+    encoders = for_cameras(built, config, dataset, old or pending)
     if old is not None and config.views < (views := max(entry.views for entry in old.cameras.values())):
         logger.info("%s: keeps its %d views of every frame", out.place, views)
     if old is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from cache_pipeline.files import typed
 
 POLICIES = ("flow", "mlp", "gmm")
 """Action heads, each in the module of its name in this package."""
+LARGEST_SIZE = 2**24
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +59,8 @@ class PolicySpec:
             spec: PolicySpec = typed(value, cls)
             sizes = [spec.emb_dim, spec.obs_horizon, spec.action_horizon, spec.action_dim]
             shapes = [*spec.cameras.values(), *spec.low_dim.values()]
-            if min(sizes) < 1 or any(side < 1 for shape in shapes for side in shape):
-                raise ValueError("a size in it is not positive")
+            if not all(1 <= size <= LARGEST_SIZE for size in chain(sizes, *shapes)):
+                raise ValueError(f"a size in it is not between 1 and {LARGEST_SIZE}")
             if not spec.cameras.keys() == spec.preprocess.keys() == spec.encoder_files.keys():
                 raise ValueError("its cameras, preprocessing and encoders have different names")
             if any(Path(file).name != file for file in spec.encoder_files.values()):

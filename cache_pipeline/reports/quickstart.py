@@ -9,8 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from cache_pipeline.encoders.found_resnet import architecture, choose_resnet, shapes_of
 from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.encoders.resnet import RESNETS
 from cache_pipeline.errors import EncoderError
 from cache_pipeline.progress import logger
 from cache_pipeline.reports.inspection import inspect_path
@@ -41,7 +43,7 @@ class QuickstartResult(NamedTuple):
 
     def lines(self) -> list[str]:
         error = "no held-out demos"
-        if self.valid_action_mse is not None and self.mean_action_mse is not None:
+        if self.valid_action_mse is not None:
             error = f"{self.valid_action_mse:.4g}, {of_mean_action(self.valid_action_mse, self.mean_action_mse)}"
         return [
             f"encoder weights      {self.weights}",
@@ -56,7 +58,14 @@ class QuickstartResult(NamedTuple):
 
 
 def run_quickstart(
-    out: Path, *, steps: int, weights: Path | None, device: str, seed: int, dataset: Path | None = None
+    out: Path,
+    *,
+    steps: int,
+    weights: Path | None,
+    device: str,
+    seed: int,
+    weights_prefix: str | None = None,
+    dataset: Path | None = None,
 ) -> QuickstartResult:
     """Runs every stage with outputs in ``out``; a finished cache of an earlier quickstart is reused.
 
@@ -73,20 +82,13 @@ def run_quickstart(
     dataset = dataset if dataset is not None else sample_dataset()
     cache, run = out / f"{dataset.stem}.zarr", out / "run"
     _say("1/5 inspect", f"inspect {dataset}")
-    for line in inspect_path(dataset).lines():
-        logger.info("  %s", line)
+    _log(inspect_path(dataset).lines())
 
-    spec, weights_text = choose_weights(weights, seed)
+    spec, weights_text = choose_weights(weights, weights_prefix, seed)
     _say("2/5 extract", f"extract-features {dataset} --out {cache}")
-    extracted = extract_features(
-        ExtractConfig(
-            datasets=(dataset,),
-            out=cache,
-            encoders=spec,
-            preprocess=Preprocess(imagenet_norm=spec.weights != "random"),
-            device=device,
-        )
-    )
+    preprocess = Preprocess(imagenet_norm=spec.weights != "random")
+    config = ExtractConfig(datasets=(dataset,), out=cache, encoders=spec, preprocess=preprocess, device=device)
+    extracted = extract_features(config)
     _log(extracted.lines())
 
     _say("3/5 verify", f"verify {cache}")
@@ -94,9 +96,8 @@ def run_quickstart(
 
     _say("4/5 train", f"train --from-cache {cache} --out {run} --steps {steps}")
     saving = SavingConfig(eval_every=max(1, steps // 6), save_every=0)
-    trained = train(
-        TrainConfig(cache=cache, out=run, steps=steps, seed=seed, device=device, overwrite=True, saving=saving)
-    )
+    training = TrainConfig(cache=cache, out=run, steps=steps, seed=seed, device=device, overwrite=True, saving=saving)
+    trained = train(training)
     _log(trained.lines())
 
     _say("5/5 report", f"report {run}")
@@ -117,11 +118,12 @@ def run_quickstart(
     )
 
 
-def choose_weights(weights: Path | None, seed: int) -> tuple[EncoderSpec, str]:
+def choose_weights(weights: Path | None, prefix: str | None, seed: int) -> tuple[EncoderSpec, str]:
     """Returns the encoder and a sentence on its weights: from a file, from ImageNet, or random."""
     if weights is not None:
-        name = "resnet50" if "resnet50" in weights.name else "resnet34" if "resnet34" in weights.name else "resnet18"
-        return EncoderSpec(rgb_model_name=name, weights=str(weights)), f"{name} from {weights}"
+        name = architecture(shapes_of(choose_resnet(weights, prefix).state))
+        name = name if name in RESNETS else "resnet18"  # building it raises an error that says what the file holds
+        return EncoderSpec(rgb_model_name=name, weights=str(weights), weights_prefix=prefix), f"{name} from {weights}"
     pretrained = EncoderSpec(rgb_model_name="resnet18", weights="imagenet")
     try:
         with _download_timeout():

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,14 +18,14 @@ from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.split import Split
 from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.errors import CachePipelineError
-from cache_pipeline.files import check_output, read_json, resolved
+from cache_pipeline.files import check_output, read_json, resolved, typed
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.progress import logger
 from cache_pipeline.reports import plots
 from cache_pipeline.reports.page import HTML, Page, is_ours
 from cache_pipeline.runs.checkpoint import find_checkpoint
 from cache_pipeline.runs.contents import Contents, recorded_contents, split_of_run
-from cache_pipeline.runs.metrics import NO_MEAN_ACTION_ERROR, fraction_of_mean_action, read_metrics
+from cache_pipeline.runs.metrics import fraction_of_mean_action, of_mean_action, read_metrics
 from cache_pipeline.runs.policy import load_policy
 from cache_pipeline.runs.record import RunRecord, read_record
 from cache_pipeline.runs.summary import inspect_run
@@ -102,7 +104,7 @@ def _figures(page: Page, record: RunRecord, summary: Any) -> None:
         fraction = fraction_of_mean_action(summary.valid_action_mse, summary.mean_action_mse)
         facts.append((f"{summary.valid_action_mse:.4g}", "held-out action error (MSE)"))
         if fraction is None:
-            facts.append(("no ratio", NO_MEAN_ACTION_ERROR))
+            facts.append(("no ratio", of_mean_action(summary.valid_action_mse, summary.mean_action_mse)))
         else:
             facts.append((f"{fraction:.0%}", "of the error of always predicting the mean action"))
     facts.append((summary.policy, "policy"))
@@ -235,24 +237,42 @@ def _what_it_saw(page: Page, record: RunRecord) -> None:
         page.picture(plots.mosaic(first), f"a frame of each other camera of {demo.name}")
 
 
+@dataclass(frozen=True)
+class _Episode:
+    video: str | None = None
+
+
+@dataclass(frozen=True)
+class _Rollout:
+    """What a report shows of a result of ``rollout``."""
+
+    episodes: int
+    successes: int
+    ci95: tuple[float, float]
+    records: tuple[_Episode, ...]
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
 def _rollouts(page: Page, folder: Path) -> None:
     for path in sorted((folder / ROLLOUTS).glob("*.json")):
         try:
-            result = read_json(path)
-        except (OSError, ValueError) as error:
-            logger.info("%s is not shown: %s", path, error)
+            result: _Rollout = typed(read_json(path), _Rollout)
+        except (OSError, ValueError, RecursionError) as error:
+            logger.warning("%s is not shown: %s", path, error)
             continue
-        low, high = result["ci95"]
+        low, high = result.ci95
         page.heading(f"Rollouts {path.stem}")
-        if settings := {key: value for key, value in result.get("settings", {}).items() if value is not None}:
+        if settings := {key: value for key, value in result.settings.items() if value is not None}:
             page.text(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items()))
         page.facts(
             [
-                (f"{result['successes']} of {result['episodes']}", "episodes succeeded"),
+                (f"{result.successes} of {result.episodes}", "episodes succeeded"),
                 (f"{low:.0%} – {high:.0%}", "95 % interval of the rate"),
             ]
         )
-        for record in result["records"]:
-            video = Path(record["video"]) if record.get("video") else None
-            if video is not None and video.suffix == ".mp4" and video.is_file():
+        for record in result.records:
+            video = Path(record.video) if record.video else None
+            if (
+                video is not None and video.suffix == ".mp4" and os.path.isfile(video)
+            ):  # also for a path that no file system can hold
                 page.video(video)

@@ -32,6 +32,8 @@ logger = logging.getLogger("cache_pipeline")
 CHECKPOINT_JSON, INDEX = "checkpoint.json", "index.json"
 MODEL, EMA, RESUME = "model.safetensors", "ema.safetensors", "resume/optimizer.safetensors"
 CHECKPOINTS = "checkpoints"
+PER_DIM = "validation/action_mse_per_dim"
+"""The metric that is a list: one error per dimension of the action."""
 CHECKPOINT_NAME = re.compile(r"step_\d{7,}(_\d+)?")
 _warned: set[Path] = set()
 
@@ -212,7 +214,9 @@ def read_index(run: Path) -> Index:
         return Index()
     try:
         value = read_object(path)
-        best, latest = typed(value.get("best", []), tuple[Best, ...]), typed(value.get("latest"), str | None)
+        best, latest = typed(value["best"], tuple[Best, ...]), typed(value["latest"], str | None)
+        if latest is None and best:
+            raise ValueError("it names a best checkpoint but no latest one")
         names = [*([] if latest is None else [latest]), *(entry.name for entry in best)]
         made = typed(value.get("made", names), tuple[str, ...])
         for name in (*names, *made):
@@ -222,7 +226,7 @@ def read_index(run: Path) -> Index:
             if not (path.parent / name / CHECKPOINT_JSON).is_file():
                 raise ValueError(f"it names {name}, which is missing")
         return Index(latest, best, made)
-    except (CheckpointError, ValueError) as error:
+    except (CheckpointError, ValueError, KeyError) as error:
         index = _rebuilt_index(path.parent)
         found = "no checkpoint was found beside it" if index.latest is None else f"{index.latest} is the latest"
         reason = str(error).removeprefix(f"{path} is damaged ").strip("()")
@@ -305,6 +309,8 @@ def describe_checkpoint(path: Path) -> Description:
         found: Description = typed([value.get(name, {}) for name in Description._fields], Description)
         if found.step < 0:
             raise ValueError(f"its step is {found.step}")
+        if lists := [name for name, item in found.metrics.items() if isinstance(item, list) and name != PER_DIM]:
+            raise ValueError(f"its {lists[0]} is a list")
     except ValueError as error:
         raise CheckpointError(f"{file} is damaged: {error}") from error
     return found

@@ -155,19 +155,20 @@ def _wandb() -> Any:
     return wandb
 
 
+UNKNOWN_MEAN_ACTION_ERROR = "and that of always predicting the mean action is not recorded"
 NO_MEAN_ACTION_ERROR = "the held-out actions are all equal to the mean action, so there is no error to compare with"
 
 
-def fraction_of_mean_action(mse: float, mean_action_mse: float) -> float | None:
-    """Returns the held-out error over that of always predicting the mean action; None if the latter is zero."""
-    return mse / mean_action_mse if mean_action_mse > 0 else None
+def fraction_of_mean_action(mse: float, mean_action_mse: float | None) -> float | None:
+    """Returns the held-out error over that of always predicting the mean action; None if the latter is 0 or unknown."""
+    return mse / mean_action_mse if mean_action_mse is not None and mean_action_mse > 0 else None
 
 
-def of_mean_action(mse: float, mean_action_mse: float) -> str:
+def of_mean_action(mse: float, mean_action_mse: float | None) -> str:
     """Returns :func:`fraction_of_mean_action` in words."""
     fraction = fraction_of_mean_action(mse, mean_action_mse)
     if fraction is None:
-        return NO_MEAN_ACTION_ERROR
+        return NO_MEAN_ACTION_ERROR if mean_action_mse is not None else UNKNOWN_MEAN_ACTION_ERROR
     return f"{fraction:.0%} of the error of always predicting the mean action ({mean_action_mse:.4g})"
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from cache_pipeline import __version__
 from cache_pipeline.cache.manifest import SourceRecord
 from cache_pipeline.errors import CheckpointError
-from cache_pipeline.files import read_json, typed, write_json
+from cache_pipeline.files import check_numbers, read_json, typed, write_json
 from cache_pipeline.policies.spec import PolicySpec
 
 FORMAT = 1
@@ -77,6 +77,10 @@ class DataRecord:
         contents = typed(value.get("contents", [None] * len(named)), list[Digests | None])
         if len(contents) != len(named):
             raise ValueError(f"it lists {len(named)} demos but the digests of {len(contents)}")
+        files = tuple(SourceRecord.from_json(source) for source in value.get("files", ()))
+        for (file, _), digests in zip(named, contents, strict=True):
+            if file < 0 or (digests is not None and file >= len(files)):
+                raise ValueError(f"a demo in it is of file {file}, but it lists {len(files)}")
         demos = [
             DemoRecord(file=file, name=name, contents=digests)
             for (file, name), digests in zip(named, contents, strict=True)
@@ -86,7 +90,7 @@ class DataRecord:
             cache=typed(value.get("cache"), str | None),
             fingerprint=typed(value.get("fingerprint"), str | None),
             datasets=typed(value["datasets"], tuple[str, ...]),
-            files=tuple(SourceRecord.from_json(source) for source in value.get("files", ())),
+            files=files,
             train=tuple(demos[:count]),
             valid=tuple(demos[count:]),
             env_args=typed(value.get("env_args"), dict[str, Any] | None),
@@ -189,6 +193,7 @@ def read_object(path: Path) -> dict[str, Any]:
     """Reads a JSON object of a run; raises CheckpointError if it is missing or damaged."""
     try:
         value = read_json(path)
+        check_numbers(value)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path} is missing") from error
     except (OSError, ValueError, RecursionError) as error:

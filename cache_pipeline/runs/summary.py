@@ -36,7 +36,8 @@ class RunSummary(NamedTuple):
             f"cameras {listed(self.cameras)}; low-dim {listed(self.low_dim) or 'none'}",
         ]
         if self.valid_action_mse is not None:
-            lines.append(f"held-out action error {self.valid_action_mse:.4g} (mean action {self.mean_action_mse:.4g})")
+            mean = "" if self.mean_action_mse is None else f" (mean action {self.mean_action_mse:.4g})"
+            lines.append(f"held-out action error {self.valid_action_mse:.4g}{mean}")
         return [*lines, f"latest {self.latest or 'none'}; best {', '.join(self.best) or 'none'}"]
 
 

@@ -49,6 +49,6 @@ def encoders_of_run(run: Path, cut: str = "avgpool", *, encoder: Factories = Non
             save_encoder(made, path)
             written[id(made)] = path
         chosen = made.cut if made.spec.factory is not None else cut
-        specs[camera] = replace(made.spec, weights=str(written[id(made)]), cut=chosen)
+        specs[camera] = replace(made.spec, weights=str(written[id(made)]), weights_prefix=None, cut=chosen)
         preprocess[camera] = policy.obs_encoder.preprocessing[camera]
     return RunEncoders(specs, preprocess)

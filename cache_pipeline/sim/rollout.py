@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_pipeline.errors import ConfigError, counted
+from cache_pipeline.errors import CachePipelineError, ConfigError, counted, described
 from cache_pipeline.files import FileKind, check_output, digest, finite, numbered, output_file, read_json, write_json
 from cache_pipeline.progress import Progress, logger
 from cache_pipeline.sim.env_args import EnvArgs, read_env_args
@@ -171,8 +171,8 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
     cameras = {name: (shape[0], shape[1]) for name, shape in policy.cameras.items()}
     kwargs = environment.env_args.get("env_kwargs", {})
     horizon = config.horizon or kwargs.get("horizon") or DEFAULT_HORIZON
-    records = []
-    with ExitStack() as stack:
+    records: list[Episode] = []
+    with ExitStack() as stack, _finished_videos_told(records, config.video):
         env = stack.enter_context(Environment.from_env_args(environment.env_args, cameras, environment.render_flags))
         bar = stack.enter_context(Progress("rollout", config.episodes, "episodes")) if progress else None
         for index in range(config.episodes):
@@ -202,6 +202,26 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
     if settings is not None:
         keep(result, config, settings)
     return result
+
+
+@contextmanager
+def _finished_videos_told(records: Sequence[Episode], folder: Path | None) -> Iterator[None]:
+    """Adds the finished videos to the message of a full disk or an interrupt; they stay, so a rerun must replace them.
+
+    Args:
+        records: the episodes so far.
+    """
+    try:
+        yield
+    except (OSError, KeyboardInterrupt) as error:
+        count = sum(record.video is not None for record in records)
+        if not count:
+            raise
+        again = "run the same command again with --overwrite"
+        stay = f"{counted(count, 'finished video')} {'stay' if count > 1 else 'stays'} in {folder}"
+        if isinstance(error, KeyboardInterrupt):
+            raise KeyboardInterrupt(f"no result was saved, and {stay}; {again}") from None
+        raise CachePipelineError(f"{described(error, again)}; {stay}") from error
 
 
 def keep(result: RolloutResult, config: RolloutConfig, settings: Mapping[str, Any]) -> Path:

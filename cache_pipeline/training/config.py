@@ -14,6 +14,7 @@ from cache_pipeline.options import (
     DATA,
     ENCODER,
     LARGEST,
+    MOST_STEPS,
     OPTIMISATION,
     OUTPUT,
     POLICY,
@@ -132,9 +133,9 @@ class RunConfig:
         bool,
         Option("One encoder for all cameras, or one each.", ENCODER, "--share-rgb-model/--no-share-rgb-model"),
     ] = False
-    steps: Annotated[int, Option("Optimiser steps; with --resume more steps extend a run.", OPTIMISATION, least=1)] = (
-        4000
-    )
+    steps: Annotated[
+        int, Option("Optimiser steps; with --resume more steps extend a run.", OPTIMISATION, least=1, most=MOST_STEPS)
+    ] = 4000
     batch_size: Annotated[int | None, Option("Windows per step.", OPTIMISATION, least=1)] = None
     lr: Annotated[float, Option("Peak learning rate of projection and policy.", OPTIMISATION, above=0)] = 1e-3
     encoder_lr: Annotated[
@@ -389,9 +390,9 @@ class FinetuneConfig(RunConfig):
         ),
     ] = "frozen"
     """Whether BatchNorm in unfrozen layers keeps its statistics or updates them from the batches."""
-    steps: Annotated[int, Option("Optimiser steps; with --resume more steps extend a run.", OPTIMISATION, least=1)] = (
-        2000
-    )
+    steps: Annotated[
+        int, Option("Optimiser steps; with --resume more steps extend a run.", OPTIMISATION, least=1, most=MOST_STEPS)
+    ] = 2000
     batch_size: Annotated[int, Option("Windows per step.", OPTIMISATION, least=1)] = 64
     lr: Annotated[float, Option("Peak learning rate of projection and policy.", OPTIMISATION, above=0)] = 1e-4
     encoder_lr: Annotated[

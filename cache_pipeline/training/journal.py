@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cache_pipeline.errors import CheckpointError, ConfigError
 from cache_pipeline.files import typed
-from cache_pipeline.runs.checkpoint import Checkpoint, CheckpointFolder
+from cache_pipeline.runs.checkpoint import PER_DIM, Checkpoint, CheckpointFolder
 from cache_pipeline.runs.metrics import MetricsLog
 from cache_pipeline.training.session import Session
 
@@ -128,7 +128,7 @@ class Journal:
                 f"actions with inspect"
             )
         values = {"validation/action_mse": error.mse, "validation/mean_action_mse": error.mean_action_mse}
-        self.metrics.update(values, **{"validation/action_mse_per_dim": list(error.mse_per_dim)})
+        self.metrics.update(values, **{PER_DIM: list(error.mse_per_dim)})
         self._write(step, values)
         loss = "" if self._carried.final_loss is None else f"loss {self._carried.final_loss:.4g}, "
         logger.info(

@@ -77,7 +77,7 @@ class TrainResult(NamedTuple):
             f"trained {counted(self.steps, 'step')} in {self.seconds:.1f} s ({rate})",
             f"loss {self.first_loss:.4g} → {self.final_loss:.4g}",
         ]
-        if self.valid_action_mse is not None and self.mean_action_mse is not None:
+        if self.valid_action_mse is not None:
             compared = of_mean_action(self.valid_action_mse, self.mean_action_mse)
             lines.append(f"held-out action error {self.valid_action_mse:.4g}, {compared}")
         return [*lines, *self._verdict(), *self._checkpoints(), *self.notes]

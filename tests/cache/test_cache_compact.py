@@ -1,3 +1,5 @@
+import errno
+
 import pytest
 from cache_fakes import CAMERA, change_pixel, equal, extract
 from fakes import make_dataset
@@ -6,6 +8,7 @@ from cache_pipeline.cache.compact import compact
 from cache_pipeline.cache.integrity import check_integrity
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.summary import inspect_cache
+from cache_pipeline.errors import CacheError
 
 
 @pytest.fixture
@@ -56,3 +59,18 @@ def test_a_compaction_that_fails_leaves_the_cache_as_it_was(dataset, tmp_path, m
     assert check_integrity(path).ok
     compact(path)
     assert FeatureCache(path).fingerprint == before
+
+
+def test_a_full_disk_says_that_the_cache_is_unchanged(dataset, tmp_path, monkeypatch):
+    path = tmp_path / "cache.zarr"
+    extract(path, dataset)
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("cache_pipeline.cache.compact.complete_cache", full)
+    with pytest.raises(CacheError) as caught:
+        compact(path)
+    assert str(caught.value).endswith("free some space and run the same command again; the cache is unchanged")
+    assert "no space left" in str(caught.value)
+    assert check_integrity(path).ok

@@ -35,6 +35,8 @@ SAMPLES: dict[str, list[str]] = {
     "env_args": ["--env-args", "env.json"],
     "episodes": ["--episodes", "3"],
     "horizon": ["--horizon", "9"],
+    "image_mean": ["--image-mean", "0.5,0.4,0.3"],
+    "image_std": ["--image-std", "1/255,1/255,1/255"],
     "image_size": ["--image-size", "32"],
     "integrity": ["--integrity"],
     "rows": ["--rows", "9"],
@@ -116,6 +118,7 @@ SAMPLES: dict[str, list[str]] = {
     "views": ["--views", "3"],
     "wandb": ["--wandb", "project"],
     "weights": ["--weights", "w.safetensors"],
+    "weights_prefix": ["--weights-prefix", "teacher"],
 }
 SETTINGS = {"steps": 70, "seed": 70, "batch_size": 70}
 BASES = {
@@ -251,7 +254,8 @@ def _each(value, effect):
 def _network(spec):
     if spec is None or spec.factory is not None:
         return spec and spec.factory
-    return spec.rgb_model_name, spec.weights, spec.cut, spec.seed if spec.weights == "random" else None
+    seed = spec.seed if spec.weights == "random" else None
+    return spec.rgb_model_name, spec.weights, spec.weights_prefix, spec.cut, seed
 
 
 def _pixels(preprocess):
@@ -326,6 +330,20 @@ def _allowed(words, name, beside):
         ("train --dataset d --encoder f.py:f --weights w", "--weights has no effect: --encoder brings"),
         ("train --dataset d --encoder f.py:f --cut layer3", "--cut has no effect: only ResNets are cut"),
         ("train --dataset d --weights w --no-pretrained-encoder", "--weights takes the weights of a file"),
+        ("train --dataset d --weights-prefix teacher", "--weights-prefix has no effect: it chooses among the ResNets"),
+        ("quickstart --weights-prefix teacher", "--weights-prefix has no effect: it chooses among the ResNets"),
+        ("extract-features d --out c --encoder f.py:f --weights-prefix x", "--weights-prefix has no effect: --encoder"),
+        ("extract-features d --out c --image-mean 0,0,0", "--image-mean and --image-std belong together"),
+        ("extract-features d --out c --image-mean 0,0,0 --image-std 0,1,1", "--image-std 0.0,1.0,1.0 must be above 0"),
+        (
+            "extract-features d --out c --image-mean 0,0 --image-std 1,1,1",
+            "'0,0' is not one number each for red, green",
+        ),
+        ("extract-features d --out c --image-mean nan,0,0 --image-std 1,1,1", "'nan,0,0' is not one number each"),
+        (
+            "extract-features d --out c --image-mean 0,0,0 --image-std 1,1,1 --no-imagenet-norm",
+            "--no-imagenet-norm has no effect: --image-mean and --image-std set the normalisation",
+        ),
         ("train --dataset d --source resident", "source resident reads a cache"),
         ("train --dataset d --order block", "order block is for reading a cache"),
         ("train --from-cache c --source live --dataset d --order block", "order block is for reading a cache"),

@@ -77,6 +77,10 @@ def test_given_horizons_override_the_config_and_set_the_networks_horizon() -> No
         ({"observation": {"modalities": {"obs": {"rgb": []}}}}, "names no cameras"),
         ({"observation": {"modalities": {"obs": {**KEYS, "depth": ["agentview_depth"]}}}}, "modality depth"),
         ({"algo": {"transformer": {"enabled": True}}}, "context_length is 10, but windows have 1"),
+        ({"algo": {"rnn": {"enabled": True, "horizon": 0}}}, r"algo.rnn.horizon is 0 .* at least 1"),
+        ({"algo": {"rnn": {"enabled": True, "horizon": None}}}, r"algo.rnn.horizon is None .* at least 1"),
+        ({"algo": {"transformer": {"enabled": True, "context_length": -1}}}, r"context_length is -1 .* at least 1"),
+        ({"algo": {"transformer": {"enabled": True, "context_length": None}}}, r"context_length is None .* at least 1"),
     ],
 )
 def test_a_json_that_cannot_be_trained_is_refused_in_one_line(

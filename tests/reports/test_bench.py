@@ -3,8 +3,10 @@ import sys
 import time
 
 import pytest
+from cache_fakes import TINY, extract
 from fakes import make_dataset
 
+from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.reports.bench import encoding as bench_encoding
 from cache_pipeline.reports.bench import training as bench_training
@@ -38,6 +40,26 @@ def test_a_case_measures_ours_beside_its_peer(dataset, tmp_path, monkeypatch, ca
         assert row.peer > 0
         assert row.peer_name
         assert (row.limit is not None) is limits
+
+
+def test_loading_is_measured_on_a_dataset_that_is_too_small_for_the_large_cache(dataset, tmp_path, monkeypatch):
+    asked = []
+
+    def extraction(setup, out, **options):
+        asked.append(options.get("views", 1))
+        spec = {
+            "encoders": TINY,
+            "cameras": ("agentview_image",),
+            "views": min(asked[-1], 3),
+            "view_spec": ViewSpec(seed=1),
+        }
+        return extract(out, setup.dataset, **spec).images
+
+    monkeypatch.setattr(bench_encoding, "side_by_side", in_this_process)
+    monkeypatch.setattr(bench_encoding, "_extraction", extraction)
+    found = bench_encoding.load(BenchSetup(dataset=dataset, folder=tmp_path, batch_size=2, seconds=0.001))
+    assert [row.case.split(",")[0] for row in found] == ["load avgpool", "load layer3"]
+    assert asked == [1, 1, bench_encoding.MOST_VIEWS]
 
 
 def in_this_process(contenders, seconds):

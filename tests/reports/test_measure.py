@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 
 from cache_pipeline.errors import CachePipelineError, DatasetError
+from cache_pipeline.reports.bench import measure
 from cache_pipeline.reports.bench.measure import MIN_ROUNDS, side_by_side
 
 
@@ -61,3 +62,25 @@ def test_an_error_of_a_contender_is_raised_by_the_caller(after):
 def test_a_contender_that_dies_raises_an_error_with_its_name():
     with pytest.raises(RuntimeError, match=r"bench: one ended with exit code 7"):
         side_by_side({"one": dies}, 0.0)
+
+
+def sleeps_and_fails(folder):
+    (folder / str(os.getpid())).touch()
+    time.sleep(0.5)
+    raise DatasetError("no demos there")
+    yield
+
+
+def test_an_interrupt_while_a_contender_prepares_ends_its_process_without_a_word(tmp_path, monkeypatch, capfd):
+    def interrupted(runner):
+        while not list(tmp_path.iterdir()):
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure._Runner, "_answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        side_by_side({"one": partial(sleeps_and_fails, tmp_path)}, 0.0)
+    (process,) = (int(path.name) for path in tmp_path.iterdir())
+    with pytest.raises(ProcessLookupError):
+        os.kill(process, 0)
+    assert capfd.readouterr().err == ""

@@ -166,3 +166,24 @@ def test_a_report_shows_the_settings_of_each_rollout(trained):
     page = write_report(trained / "run")
     (folder / "seed_1_4.json").unlink()
     assert "checkpoint step_0000004, horizon 50" in page.read_text()
+
+
+WRONG = ["", "[]", "{}", '{"episodes": 4, "successes": 3, "records": []}', '{"episodes": "4"}', "[" * 100_000]
+WRONG += ['{"episodes": 4, "successes": 3, "ci95": [0.3], "records": []}']
+WRONG += ['{"episodes": 4, "successes": 3, "ci95": [0.3, NaN], "records": []}']
+WRONG += ['{"episodes": 4, "successes": 3, "ci95": [0.3, 0.9], "records": [3]}']
+
+
+def test_a_rollout_that_cannot_be_read_is_left_out_with_a_warning(trained, caplog):
+    folder = trained / "run" / "rollouts"
+    folder.mkdir(exist_ok=True)
+    for number, content in enumerate(WRONG):
+        (folder / f"seed_{number}_9.json").write_text(content)
+    gone = {"episodes": 4, "successes": 3, "ci95": [0.3, 0.95], "records": [{"video": "x\0.mp4"}, {"video": "y" * 300}]}
+    write_json(folder / "seed_77_4.json", gone)
+    page = write_report(trained / "run")
+    for file in folder.iterdir():
+        file.unlink()
+    assert [f"seed_{number}_9.json is not shown" in caplog.text for number in range(len(WRONG))] == [True] * len(WRONG)
+    assert "Rollouts seed_77_4" in page.read_text()
+    assert "_9<" not in page.read_text()

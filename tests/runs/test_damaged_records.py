@@ -15,6 +15,7 @@ from fakes import make_dataset
 
 from cache_pipeline.errors import CheckpointError
 from cache_pipeline.files import finite
+from cache_pipeline.reports.run_report import write_report
 from cache_pipeline.runs.checkpoint import find_checkpoint, read_index
 from cache_pipeline.runs.metrics import of_mean_action, read_metrics
 from cache_pipeline.runs.record import read_record
@@ -60,6 +61,11 @@ BROKEN_INDEXES = [
     '{"latest": "gone", "best": []}',
     '{"latest": "..", "best": []}',
     '{"latest": "step_0000004", "best": [{"name": "step_0000004"}]}',
+    '{"best": [], "made": ["step_0000004"]}',
+    '{"latest": "step_0000004", "made": ["step_0000004"]}',
+    '{"latest": null, "best": [{"name": "step_0000004", "step": 4, "valid_action_mse": 1}]}',
+    '{"latest": "step_0000004", "best": [{"name": "step_0000004", "step": 4, "valid_action_mse": NaN}]}',
+    '{"latest": "step_0000004", "best": [{"name": "step_0000004", "step": 4, "valid_action_mse": 1e999}]}',
     "\xff\xfe",
 ]
 
@@ -140,11 +146,14 @@ def paths(value, place=()):
 
 def test_every_field_of_a_record_with_another_type_is_one_line_or_harmless(run):
     """Each value is replaced in turn by values of other types."""
-    for file, read in (("run.json", read_record), ("checkpoints/step_0000004/checkpoint.json", inspect_run)):
+    for file, read in (
+        ("run.json", read_record),
+        ("checkpoints/step_0000004/checkpoint.json", lambda run: inspect_run(run).lines()),
+    ):
         whole = (run / file).read_text()
         refused = []
         for place in [place for place in paths(json.loads(whole)) if place]:
-            for odd in (None, [[]], {"a": []}, "x", -1, True, 1e308, math.nan, 10**30):
+            for odd in (None, [], [[]], {"a": []}, "x", -1, True, 1e308, math.nan, 10**30):
                 value = holder = json.loads(whole)
                 for key in place[:-1]:
                     holder = holder[key]
@@ -157,6 +166,55 @@ def test_every_field_of_a_record_with_another_type_is_one_line_or_harmless(run):
         (run / file).write_text(whole)
         assert len(refused) > 20
         assert not any("\n" in line for line in refused)
+
+
+NUMBERS = ["NaN", "-Infinity", "1e999", "1" + 30 * "0", "-1" + 30 * "0"]
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+@pytest.mark.parametrize(
+    "place", [("policy", "preprocess", "agentview_image", "std", 1), ("data", "env_args", "type"), ("config", "odd")]
+)
+def test_a_record_with_a_number_that_is_never_written_is_damaged(run, place, number):
+    value = holder = json.loads((run / "run.json").read_text())
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = "NUMBER"
+    (run / "run.json").write_text(json.dumps(value).replace('"NUMBER"', number))
+    with pytest.raises(CheckpointError, match=r"run\.json is damaged.*(NaN|Infinity|inf|10{30})"):
+        read_record(run)
+
+
+@pytest.mark.parametrize(
+    ("place", "odd", "said"),
+    [
+        (("data", "train", 0, 0), 7, "a demo in it is of file 7, but it lists 1"),
+        (("data", "valid", 0, 0), -1, "a demo in it is of file -1, but it lists 1"),
+        (("data", "files"), [], "a demo in it is of file 0, but it lists 0"),
+        (("policy", "low_dim", "robot0_eef_pos", 0), 10**15, "a size in it is not between 1 and"),
+        (("policy", "action_dim"), 2**40, "a size in it is not between 1 and"),
+    ],
+)
+def test_a_record_with_a_number_out_of_range_is_damaged(run, place, odd, said):
+    value = holder = json.loads((run / "run.json").read_text())
+    for key in place[:-1]:
+        holder = holder[key]
+    holder[place[-1]] = odd
+    (run / "run.json").write_text(json.dumps(value))
+    with pytest.raises(CheckpointError, match=said):
+        read_record(run)
+
+
+def test_a_checkpoint_without_the_error_of_the_mean_action_is_shown_and_resumed(made, run):
+    for file in run.glob("checkpoints/step_*/checkpoint.json"):
+        value = json.loads(file.read_text())
+        value["metrics"]["validation/mean_action_mse"] = None
+        file.write_text(json.dumps(value))
+    error = inspect_run(run).valid_action_mse
+    assert f"held-out action error {error:.4g}" in inspect_run(run).lines()
+    write_report(run, encoder=TINY.factory)
+    assert resumed(made, run).steps == 6
+    assert of_mean_action(0.5, None) == "and that of always predicting the mean action is not recorded"
 
 
 def test_values_that_json_lacks_become_null():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from cache_pipeline.errors import ConfigError
+from cache_pipeline.errors import CachePipelineError, ConfigError
+from cache_pipeline.sim import rollout as module
 from cache_pipeline.sim.environment import Step
 from cache_pipeline.sim.history import ObsHistory
 from cache_pipeline.sim.rollout import (
@@ -224,3 +226,44 @@ def test_a_result_without_settings_is_kept(tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "rollouts/seed_0_1.json").write_text('{"episodes": 1, "successes": 1, "records": []}')
     config = RolloutConfig(run=tmp_path, episodes=1)
     assert result_file(config, settings_of(config)).name == "seed_0_1_2.json"
+
+
+class CounterEnvironment(Counter):
+    """A ``Counter`` in place of the simulator."""
+
+    def __enter__(self) -> CounterEnvironment:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device", "films/x")
+
+
+@pytest.mark.parametrize("finished", [0, 2])
+@pytest.mark.parametrize("end", [FULL, KeyboardInterrupt()], ids=["full disk", "interrupt"])
+def test_a_rollout_that_ends_early_says_which_videos_stay(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, finished: int, end: BaseException
+) -> None:
+    written: list[Path] = []
+
+    def write(path: Path, *rest: Any, **options: Any) -> Path:
+        if len(written) == finished:
+            raise end
+        written.append(path)
+        return path
+
+    monkeypatch.setattr(module, "write_video", write)
+    monkeypatch.setattr(module.Environment, "from_env_args", lambda *rest: CounterEnvironment(goal=2))
+    config = RolloutConfig(run=tmp_path / "gone", episodes=5, video=tmp_path / "films", horizon=3)
+    with pytest.raises((CachePipelineError, OSError, KeyboardInterrupt)) as caught:
+        rollout(config, policy=Planner(1, LIFT), progress=False)
+    if not finished:
+        assert caught.value is end
+        return
+    assert isinstance(caught.value, KeyboardInterrupt if isinstance(end, KeyboardInterrupt) else CachePipelineError)
+    said = str(caught.value)
+    assert f"2 finished videos stay in {tmp_path / 'films'}" in said
+    assert "run the same command again with --overwrite" in said
+    assert ("films/x: no space left" in said) == (end is FULL)

@@ -88,10 +88,9 @@ def test_mutated_datasets(tmp_path):
             with time_limit():
                 ends[_read(path)] += 1
         except BaseException as error:
-            faults.append(f"{number}: {said}: {error!r}")
+            faults.append(f"{number}: {said}: {ended(error)}")
             shutil.copy(path, tmp_path / f"fault_{number}.hdf5")
-    print(f"{FILES} datasets: {dict(ends)}, {len(faults)} faults")
-    assert not faults, faults[:20]
+    told("datasets", FILES, ends, faults)
 
 
 def _limit_cpu(seconds: float) -> None:
@@ -129,6 +128,10 @@ def made(tmp_path_factory):
     cache, encoder = folder / "lift.zarr", ["--encoder", TINY.factory]
     code, output = call("train", "--from-cache", cache, "--out", folder / "run", *encoder, *TRAIN, "--steps", 3)
     assert code == 0, output
+    (folder / "run/rollouts").mkdir()
+    result = {"episodes": 2, "successes": 1, "success_rate": 0.5, "ci95": [0.1, 0.9], "seconds": 3.0}
+    records = [{"seed": seed, "success": True, "steps": 9, "seconds": 1.5, "video": None} for seed in (1, 2)]
+    (folder / "run/rollouts/seed_0_2.json").write_text(json.dumps({**result, "records": records, "settings": {"a": 1}}))
     return folder
 
 
@@ -142,6 +145,18 @@ def call(*args: Any) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+def ended(error: BaseException) -> str:
+    """The end of an exception's text, where the output of a command has its error."""
+    return f"{type(error).__name__} …{repr(error)[-600:]}"
+
+
+def told(what: str, count: int, ends: Counter[Any], faults: list[str]) -> None:
+    """Prints how the calls ended and every fault, which pytest would shorten; fails if there is a fault."""
+    print(f"{count} {what}: {dict(ends)}, {len(faults)} faults")
+    print("\n".join(faults))
+    assert not faults
+
+
 def one_line(output: str) -> bool:
     """Whether an error is one line."""
     lines = output.splitlines()
@@ -151,6 +166,7 @@ def one_line(output: str) -> bool:
 
 def test_mutated_records_of_runs(tmp_path, made):
     files = ["run.json", "checkpoints/index.json", "checkpoints/step_0000003/checkpoint.json", "metrics.csv"]
+    files.append("rollouts/seed_0_2.json")
     encoder = ["--encoder", TINY.factory]
     cpu = ["--device", "cpu", "--overwrite", "--out", tmp_path / "tuned"]
     commands: list[list[Any]] = [
@@ -167,6 +183,8 @@ def test_mutated_records_of_runs(tmp_path, made):
         file = run / rng.choice(files)
         mutate = change_json if file.suffix == ".json" and rng.random() < 0.7 else change_bytes
         said, command = f"{file.name} {mutate(file, rng)}", rng.choice(commands)
+        if file.parent.name == "rollouts":  # only report reads it
+            command = commands[1]
         try:
             code, output = call(*command, run)
             codes[command[0], code] += 1
@@ -175,9 +193,8 @@ def test_mutated_records_of_runs(tmp_path, made):
             if command[0] == "train" and file.name in ("index.json", "metrics.csv"):
                 assert code == 0, output
         except BaseException as error:
-            faults.append(f"{number}: {said}, {command[0]}: {error!r}"[:300])
-    print(f"{RECORDS} records: {dict(codes)}, {len(faults)} faults")
-    assert not faults, faults[:20]
+            faults.append(f"{number}: {said}, {command[0]}: {ended(error)}")
+    told("records", RECORDS, codes, faults)
 
 
 def test_mutated_robomimic_configs(tmp_path, made):
@@ -200,9 +217,8 @@ def test_mutated_robomimic_configs(tmp_path, made):
             codes[code] += 1
             assert code in (0, 1, 2), output
         except BaseException as error:
-            faults.append(f"{number}: {said}: {error!r}"[:300])
-    print(f"{CONFIGS} robomimic configs: {dict(codes)}, {len(faults)} faults")
-    assert not faults, faults[:20]
+            faults.append(f"{number}: {said}: {ended(error)}")
+    told("robomimic configs", CONFIGS, codes, faults)
 
 
 def words(text: str) -> list[str]:
@@ -238,7 +254,7 @@ def test_options_drawn_at_random(tmp_path, made, monkeypatch):
         "report": ["run", *encoder, "--overwrite"],
         "export": ["run", "--out", "OUT.pt2", *encoder],
         "rollout": ["run", "--episodes", "1", "--horizon", "2", "--env-args", "missing.json"],
-        "bench": ["load", "--seconds", "0.1"],
+        "bench": ["load", "--seconds", "0.1", "--dataset", "demos.hdf5"],
     }
     faults, codes, rng = [], Counter[int](), random.Random(SEED)
     for number in range(DRAWS):
@@ -259,11 +275,10 @@ def test_options_drawn_at_random(tmp_path, made, monkeypatch):
             codes[code] += 1
             assert code in (0, 1, 2, 3), output
         except BaseException as error:
-            faults.append(f"{number}: {name} {drawn} {error!r} {time.monotonic() - started:.0f} s"[:300])
+            faults.append(f"{number}: {name} {drawn} {time.monotonic() - started:.0f} s {ended(error)}")
         for path in itertools.chain(Path().glob(f"out_{number}*"), Path().glob(f".out_{number}*")):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    print(f"{DRAWS} draws of options: {dict(codes)}, {len(faults)} faults")
-    assert not faults, faults[:20]
+    told("draws of options", DRAWS, codes, faults)
 
 
 def options_of(words: list[str]) -> list[Any]:

@@ -18,6 +18,7 @@ CACHE = Path("lift.zarr")
     [
         ({"cache": None}, "nothing to train on"),
         ({"steps": 0}, "steps is 0"),
+        ({"steps": 10**9 + 1}, "steps is 1000000001; it must lie between 1 and 1000000000"),
         ({"lr": 0.0}, "lr is 0"),
         ({"policy": "flo"}, "did you mean flow"),
         ({"source": "ram"}, "resident"),

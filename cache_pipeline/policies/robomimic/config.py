@@ -76,10 +76,14 @@ class RobomimicConfig:
 
     def __post_init__(self) -> None:
         check_classes(self.json)
-        for name in ("seq_length", "frame_stack", "batch_size"):
-            value = self.json["train"][name]
+        counts = {f"train.{name}": self.json["train"][name] for name in ("seq_length", "frame_stack", "batch_size")}
+        if self.recurrent:
+            counts["algo.rnn.horizon"] = self.json["algo"]["rnn"]["horizon"]
+        if self.transformer:
+            counts["algo.transformer.context_length"] = self.json["algo"]["transformer"]["context_length"]
+        for name, value in counts.items():
             if not isinstance(value, int) or value < 1:
-                raise ConfigError(f"train.{name} is {value!r} in the robomimic config; it must be at least 1")
+                raise ConfigError(f"{name} is {value!r} in the robomimic config; it must be at least 1")
         if self.transformer and self.window < self.context_length:
             raise ConfigError(
                 f"the transformer's context_length is {self.context_length}, but windows have {self.window} steps "

@@ -10,7 +10,7 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from multiprocessing.connection import Connection
 from statistics import median
 from typing import NamedTuple
@@ -76,7 +76,11 @@ class _Runner:
     def __enter__(self) -> _Runner:
         self._process.start()
         self._there.close()
-        self._answer()
+        try:
+            self._answer()
+        except BaseException:  # also an interrupt: a ``with`` statement does not call __exit__ then
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -106,6 +110,11 @@ class _Runner:
 def _serve(pipe: Connection, prepare: Prepare) -> None:
     """Prepares the work, warms up, and works once per message until the pipe closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with suppress(EOFError, BrokenPipeError):  # the caller has ended
+        _work(pipe, prepare)
+
+
+def _work(pipe: Connection, prepare: Prepare) -> None:
     try:
         work = prepare()
         next(work)
@@ -116,7 +125,7 @@ def _serve(pipe: Connection, prepare: Prepare) -> None:
             items = next(work)
             pipe.send(Round(items, time.perf_counter() - started))
     except (EOFError, BrokenPipeError):
-        return
+        raise
     except CachePipelineError as error:
         pipe.send(CachePipelineError(str(error)))
     except Exception:
