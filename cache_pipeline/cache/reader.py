@@ -142,6 +142,11 @@ class FeatureCache:
         return self.manifest.fingerprint
 
     @property
+    def tasks(self) -> tuple[str | None, ...]:
+        """The task of each demo in words; None where the dataset did not say it."""
+        return tuple(demo.task for demo in self.demos)
+
+    @property
     def lengths(self) -> NDArray[np.int64]:
         """(E,) frames of each demo."""
         return lengths(self.demos)

@@ -11,7 +11,8 @@ import numpy as np
 
 from cache_pipeline.demos import checks
 from cache_pipeline.demos.dataset import Paths, distinct_paths
-from cache_pipeline.demos.layouts.robomimic import DemoInfo, FileInfo, scan_file
+from cache_pipeline.demos.layouts.protocol import DemoInfo, FileInfo
+from cache_pipeline.demos.layouts.registry import layout_of
 from cache_pipeline.demos.numbers import NumbersReport, Statistics, check_numbers, lost_variation
 from cache_pipeline.demos.stillness import still_cameras
 from cache_pipeline.errors import DatasetError, counted
@@ -23,13 +24,15 @@ ALL = "--json lists all"
 
 @dataclasses.dataclass(frozen=True)
 class CameraSummary:
-    """Image size (pixels), HDF5 compression, size in bytes as stored and as uint8."""
+    """Image size (pixels), compression, size in bytes as stored and as uint8 rgb."""
 
     height: int
     width: int
     compression: str
     stored_bytes: int
     raw_bytes: int
+    form: str = ""
+    """How its frames differ from rgb with channels last, such as ``RGBA, read without alpha``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +139,7 @@ def inspect_dataset(paths: Paths) -> DatasetSummary:
     Raises:
         DatasetError: a file cannot be opened as HDF5 or has no demos. All other problems are in the result.
     """
-    infos = [scan_file(path) for path in distinct_paths(paths)]
+    infos = [layout_of(path).scan(path) for path in distinct_paths(paths)]
     heads = [info.demos[0]._replace(name=f"{info.path}: {info.demos[0].name}") for info in infos]
     wanted = _default_wanted([demo for info in infos for demo in info.demos])
     problems = tuple(checks.agreement_problems(heads, wanted)) if len(infos) > 1 else ()
@@ -160,8 +163,8 @@ def _summarise(info: FileInfo, wanted: checks.Wanted) -> FileSummary:
     numbers, stillness = NumbersReport((), {}), []
     try:
         arrays = [(demo.name, checks.number_paths(demo, everything)) for demo in info.demos]
-        numbers = check_numbers(info.path, arrays)
-        stillness = still_cameras(info.path, info.demos, wanted.cameras)
+        numbers = check_numbers(info.source, arrays)
+        stillness = still_cameras(info.source, info.demos, wanted.cameras)
     except DatasetError as error:  # the file crashes HDF5
         problems.append(str(error).removeprefix(f"{info.path} "))
     used = {"actions", "rewards", "dones", *(f"obs/{key}" for key in wanted.low_dim)}
@@ -206,9 +209,11 @@ def _structure(info: FileInfo, wanted: checks.Wanted) -> Iterator[str]:
 def _camera_summary(name: str, demos: Iterable[DemoInfo]) -> CameraSummary:
     arrays = [info for demo in demos if (info := demo.obs.get(name)) is not None and info.is_image]
     kinds = sorted({info.compression for info in arrays})
-    _, height, width, _ = arrays[0].shape
-    stored, raw = sum(info.stored_bytes for info in arrays), sum(int(np.prod(info.shape)) for info in arrays)
-    return CameraSummary(height, width, " and ".join(kinds), stored, raw)
+    height, width, channels = arrays[0].frame or (0, 0, 0)
+    stored, steps = sum(info.stored_bytes for info in arrays), sum(info.shape[0] for info in arrays)
+    forms = sorted({info.form for info in arrays if info.form})
+    raw = steps * height * width * channels
+    return CameraSummary(height, width, " and ".join(kinds), stored, raw, ", ".join(forms))
 
 
 def _camera_lines(cameras: Mapping[str, CameraSummary]) -> list[str]:
@@ -219,7 +224,8 @@ def _camera_lines(cameras: Mapping[str, CameraSummary]) -> list[str]:
 def _camera_line(camera: CameraSummary) -> str:
     packed = f", {camera.stored_bytes / 1e6:.1f} MB stored" if camera.compression != "none" else ""
     size = f"{camera.height}×{camera.width}, {camera.raw_bytes / 1e6:.1f} MB"
-    return f"{size}, compression {camera.compression}{packed}"
+    form = f", {camera.form}" if camera.form else ""
+    return f"{size}, compression {camera.compression}{packed}{form}"
 
 
 def _low_dim_width(key: str, demos: Iterable[DemoInfo]) -> int:
@@ -276,15 +282,16 @@ def _metadata_notes(info: FileInfo) -> Iterator[str]:
         lacking = [demo.name for demo in info.demos if path not in demo.arrays]
         if lacking:
             yield f"no {path} in {len(lacking)} of {len(info.demos)} demos ({listed(lacking, limit=3)}): read as NaN"
+    cameras = checks.find_cameras(info.demos)
     unread = {
         f"{key} {array}": None
         for demo in info.demos[:1]
         for key, array in demo.obs.items()
-        if not array.is_image and not array.is_low_dim
+        if not array.is_low_dim and key not in cameras
     }
     if unread:
         yield f"obs that are neither an rgb image nor low-dim: {listed(unread)}"
-    if not checks.find_cameras(info.demos):
+    if not cameras:
         yield "no cameras: no features can be extracted"
 
 

@@ -49,6 +49,12 @@ class ExtractConfig:
         tuple[str, ...] | None,
         Option("Low-dim obs keys, comma-separated, or none; proprioception by default.", DATA, typed=str, parse=names),
     ] = None
+    action_key: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            "Arrays of the actions, comma-separated, side by side; actions by default.", DATA, typed=str, parse=names
+        ),
+    ] = None
     filter_key: Annotated[str | None, Option("Only the demos of this filter key; all by default.", DATA)] = None
     deep: Annotated[bool, Option("Read every frame again instead of trusting size and time.", DATA)] = False
     encoders: "EncoderSpec | Mapping[str, EncoderSpec]" = field(default_factory=_encoder_spec)
