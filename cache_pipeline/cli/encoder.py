@@ -41,6 +41,11 @@ class EncoderOptions:
         tuple[int, int] | None, Option("Height,width of the crop, in pixels.", ENCODER, typed=str, parse=image_shape)
     ] = None
 
+    flip: Annotated[
+        bool,
+        Option("Turn frames upside down; inspect says when a dataset stores them so.", ENCODER, "--flip/--no-flip"),
+    ] = False
+
     def spec(self, seed: int) -> "EncoderSpec":
         """Returns the encoder; ``weights`` overrides ``pretrained_encoder``.
 
@@ -61,7 +66,9 @@ class EncoderOptions:
         from cache_pipeline.encoders.preprocess import Preprocess
 
         norm = spec.weights != "random" if self.imagenet_norm is None else self.imagenet_norm
-        return Preprocess(resize_shape=self.resize_shape, crop_shape=self.crop_shape, imagenet_norm=norm)
+        return Preprocess(
+            resize_shape=self.resize_shape, crop_shape=self.crop_shape, imagenet_norm=norm, flip=self.flip
+        )
 
     def for_cameras(
         self, chosen: list[str] | None, seed: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from cache_pipeline.demos.stillness import still_cameras
 from cache_pipeline.errors import DatasetError, counted
 from cache_pipeline.text import few, listed, shortened
 
-SHOWN = 12
+SHOWN, LONGEST_TASK = 12, 100
 ALL = "--json lists all"
 
 
@@ -68,6 +69,12 @@ class FileSummary:
     render_flags: dict[str, Any] | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    layout: str = ""
+    """What the dataset was recognised as, such as ``LIBERO HDF5``."""
+    tasks: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Task in words → number of demos; empty if the dataset does not say any."""
+    other_actions: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Other arrays that ``--action-key`` can name → values per step."""
 
     def lines(self) -> list[str]:
         """Returns the lines of a readable table."""
@@ -75,11 +82,13 @@ class FileSummary:
         env = self.env_args or {}
         steps = counted(self.steps, "step")
         rows = [
+            ("layout", self.layout),
             ("size", f"{self.bytes / 1e6:.1f} MB"),
             ("demos", f"{self.demos}, {steps}, {low} / {middle:g} / {high} per demo (min / median / max)"),
             *(("camera", line) for line in _camera_lines(self.cameras)),
             ("low-dim", listed(f"{shortened(key)} {width}" for key, width in self.low_dim.items()) or "none"),
-            *_action_lines(self.actions),
+            *_action_lines(self.actions, self.other_actions),
+            *(("task", line) for line in _task_lines(self.tasks)),
             ("filter keys", listed(f"{shortened(key)} {count}" for key, count in self.filter_keys.items()) or "none"),
             ("environment", f"{env.get('env_name', 'unknown')} {env.get('env_version', '')}".strip()),
         ]
@@ -187,6 +196,9 @@ def _summarise(info: FileInfo, wanted: checks.Wanted) -> FileSummary:
         },
         env_args=info.env_args,
         render_flags=info.render_flags,
+        layout=info.kind,
+        tasks=dict(Counter(demo.task for demo in info.demos if demo.task is not None)),
+        other_actions={key: demo.arrays[key].width for demo in info.demos for key in demo.other_actions},
         problems=tuple(problems),
         notes=(
             *info.notes,
@@ -245,11 +257,19 @@ def _action_summary(actions: Statistics | None) -> ActionSummary | None:
     )
 
 
-def _action_lines(actions: ActionSummary | None) -> list[tuple[str, str]]:
-    if actions is None:
-        return [("actions", "none are readable")]
-    ranges = listed(f"{low:.2f}…{high:.2f}" for low, high in zip(actions.min, actions.max, strict=True))
-    return [("actions", f"dim {actions.dim}: {ranges}")]
+def _action_lines(actions: ActionSummary | None, others: Mapping[str, int]) -> list[tuple[str, str]]:
+    lines = [("actions", "none are readable")]
+    if actions is not None:
+        ranges = listed(f"{low:.2f}…{high:.2f}" for low, high in zip(actions.min, actions.max, strict=True))
+        lines = [("actions", f"dim {actions.dim}: {ranges}")]
+    if others:
+        lines.append(("action keys", "others: " + listed(f"{shortened(key)} {width}" for key, width in others.items())))
+    return lines
+
+
+def _task_lines(tasks: Mapping[str, int]) -> list[str]:
+    lines = [f"{shortened(task, LONGEST_TASK)} ({counted(count, 'demo')})" for task, count in tasks.items()]
+    return few(lines, "task", more=ALL)
 
 
 def _action_notes(actions: ActionSummary | None) -> Iterator[str]:

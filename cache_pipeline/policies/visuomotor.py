@@ -73,6 +73,7 @@ class VisuomotorPolicy(nn.Module):
         self.precision = "fp32"
         self.carries_encoder = False
         self.env_args: dict[str, Any] | None = None
+        self.action_keys: tuple[str, ...] = ("actions",)
         self.render_flags: dict[str, Any] | None = None
 
     @property

@@ -214,6 +214,15 @@ class TrainConfig(RunConfig):
         Option("Low-dim obs keys, comma-separated, or none; all by default.", DATA, typed=str, parse=names),
     ] = None
     """An empty tuple means none."""
+    action_key: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            "Arrays of the actions, comma-separated, side by side; those of the cache, else actions.",
+            DATA,
+            typed=str,
+            parse=names,
+        ),
+    ] = None
     encoder: "EncoderSpec | None" = None
     """The image encoder of a live run; pretrained resnet18 by default."""
     preprocess: "Preprocess | None" = None
