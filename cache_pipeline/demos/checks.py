@@ -22,6 +22,8 @@ logger = logging.getLogger("cache_pipeline")
 
 # Keys of each arm: robot0_eef_pos, robot1_eef_pos, robot0_right_eef_pos, left_eef_pos, eef_pos.
 PROPRIOCEPTION = re.compile(r"((?:robot\d+_)?(?:left_|right_)?)(eef_pos|eef_quat|gripper_q?pos)")
+# Obs keys that hold the whole proprioception, in LeRobot datasets.
+STATES = ("observation.state", "state")
 PRIVILEGED = "object"
 # Renderings that are no rgb images although some have their form; they are cameras only if they are named.
 RENDERINGS = re.compile(r"(?:.*[_./])?(?:depths?|normals?|segmentation|semantic|instance|seg|masks?)(?:[_./].*)?")
@@ -49,7 +51,7 @@ def find_low_dim(demos: Iterable[DemoInfo]) -> tuple[str, ...]:
 
 
 def default_low_dim(demos: Iterable[DemoInfo], with_cameras: bool) -> tuple[str, ...]:
-    """Returns position, orientation and gripper keys of every arm; without such keys, every low-dim key.
+    """Returns position, orientation and gripper keys of every arm, or the state; without such keys, every low-dim key.
 
     The names are those of robomimic and robosuite. ``object`` (object poses, unknown to a real robot) is left out if
     there are cameras.
@@ -57,6 +59,7 @@ def default_low_dim(demos: Iterable[DemoInfo], with_cameras: bool) -> tuple[str,
     found = [key for key in find_low_dim(demos) if key != PRIVILEGED or not with_cameras]
     arms = {key: match.groups() for key in found if (match := PROPRIOCEPTION.fullmatch(key))}
     usual = sorted(arms, key=lambda key: (demo_order(arms[key][0]), arms[key][1]))
+    usual = usual or [key for key in STATES if key in found][:1]
     return tuple([*usual, *(key for key in found if key == PRIVILEGED)] if usual else found)
 
 

@@ -40,7 +40,7 @@ from cache_pipeline.demos.choice import Choice
 from cache_pipeline.demos.layouts.protocol import DemoInfo, FileInfo, SourceFile, segment_in_words
 from cache_pipeline.demos.layouts.registry import layout_of
 from cache_pipeline.demos.numbers import check_numbers, lost_variation
-from cache_pipeline.demos.reading import close_files, read_frames, read_rows
+from cache_pipeline.demos.reading import close_files, layout_findings, read_frames, read_rows
 from cache_pipeline.demos.split import VALID_KEY
 from cache_pipeline.errors import DatasetError, available
 from cache_pipeline.hdf5 import damage_as_error
@@ -294,7 +294,9 @@ def _problems(info: FileInfo, demos: Sequence[DemoInfo], wanted: Wanted, found_b
     arrays = [(demo.name, number_paths(demo, wanted.low_dim, wanted.actions)) for demo in demos]
     report = check_numbers(info.source, arrays)
     yield from (f"{finding.demo}: {finding.sentence}" for finding in report.findings)
-    for sentence in lost_variation(report.statistics):
+    problems, notes = layout_findings(info.source, [demo.name for demo in demos])
+    yield from problems
+    for sentence in (*notes, *lost_variation(report.statistics)):
         logger.warning("%s: %s", info.path, sentence)
 
 

@@ -1,4 +1,4 @@
-"""Reads frames and rows of any layout; these functions run in the child process of :mod:`cache_pipeline.isolation`."""
+"""Reads frames and rows of any layout. ``read_…`` run in the child process of :mod:`cache_pipeline.isolation`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from cache_pipeline.demos.layouts.protocol import SourceFile
 from cache_pipeline.demos.layouts.registry import layout_named
 from cache_pipeline.demos.numbers import as_float32
 from cache_pipeline.errors import DatasetError
+from cache_pipeline.hdf5 import damage_as_error
+from cache_pipeline.isolation import isolated
 
 
 def read_frames(
@@ -41,6 +43,12 @@ def read_rows(
     for key, shape in low_dim.items():
         rows[f"low_dim/{key}"] = read(f"obs/{key}").reshape(length, *shape)
     return rows
+
+
+def layout_findings(source: SourceFile, demos: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns the problems and notes of ``Layout.findings``, in the child process."""
+    with damage_as_error(source.path, "its rows"):
+        return isolated(layout_named(source.layout).findings, source, demos)
 
 
 def close_files(sources: Sequence[SourceFile]) -> None:

@@ -12,9 +12,10 @@ import numpy as np
 
 from cache_pipeline.demos import checks
 from cache_pipeline.demos.dataset import Paths, distinct_paths
-from cache_pipeline.demos.layouts.protocol import DemoInfo, FileInfo
+from cache_pipeline.demos.layouts.protocol import HDF5, DemoInfo, FileInfo
 from cache_pipeline.demos.layouts.registry import layout_of
 from cache_pipeline.demos.numbers import NumbersReport, Statistics, check_numbers, lost_variation
+from cache_pipeline.demos.reading import layout_findings
 from cache_pipeline.demos.stillness import still_cameras
 from cache_pipeline.errors import DatasetError, counted
 from cache_pipeline.text import few, listed, shortened
@@ -169,10 +170,12 @@ def _summarise(info: FileInfo, wanted: checks.Wanted) -> FileSummary:
     others = checks.Wanted((), tuple(key for key in everything if key not in wanted.low_dim))
     problems = [*info.problems, *_structure(info, wanted), *checks.unused_images(info.demos)]
     optional = [*_structure(info, others)]
-    numbers, stillness = NumbersReport((), {}), []
+    numbers, stillness, told = NumbersReport((), {}), list[str](), list[str]()
     try:
         arrays = [(demo.name, checks.number_paths(demo, everything)) for demo in info.demos]
         numbers = check_numbers(info.source, arrays)
+        found, told = layout_findings(info.source, [demo.name for demo in info.demos])
+        problems += found
         stillness = still_cameras(info.source, info.demos, wanted.cameras)
     except DatasetError as error:  # the file crashes HDF5
         problems.append(str(error).removeprefix(f"{info.path} "))
@@ -203,6 +206,7 @@ def _summarise(info: FileInfo, wanted: checks.Wanted) -> FileSummary:
         notes=(
             *info.notes,
             *([checks.skipped_demos(info)] if info.empty else []),
+            *told,
             *stillness,
             *lost_variation(numbers.statistics),
             *_metadata_notes(info),
@@ -316,6 +320,8 @@ def _metadata_notes(info: FileInfo) -> Iterator[str]:
 
 
 def _numbering_notes(info: FileInfo) -> Iterator[str]:
+    if info.layout != HDF5:
+        return
     numbers = [int(found[1]) for demo in info.demos if (found := re.fullmatch(r"demo_([0-9]+)", demo.name))]
     other = [demo.name for demo in info.demos if not re.fullmatch(r"demo_([0-9]+)", demo.name)]
     if other:

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.errors import DatasetError
+from cache_pipeline.files import digest
 
 ACTIONS = "actions"
 """Path of the actions of a demo unless the user names others, whatever a layout calls them."""
@@ -24,6 +25,10 @@ HDF5 = "hdf5"
 # Largest number of values per step of an array with several axes that counts as low-dim by default: poses and key
 # points, not depth images.
 MOST_FLAT = 256
+
+
+# Folders of a dataset folder that hold its data.
+FOLDERS = ("meta", "data", "videos")
 
 
 class Pixels(NamedTuple):
@@ -164,9 +169,23 @@ class FileStamp(NamedTuple):
 
     @classmethod
     def of(cls, path: Path) -> FileStamp:
-        """Reads the current size and time of a file."""
+        """Reads the current size and time of a file.
+
+        The size of a dataset folder is that of all its files; in place of the time it has a digest of their names,
+        sizes and times.
+        """
+        if path.is_dir():
+            return cls(path.absolute(), *_folder_state(path))
         stat = path.stat()
         return cls(path.absolute(), stat.st_size, stat.st_mtime_ns)
+
+
+def _folder_state(path: Path) -> tuple[int, int]:
+    """Returns the total size of the files that hold a dataset, and a digest of their names, sizes and times."""
+    files = sorted(file for part in FOLDERS for file in (path / part).rglob("*") if file.is_file())
+    states = [(str(file.relative_to(path)), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    listing = "\n".join(f"{name}\0{size}\0{time}" for name, size, time in states)
+    return sum(size for _, size, _ in states), int(digest(listing.encode("utf-8", "surrogateescape"))[:14], 16)
 
 
 class SourceFile(NamedTuple):
@@ -271,6 +290,9 @@ class Layout(Protocol):
 
     def numbers(self, source: SourceFile, demo: str, path: str) -> NDArray | None:
         """Reads one array of a demo in its own type; None if the demo does not have it."""
+
+    def findings(self, source: SourceFile, demos: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Returns problems and notes of some demos that need more than metadata, such as timestamps with gaps."""
 
     def close(self, sources: Sequence[SourceFile]) -> None:
         """Closes what is open; it opens again on the next read."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from cache_pipeline.demos.layouts import robomimic
+from cache_pipeline.demos.layouts import lerobot, robomimic
 from cache_pipeline.demos.layouts.protocol import Layout
 from cache_pipeline.errors import DatasetError
 from cache_pipeline.text import listed
 
-LAYOUTS: tuple[Layout, ...] = (robomimic,)
+LAYOUTS: tuple[Layout, ...] = (robomimic, lerobot)
 
 
 def layout_named(name: str) -> Layout:
@@ -18,6 +18,11 @@ def layout_named(name: str) -> Layout:
         if name == layout.NAME:
             return layout
     raise DatasetError(f"there is no dataset layout {name!r}; update cache_pipeline")
+
+
+def is_dataset(path: Path) -> bool:
+    """Whether a file or folder has one of the layouts."""
+    return any(layout.detect(path) for layout in LAYOUTS)
 
 
 def layout_of(path: Path) -> Layout:
@@ -34,5 +39,7 @@ def layout_of(path: Path) -> Layout:
         if layout.detect(path):
             return layout
     if path.is_dir():
-        raise DatasetError(f"{path} is a folder; name a robomimic HDF5 file")
+        inside = sorted(other.name for other in path.glob("*.hdf5"))
+        holds = f", such as {listed(inside)} in it" if inside else ""
+        raise DatasetError(f"{path} is a folder without meta/info.json; name a LeRobot folder, or an HDF5 file{holds}")
     return robomimic
