@@ -28,7 +28,7 @@ PRIVILEGED = "object"
 # Renderings that are no rgb images although some have their form; they are cameras only if they are named.
 RENDERINGS = re.compile(r"(?:.*[_./])?(?:depths?|normals?|segmentation|semantic|instance|seg|masks?)(?:[_./].*)?")
 DEFAULT_ACTIONS = (ACTIONS,)
-CAMERA_FORMS = "uint8 (T, H, W, 3)"
+CAMERA_FORMS = "uint8 (T, H, W, 3) or another form of 8-bit images"
 
 
 class Wanted(NamedTuple):

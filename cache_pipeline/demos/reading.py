@@ -48,7 +48,14 @@ def read_rows(
 def layout_findings(source: SourceFile, demos: Sequence[str]) -> tuple[list[str], list[str]]:
     """Returns the problems and notes of ``Layout.findings``, in the child process."""
     with damage_as_error(source.path, "its rows"):
-        return isolated(layout_named(source.layout).findings, source, demos)
+        return isolated(_findings, source, demos)
+
+
+def _findings(source: SourceFile, demos: Sequence[str]) -> tuple[list[str], list[str]]:
+    layout = layout_named(source.layout)
+    found = layout.findings(source, demos)
+    layout.close([source])
+    return found
 
 
 def close_files(sources: Sequence[SourceFile]) -> None:

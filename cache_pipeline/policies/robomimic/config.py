@@ -20,6 +20,7 @@ from typing import Any
 from cache_pipeline.errors import ConfigError, MissingExtraError, available, install_command
 from cache_pipeline.files import read_json
 from cache_pipeline.options import LARGEST
+from cache_pipeline.text import module_name
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -191,7 +192,8 @@ class RobomimicConfig:
     def on_features(self, cameras: Sequence[str], low_dim: Sequence[str]) -> RobomimicConfig:
         """Returns the config with these obs keys, all of them low-dim."""
         changed = json.loads(json.dumps(self.json))
-        changed["observation"]["modalities"]["obs"] |= {"low_dim": [*low_dim, *cameras], "rgb": []}
+        keys = [module_name(key) for key in (*low_dim, *cameras)]
+        changed["observation"]["modalities"]["obs"] |= {"low_dim": keys, "rgb": []}
         return RobomimicConfig(json=changed)
 
 

@@ -22,6 +22,7 @@ from cache_pipeline.policies.robomimic.config import (
     require_robomimic,
 )
 from cache_pipeline.policies.spec import PolicySpec
+from cache_pipeline.text import module_name
 
 NETS, MEAN, STD, ACTION = "nets.", "obs_mean/", "obs_std/", "action/"
 CONFIG = "config"
@@ -168,7 +169,7 @@ class RobomimicPolicy:
                 raise ConfigError(f"{key} has {obs[key].shape[1]} obs steps; this policy takes {steps}")
             values = self._encoded(key, obs[key].to(self.device))
             values = values.float().reshape(*values.shape[:2], *shape)
-            seen[key] = (values - self.mean[key]) / self.std[key] if self.mean else values
+            seen[module_name(key)] = (values - self.mean[key]) / self.std[key] if self.mean else values
         return seen
 
     def tensors(self) -> dict[str, Tensor]:
@@ -290,7 +291,7 @@ def _algo(
         algo = algo_factory(
             algo_name=config.algorithm,
             config=theirs,
-            obs_key_shapes=OrderedDict((key, list(shape)) for key, shape in shapes.items()),
+            obs_key_shapes=OrderedDict((module_name(key), list(shape)) for key, shape in shapes.items()),
             ac_dim=action_dim,
             device=device,
         )
