@@ -21,6 +21,7 @@ BLOCK_BYTES = 4 << 20
 """Arrays of many demos are checked together, about this many bytes at once."""
 LARGEST = 1e15
 """Largest value of an action or low-dim obs; sums of squares of larger values overflow in float32."""
+UNIT_SLACK, OPPOSITE = 1e-2, -0.5
 LOST_STEPS = 4
 """Variation is lost if float32 has fewer than this many steps within one standard deviation."""
 
@@ -56,6 +57,8 @@ class NumbersReport(NamedTuple):
 
     findings: tuple[Finding, ...]
     statistics: dict[str, Statistics]
+    sign_flips: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Paths of quaternions, each with the demos in which they change their sign from one step to the next."""
 
 
 def check_numbers(source: SourceFile, arrays: Sequence[tuple[str, Sequence[str]]]) -> NumbersReport:
@@ -84,6 +87,19 @@ def lost_variation(statistics: Mapping[str, Statistics]) -> Iterator[str]:
             )
 
 
+def changes_sign(values: NDArray) -> bool:
+    """Whether rows are unit quaternions (T, 4) of which one is almost the negative of the row before it.
+
+    Both mean the same rotation, but to a policy they are far apart.
+    """
+    if values.dtype.kind != "f" or values.shape[1:] != (4,) or len(values) < 2:
+        return False
+    rows = values.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        unit = np.abs(np.linalg.norm(rows, axis=1) - 1) < UNIT_SLACK
+        return bool(unit.all() and ((rows[1:] * rows[:-1]).sum(1) < OPPOSITE).any())
+
+
 def as_float32(values: NDArray) -> NDArray[np.float32]:
     """Converts to float32; values beyond its range become infinite."""
     with np.errstate(over="ignore", invalid="ignore"):
@@ -92,6 +108,7 @@ def as_float32(values: NDArray) -> NDArray[np.float32]:
 
 def _check_numbers(source: SourceFile, arrays: Sequence[tuple[str, Sequence[str]]]) -> NumbersReport:
     checks: dict[str, _Check] = {}
+    flips: dict[str, list[str]] = {}
     unreadable: list[Finding] = []
     layout = layout_named(source.layout)
     for demo, paths in arrays:
@@ -106,13 +123,15 @@ def _check_numbers(source: SourceFile, arrays: Sequence[tuple[str, Sequence[str]
                 unreadable.append(Finding(demo, name, f"{name} cannot be read, the file is damaged ({reason})"))
                 continue
             if values is not None:
+                if changes_sign(values):
+                    flips.setdefault(name, []).append(demo)
                 checks.setdefault(name, _Check(name)).add(demo, values)
     layout.close([source])
     findings = [*unreadable, *(finding for check in checks.values() for finding in check.finish())]
     order = {demo: number for number, (demo, _) in enumerate(arrays)}
     findings.sort(key=lambda finding: order[finding.demo])
     statistics = {name: found for name, check in checks.items() if (found := check.statistics()) is not None}
-    return NumbersReport(tuple(findings), statistics)
+    return NumbersReport(tuple(findings), statistics, tuple((name, tuple(demos)) for name, demos in flips.items()))
 
 
 class _Check:

@@ -1,8 +1,10 @@
-"""Finds cameras that are black, or show one frame, during a whole demo: faults of rendering or recording."""
+"""Finds cameras that are black or show one frame during a whole demo, or show the same as another camera."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +16,8 @@ from cache_pipeline.hdf5 import damage_as_error
 from cache_pipeline.isolation import isolated, progress
 from cache_pipeline.text import listed, shortened
 
+COMPARED_DEMOS = 16
+"""Number of demos in which cameras are compared with each other."""
 MOST_DEMOS = 1000
 """Number of demos that are checked, spread over the file."""
 FRAMES_AT_ONCE = 64
@@ -41,6 +45,41 @@ def still_cameras(source: SourceFile, demos: Sequence[DemoInfo], cameras: Sequen
             found = isolated(_still_demos, source, camera, names)
         sentences += [still_sentence(camera, state, still) for state, still in found.items() if still]
     return sentences
+
+
+def duplicate_cameras(source: SourceFile, demos: Sequence[DemoInfo], cameras: Sequence[str]) -> list[str]:
+    """Returns one sentence per pair of cameras whose first and middle frames are equal in all demos looked at.
+
+    Raises:
+        DatasetError: an image crashes HDF5.
+    """
+    places = np.unique(np.linspace(0, len(demos) - 1, min(len(demos), COMPARED_DEMOS)).round().astype(int))
+    chosen = []
+    for demo in (demos[place] for place in places.tolist()):
+        there = [(camera, info.frame) for camera in cameras if (info := demo.obs.get(camera)) and _is_readable(info)]
+        chosen.append((demo.name, demo.length, [(camera, size) for camera, size in there if size is not None]))
+    with damage_as_error(source.path, "its images"):
+        pairs = isolated(_equal_pairs, source, chosen)
+    return [
+        f"cameras {shortened(one)} and {shortened(other)} show the same frames in {len(chosen)} of {len(chosen)} demos "
+        "looked at"
+        for one, other in pairs
+    ]
+
+
+def _equal_pairs(
+    source: SourceFile, demos: Sequence[tuple[str, int, Sequence[tuple[str, tuple[int, int, int]]]]]
+) -> list[tuple[str, str]]:
+    layout, seen = layout_named(source.layout), dict[str, list[bytes]]()
+    for demo, length, cameras in demos:
+        for camera, size in cameras:
+            progress()
+            middle = length // 2
+            with suppress(DatasetError):  # damaged data are reported by the code that needs them
+                pair = layout.frames(source, camera, size, [(demo, 0, 1), (demo, middle, middle + 1)])
+                seen.setdefault(camera, []).append(pair.tobytes() if pair.any() else camera.encode())
+    layout.close([source])
+    return [pair for pair in combinations(seen, 2) if seen[pair[0]] == seen[pair[1]]]
 
 
 def _is_readable(info: ArrayInfo) -> bool:

@@ -16,7 +16,7 @@ from cache_pipeline.demos.layouts.protocol import HDF5, DemoInfo, FileInfo
 from cache_pipeline.demos.layouts.registry import layout_of
 from cache_pipeline.demos.numbers import NumbersReport, Statistics, check_numbers, lost_variation
 from cache_pipeline.demos.reading import layout_findings
-from cache_pipeline.demos.stillness import still_cameras
+from cache_pipeline.demos.stillness import duplicate_cameras, still_cameras
 from cache_pipeline.errors import DatasetError, counted
 from cache_pipeline.text import few, listed, shortened
 
@@ -177,6 +177,7 @@ def _summarise(info: FileInfo, wanted: checks.Wanted) -> FileSummary:
         found, told = layout_findings(info.source, [demo.name for demo in info.demos])
         problems += found
         stillness = still_cameras(info.source, info.demos, wanted.cameras)
+        stillness += duplicate_cameras(info.source, info.demos, wanted.cameras)
     except DatasetError as error:  # the file crashes HDF5
         problems.append(str(error).removeprefix(f"{info.path} "))
     used = {"actions", "rewards", "dones", *(f"obs/{key}" for key in wanted.low_dim)}
@@ -212,6 +213,7 @@ def _summarise(info: FileInfo, wanted: checks.Wanted) -> FileSummary:
             *_metadata_notes(info),
             *_numbering_notes(info),
             *_action_notes(actions),
+            *_low_dim_notes(numbers, wanted.low_dim),
             *optional,
         ),
     )
@@ -284,6 +286,19 @@ def _action_notes(actions: ActionSummary | None) -> Iterator[str]:
         yield f"actions are beyond ±1 in {actions.steps_beyond_one} steps (dims {listed(dims)})"
     if actions.constant_dims:
         yield f"actions never change in dims {listed(actions.constant_dims)}"
+
+
+def _low_dim_notes(numbers: NumbersReport, keys: Iterable[str]) -> Iterator[str]:
+    """Yields low-dim obs that are read by default and never change, and quaternions that change their sign."""
+    for key in keys:
+        found = numbers.statistics.get(f"obs/{key}")
+        if found is not None and (still := np.flatnonzero(found.min == found.max).tolist()):
+            yield f"obs/{shortened(key)} never changes in dims {listed(still)}"
+    for path, demos in numbers.sign_flips:
+        yield (
+            f"{shortened(path)} changes its sign between steps in {counted(len(demos), 'demo')} "
+            f"({listed(demos, limit=3)}): the rotation is the same, but a policy sees a jump"
+        )
 
 
 def _metadata_notes(info: FileInfo) -> Iterator[str]:
