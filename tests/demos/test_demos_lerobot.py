@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -291,3 +292,21 @@ def test_a_missing_package_names_the_extra(tmp_path, monkeypatch, package):
             Dataset.open(tmp_path / "set")
     finally:
         isolation.end_child()
+
+
+@pytest.mark.parametrize(("version", "images"), SOME)
+def test_damaged_bytes_of_any_file_give_an_error_or_a_sound_result(tmp_path, version, images):
+    make_lerobot(tmp_path / "base", version=version, images=images, lengths=(4, 3))
+    rng = np.random.default_rng(0)
+    files = sorted(path for path in (tmp_path / "base").rglob("*") if path.is_file())
+    for number in range(40):
+        shutil.rmtree(tmp_path / "set", ignore_errors=True)
+        shutil.copytree(tmp_path / "base", tmp_path / "set")
+        path = tmp_path / "set" / files[number % len(files)].relative_to(tmp_path / "base")
+        stored = bytearray(path.read_bytes())
+        stored[rng.integers(len(stored))] ^= int(rng.integers(1, 256))
+        path.write_bytes(stored[: rng.integers(len(stored))] if number % 5 == 4 else stored)
+        with suppress(DatasetError):
+            read_all(tmp_path / "set")
+        with suppress(DatasetError):
+            json.dumps(inspect_dataset(tmp_path / "set").to_json(), allow_nan=False)
