@@ -12,6 +12,7 @@ from cache_pipeline.cache.manifest import ACTIONS, Manifest, is_cache, read_mani
 from cache_pipeline.cache.stillness import still_cameras
 from cache_pipeline.cache.store import Place, store_at, stored_bytes
 from cache_pipeline.cache.store_protocol import Store
+from cache_pipeline.cache.table import tasks
 from cache_pipeline.errors import CorruptCacheError, IncompleteCacheError, NotACacheError
 from cache_pipeline.text import by_name, few, listed, shortened
 
@@ -80,7 +81,7 @@ class CacheSummary(NamedTuple):
             "files": [source.path for source in manifest.files],
             "layouts": [source.layout for source in manifest.files],
             "action_keys": list(manifest.action_keys),
-            "tasks": dict(Counter(demo.task for demo in manifest.demos if demo.task is not None)),
+            "tasks": dict(Counter(task for task in tasks(manifest.demos) if task is not None)),
             "cameras": cameras,
         }
 
@@ -171,8 +172,8 @@ def _manifest_lines(manifest: Manifest, dead_rows: int) -> list[str]:
     lines += [line if line.startswith("…") else f"camera {line}" for line in by_name(said, "camera", more=ALL)]
     keys = listed(f"{shortened(key)} {_shape(shape)}" for key, shape in manifest.low_dim.items())
     lines.append(f"low-dim obs: {keys or 'none'}; actions {manifest.action_dim}{_from(manifest.action_keys)}")
-    tasks = Counter(shortened(demo.task) for demo in manifest.demos if demo.task is not None)
-    lines += [f"tasks: {listed(f'{task} ({count})' for task, count in tasks.items())}"] if tasks else []
+    counts = Counter(shortened(task) for task in tasks(manifest.demos) if task is not None)
+    lines += [f"tasks: {listed(f'{task} ({count})' for task, count in counts.items())}"] if counts else []
     masks = listed(f"{shortened(key)} ({len(demos)})" for key, demos in manifest.masks.items())
     lines.append(f"filter keys: {masks or 'none'}")
     return [*lines, *few([f"from {source.path}" for source in manifest.files], "file", more=ALL)]

@@ -188,6 +188,11 @@ def names(demos: Sequence[DemoRows]) -> list[str]:
     return demos.names if isinstance(demos, DemoTable) else [demo.name for demo in demos]
 
 
+def tasks(demos: Sequence[DemoRows]) -> list[str | None]:
+    """Returns the task of each demo in words, or None."""
+    return demos.tasks if isinstance(demos, DemoTable) else [demo.task for demo in demos]
+
+
 def joined_spans(demos: Sequence[DemoRows]) -> list[tuple[int, int]]:
     """Returns the rows of all demos in table order as (start, stop), adjacent ones joined."""
     starts, counts = first_rows(demos), lengths(demos)
