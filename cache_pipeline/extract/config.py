@@ -38,7 +38,7 @@ class ExtractConfig:
     """One extraction."""
 
     datasets: tuple[Path, ...]
-    """robomimic HDF5 files, read as one list of demos."""
+    """HDF5 files or LeRobot folders, read as one list of demos."""
     out: Path | str
     """Folder of the cache."""
     cameras: Annotated[

@@ -118,7 +118,7 @@ class RunConfig:
     """A finished feature cache."""
     datasets: Annotated[
         tuple[Path, ...],
-        Option("A robomimic HDF5 file; may be repeated.", DATA, "--dataset", typed=list[Path], parse=tuple),
+        Option("An HDF5 file or LeRobot folder; may be repeated.", DATA, "--dataset", typed=list[Path], parse=tuple),
     ] = ()
     filter_key: Annotated[str | None, Option("Filter key of the demos to train on; train by default.", DATA)] = None
     """Filter key of the demos to train on; ``train`` if the data have it and ``valid``, else a seeded split by demo."""
