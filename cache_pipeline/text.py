@@ -46,6 +46,15 @@ def listed(names: Iterable[object], limit: int = SHOWN_NAMES) -> str:
     return shown + (f", … ({len(texts) - limit} more)" if len(texts) > limit else "")
 
 
+def module_name(key: str) -> str:
+    """Returns an obs key as the name of a torch module, which may not have dots.
+
+    >>> module_name("observation.images.top")
+    'observation/images/top'
+    """
+    return key.replace(".", "/")
+
+
 def by_name(sentences: Mapping[str, str], noun: str, limit: int = SHOWN_LINES, more: str = "") -> list[str]:
     """Returns lines ``name: sentence``; names with the same sentence share a line, and the last line counts the rest.
 

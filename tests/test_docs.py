@@ -47,7 +47,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/guide.md", "docs/api.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/guide.md", "docs/api.md", "docs/datasets.md"])
 def test_every_command_and_snippet_runs(document: str, workplace: Path) -> None:
     names: dict[str, Any] = {}
     for language, text in blocks(document):

@@ -41,19 +41,31 @@ TABLES = "tables"
 MANY_DEMOS = 20_000
 """Above this number of demos, their table is an object of its own, in columns."""
 UNKNOWN = "?"
+ACTIONS = ("actions",)
 
 
 class SourceRecord(NamedTuple):
-    """A source file, and the files that it links to, as (path, size, time) when their frames were last read."""
+    """A source file, and the files that it links to, as (path, size, time) when their frames were last read.
+
+    ``layout`` is the name of its layout, ``decoder`` the library that decoded its frames, if they were encoded.
+    """
 
     path: str
     size: int
     mtime_ns: int
     linked: tuple[tuple[str, int, int], ...] = ()
+    layout: str = "hdf5"
+    decoder: str = ""
 
     def to_json(self) -> list[Any]:
-        """Returns a list; it leaves out an empty ``linked``."""
-        return [*self[:3], [list(item) for item in self.linked]] if self.linked else list(self[:3])
+        """Returns a list without the defaults at its end."""
+        value: list[Any] = [*self[:3], [list(item) for item in self.linked], self.layout, self.decoder]
+        defaults: tuple[Any, ...] = ("", "hdf5", [])
+        for default in defaults:
+            if value[-1] != default:
+                break
+            value.pop()
+        return value
 
     @classmethod
     def from_json(cls, value: Any) -> SourceRecord:
@@ -121,6 +133,8 @@ class Manifest:
     asked: dict[str, Any] | None = None
     """What the last extraction asked for, with what it left out: the keys ``cameras``, ``low_dim_keys`` and ``choice``.
     The same request, on files that have not changed, gives the same demos and keys."""
+    action_keys: tuple[str, ...] = ACTIONS
+    """The arrays of the dataset that are the actions, side by side."""
     format: int = FORMAT
 
     @cached_property
@@ -148,7 +162,7 @@ class Manifest:
         if unit.kind == "features":
             return self.cameras[unit.key].unit_identity(unit.view)
         if unit.kind == "steps":
-            return json_digest(["steps", self.action_dim])
+            return json_digest(["steps", self.action_dim, *(self.action_keys if self.action_keys != ACTIONS else ())])
         if unit.kind == "low_dim":
             return json_digest(["low_dim", unit.key, list(self.low_dim[unit.key])])
         if unit.kind == "rows":
@@ -202,7 +216,9 @@ class Manifest:
             "low_dim": {key: list(shape) for key, shape in self.low_dim.items()},
             "action_dim": self.action_dim,
             "files": [source.to_json() for source in self.files],
-            "demos": self.table[0] if self.table else [list(demo) for demo in self.demos],
+            "demos": self.table[0]
+            if self.table
+            else [list(demo if demo.task is not None else demo[:-1]) for demo in self.demos],
             "masks": {key: list(demos) for key, demos in self.masks.items()},
             "absent": {key: list(names) for key, names in self.absent.items()},
             "filter_key": self.filter_key,
@@ -212,6 +228,7 @@ class Manifest:
             "units": self.units,
             "metadata": self.metadata,
             "asked": self.asked,
+            **({"action_keys": list(self.action_keys)} if self.action_keys != ACTIONS else {}),
         }
         return {**value, "digest": json_digest(value)}
 

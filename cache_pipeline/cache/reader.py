@@ -20,7 +20,7 @@ from cache_pipeline.cache.manifest import MANIFEST, CameraEntry, Manifest, read_
 from cache_pipeline.cache.metadata import check_metadata
 from cache_pipeline.cache.store import Place, is_remote, store_at
 from cache_pipeline.cache.store_protocol import Stamp, Store
-from cache_pipeline.cache.table import DemoRows, first_rows, joined_spans, lengths
+from cache_pipeline.cache.table import DemoRows, first_rows, joined_spans, lengths, tasks
 from cache_pipeline.errors import CacheError, CorruptCacheError, StaleCacheError, available
 from cache_pipeline.files import Location, atomic_path
 
@@ -140,6 +140,11 @@ class FeatureCache:
     def fingerprint(self) -> str:
         """Digest of the contents of the cache, independent of its path and row layout."""
         return self.manifest.fingerprint
+
+    @property
+    def tasks(self) -> tuple[str | None, ...]:
+        """The task of each demo in words; None where the dataset did not say it."""
+        return tuple(tasks(self.demos))
 
     @property
     def lengths(self) -> NDArray[np.int64]:

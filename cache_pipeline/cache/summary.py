@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 from cache_pipeline.cache.layout import Unit
 from cache_pipeline.cache.ledger import read_record, record_name, record_names
-from cache_pipeline.cache.manifest import Manifest, is_cache, read_manifest, read_pending
+from cache_pipeline.cache.manifest import ACTIONS, Manifest, is_cache, read_manifest, read_pending
 from cache_pipeline.cache.stillness import still_cameras
 from cache_pipeline.cache.store import Place, store_at, stored_bytes
 from cache_pipeline.cache.store_protocol import Store
+from cache_pipeline.cache.table import tasks
 from cache_pipeline.errors import CorruptCacheError, IncompleteCacheError, NotACacheError
 from cache_pipeline.text import by_name, few, listed, shortened
 
@@ -77,6 +79,9 @@ class CacheSummary(NamedTuple):
             "low_dim": {key: list(shape) for key, shape in manifest.low_dim.items()},
             "masks": {key: len(demos) for key, demos in manifest.masks.items()},
             "files": [source.path for source in manifest.files],
+            "layouts": [source.layout for source in manifest.files],
+            "action_keys": list(manifest.action_keys),
+            "tasks": dict(Counter(task for task in tasks(manifest.demos) if task is not None)),
             "cameras": cameras,
         }
 
@@ -166,10 +171,16 @@ def _manifest_lines(manifest: Manifest, dead_rows: int) -> list[str]:
         )
     lines += [line if line.startswith("…") else f"camera {line}" for line in by_name(said, "camera", more=ALL)]
     keys = listed(f"{shortened(key)} {_shape(shape)}" for key, shape in manifest.low_dim.items())
-    lines.append(f"low-dim obs: {keys or 'none'}; actions {manifest.action_dim}")
+    lines.append(f"low-dim obs: {keys or 'none'}; actions {manifest.action_dim}{_from(manifest.action_keys)}")
+    counts = Counter(shortened(task) for task in tasks(manifest.demos) if task is not None)
+    lines += [f"tasks: {listed(f'{task} ({count})' for task, count in counts.items())}"] if counts else []
     masks = listed(f"{shortened(key)} ({len(demos)})" for key, demos in manifest.masks.items())
     lines.append(f"filter keys: {masks or 'none'}")
     return [*lines, *few([f"from {source.path}" for source in manifest.files], "file", more=ALL)]
+
+
+def _from(action_keys: tuple[str, ...]) -> str:
+    return f" from {listed(action_keys)}" if action_keys != ACTIONS else ""
 
 
 def _measured(measured: dict[str, Any]) -> str:

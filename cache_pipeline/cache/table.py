@@ -28,6 +28,7 @@ class DemoRows(NamedTuple):
         row: first row in every array of the cache.
         digests: camera → digest of its frames, and ``rows`` → digest of its low-dim obs and actions.
         view_key: seed of its view parameters: its first name, kept when it is renamed.
+        task: its task in words, if the dataset says it.
     """
 
     file: int
@@ -36,6 +37,7 @@ class DemoRows(NamedTuple):
     row: int
     digests: dict[str, str]
     view_key: str
+    task: str | None = None
 
 
 class DemoTable(Sequence[DemoRows]):
@@ -43,8 +45,8 @@ class DemoTable(Sequence[DemoRows]):
 
     Args:
         columns: ``files``, ``length`` and ``row``, one integer per demo; ``names`` and ``view_keys``, the UTF-8 bytes
-            of all demos, with ``names_ends`` and ``view_keys_ends``, where each demo's end; ``digests/KEY``, (E, 16)
-            bytes, zeros for a demo without it.
+            of all demos, with ``names_ends`` and ``view_keys_ends``, where each demo's end; the same of ``tasks`` if a
+            demo has one; ``digests/KEY``, (E, 16) bytes, zeros for a demo without it.
 
     Raises:
         ValueError: a column is missing or has another length or type.
@@ -53,11 +55,12 @@ class DemoTable(Sequence[DemoRows]):
     def __init__(self, columns: Mapping[str, NDArray[Any]]) -> None:
         self.columns = dict(columns)
         count = len(self.columns.get("files", ()))
-        for name in ("files", "length", "row", "names_ends", "view_keys_ends"):
+        texts = ("names", "view_keys", *(("tasks",) if "tasks" in self.columns else ()))
+        for name in ("files", "length", "row", *(f"{name}_ends" for name in texts)):
             column = self.columns.get(name)
             if column is None or column.shape != (count,) or column.dtype.kind != "i":
                 raise ValueError(f"the demo table has no column {name} of {count} numbers")
-        for name in ("names", "view_keys"):
+        for name in texts:
             text, ends = self.columns.get(name), self.columns[f"{name}_ends"]
             if text is None or text.dtype != np.uint8 or (np.diff(ends, prepend=0) < 0).any():
                 raise ValueError(f"the demo table has no text column {name}")
@@ -76,8 +79,9 @@ class DemoTable(Sequence[DemoRows]):
             name: np.array([demo[place] for demo in demos], np.int64)
             for name, place in (("files", 0), ("length", 2), ("row", 3))
         }
-        for name, place in (("names", 1), ("view_keys", 5)):
-            texts = [str(demo[place]).encode("utf-8", "surrogatepass") for demo in demos]
+        tasks = [("tasks", 6)] if any(demo.task is not None for demo in demos) else []
+        for name, place in (("names", 1), ("view_keys", 5), *tasks):
+            texts = [str(demo[place] or "").encode("utf-8", "surrogatepass") for demo in demos]
             columns[name] = np.frombuffer(b"".join(texts), np.uint8)
             columns[f"{name}_ends"] = np.cumsum([len(text) for text in texts], dtype=np.int64)
         none = "00" * DIGEST_BYTES
@@ -111,6 +115,11 @@ class DemoTable(Sequence[DemoRows]):
         return self._texts("view_keys")
 
     @cached_property
+    def tasks(self) -> list[str | None]:
+        """The task of each demo in words, or None."""
+        return [text or None for text in self._texts("tasks")] if "tasks" in self.columns else [None] * len(self)
+
+    @cached_property
     def _digests(self) -> dict[str, NDArray[np.uint8]]:
         start = len("digests/")
         return {name[start:]: column for name, column in self.columns.items() if name.startswith("digests/")}
@@ -134,17 +143,18 @@ class DemoTable(Sequence[DemoRows]):
         file, length, row = (int(self.columns[name][number]) for name in ("files", "length", "row"))
         digests = {key: column[number].tobytes().hex() for key, column in self._digests.items()}
         digests = {key: value for key, value in digests.items() if value.strip("0")}
-        return DemoRows(file, self.names[number], length, row, digests, self._view_keys[number])
+        return DemoRows(file, self.names[number], length, row, digests, self._view_keys[number], self.tasks[number])
 
     def __iter__(self) -> Iterator[DemoRows]:
         plain = [self.columns[name].tolist() for name in ("files", "length", "row")]
         hexes = {key: column.tobytes().hex() for key, column in self._digests.items()}
         size = 2 * DIGEST_BYTES
-        for n, (file, name, length, row, view_key) in enumerate(
-            zip(plain[0], self.names, plain[1], plain[2], self._view_keys, strict=True)
+        for n, (file, name, length, row, view_key, task) in enumerate(
+            zip(plain[0], self.names, plain[1], plain[2], self._view_keys, self.tasks, strict=True)
         ):
             digests = {key: text[n * size : (n + 1) * size] for key, text in hexes.items()}
-            yield DemoRows(file, name, length, row, {k: v for k, v in digests.items() if v.strip("0")}, view_key)
+            digests = {key: value for key, value in digests.items() if value.strip("0")}
+            yield DemoRows(file, name, length, row, digests, view_key, task)
 
     def __eq__(self, other: object) -> bool:
         if isinstance(other, DemoTable) and self.columns.keys() == other.columns.keys():
@@ -176,6 +186,11 @@ def demo_files(demos: Sequence[DemoRows]) -> NDArray[np.int64]:
 def names(demos: Sequence[DemoRows]) -> list[str]:
     """Returns the name of each demo."""
     return demos.names if isinstance(demos, DemoTable) else [demo.name for demo in demos]
+
+
+def tasks(demos: Sequence[DemoRows]) -> list[str | None]:
+    """Returns the task of each demo in words, or None."""
+    return demos.tasks if isinstance(demos, DemoTable) else [demo.task for demo in demos]
 
 
 def joined_spans(demos: Sequence[DemoRows]) -> list[tuple[int, int]]:

@@ -28,7 +28,9 @@ cache_app = typer.Typer(help="Inspect, compact or export a cache.", no_args_is_h
 @generated(EncoderOptions, ExtractConfig)
 def extract_features(
     given: Given,
-    datasets: Annotated[list[Path] | None, typer.Argument(help="robomimic HDF5 files.", metavar="DATASET…")] = None,
+    datasets: Annotated[
+        list[Path] | None, typer.Argument(help="HDF5 files or LeRobot folders.", metavar="DATASET…")
+    ] = None,
     out: Annotated[
         str | None,
         typer.Option("--out", help="The cache: a folder or a URL, by convention NAME.zarr.", rich_help_panel=OUTPUT),
@@ -87,7 +89,9 @@ def extract_features(
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A robomimic HDF5 file, a cache (folder or URL) or a run.")],
+    path: Annotated[
+        str, typer.Argument(help="A dataset (HDF5 file or LeRobot folder), a cache (folder or URL) or a run.")
+    ],
     views: Annotated[
         Path | None, typer.Option("--views", help="Draw frames of a cache in all its views to this PNG.")
     ] = None,

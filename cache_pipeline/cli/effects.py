@@ -33,7 +33,7 @@ class Rule(NamedTuple):
 
 
 NETWORK = ("rgb_model_name", "pretrained_encoder", "weights", "weights_prefix")
-PREPROCESSING = ("imagenet_norm", "image_mean", "image_std", "resize_shape", "crop_shape")
+PREPROCESSING = ("imagenet_norm", "image_mean", "image_std", "resize_shape", "crop_shape", "flip")
 OWN_POLICIES = tuple(parameter_names(TrainConfig, OWN_POLICY_OPTIONS))
 VIEWS = tuple(parameter_names(ViewSpec))
 

@@ -52,6 +52,11 @@ class EncoderOptions:
         tuple[int, int] | None, Option("Height,width of the crop, in pixels.", ENCODER, typed=str, parse=image_shape)
     ] = None
 
+    flip: Annotated[
+        bool,
+        Option("Turn frames upside down; inspect says when a dataset stores them so.", ENCODER, "--flip/--no-flip"),
+    ] = False
+
     def __post_init__(self) -> None:
         if (self.image_mean is None) != (self.image_std is None):
             raise OptionError("--image-mean and --image-std belong together; give both")
@@ -90,7 +95,7 @@ class EncoderOptions:
         if mean is None and self.imagenet_norm and spec.factory is None:
             mean, std = IMAGENET_MEAN, IMAGENET_STD
         norm = spec.weights != "random" if self.imagenet_norm is None else self.imagenet_norm
-        return Preprocess(self.resize_shape, self.crop_shape, norm, mean, std)
+        return Preprocess(self.resize_shape, self.crop_shape, norm, mean, std, flip=self.flip)
 
     def for_cameras(
         self, chosen: list[str] | None, seed: int

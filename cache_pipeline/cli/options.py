@@ -40,7 +40,9 @@ Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.", rich_help_panel=OUTPUT)
 ]
 Cache = Annotated[str, typer.Argument(help="A cache: a folder, or a URL such as s3://bucket/lift.zarr.")]
-Datasets = Annotated[list[Path] | None, typer.Option("--dataset", help="A robomimic HDF5 file; may be repeated.")]
+Datasets = Annotated[
+    list[Path] | None, typer.Option("--dataset", help="An HDF5 file or LeRobot folder; may be repeated.")
+]
 Cameras = Annotated[str | None, typer.Option("--cameras", help="Cameras, comma-separated; all by default.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu or cuda:0.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, max=LARGEST, help="Seed of everything that is random.")]

@@ -1,1 +1,1 @@
-"""Reads robomimic HDF5 files: demos, frames, windows and splits. Imports NumPy and h5py, never torch."""
+"""Reads datasets of several layouts: demos, frames, windows and splits. Imports NumPy and h5py, never torch."""

@@ -1,4 +1,4 @@
-"""Reads one or several robomimic HDF5 files as one list of demos.
+"""Reads one or several datasets, of any layout, as one list of demos.
 
 dataset = Dataset.open("lift.hdf5", cameras=["agentview_image"], filter_key="train")
 dataset.frames(0, "agentview_image")        # (T, 84, 84, 3) uint8
@@ -11,7 +11,7 @@ import logging
 import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, groupby
 from operator import itemgetter
 from pathlib import Path
@@ -20,7 +20,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from cache_pipeline.demos.checks import (
+    CAMERA_FORMS,
+    DEFAULT_ACTIONS,
     Wanted,
+    action_keys,
     agreement_problems,
     choice_of,
     default_low_dim,
@@ -31,14 +34,16 @@ from cache_pipeline.demos.checks import (
     skipped_demos,
     structure_problems,
     unused_images,
+    with_actions,
 )
 from cache_pipeline.demos.choice import Choice
-from cache_pipeline.demos.frames import close_files, frames_in_words, read_frames, read_rows
-from cache_pipeline.demos.layouts.robomimic import DemoInfo, FileInfo, SourceFile, scan_file
+from cache_pipeline.demos.layouts.protocol import DemoInfo, FileInfo, SourceFile, segment_in_words
+from cache_pipeline.demos.layouts.registry import layout_of
 from cache_pipeline.demos.numbers import check_numbers, lost_variation
+from cache_pipeline.demos.reading import close_files, layout_findings, read_frames, read_rows
 from cache_pipeline.demos.split import VALID_KEY
 from cache_pipeline.errors import DatasetError, available
-from cache_pipeline.hdf5 import check_exists, damage_as_error
+from cache_pipeline.hdf5 import damage_as_error
 from cache_pipeline.isolation import IsolatedCrashError, isolated, isolated_when_free
 
 logger = logging.getLogger("cache_pipeline")
@@ -47,25 +52,27 @@ Paths = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 
 class Demo(NamedTuple):
-    """One demo: ``file`` is an index into ``Dataset.files``, ``length`` its steps."""
+    """One demo: ``file`` is an index into ``Dataset.files``, ``length`` its steps, ``task`` its task in words."""
 
     file: int
     name: str
     length: int
+    task: str | None = None
 
 
 class Dataset:
-    """Demos of one or several robomimic files; :meth:`open` reads and checks what the arguments hold.
+    """Demos of one or several datasets; :meth:`open` reads and checks what the arguments hold.
 
     Files are read in a child process, because a damaged file can crash HDF5. Safe to fork, pickle and read from several
     threads.
 
     Attributes:
-        files: the files, in the given order.
+        files: the files or folders, in the given order, each with the name of its layout.
         demos: in numeric order, file by file.
         cameras: name → (H, W, 3).
         low_dim: key → (width,). Values with more axes per step are flattened, as in robomimic's networks.
         action_dim: A.
+        action_keys: the arrays that are the actions, side by side.
         choice: the keys that are used and those that are left out.
         masks: filter key → indices into ``demos``, for keys that every file has, and for ``valid`` if any file has it.
         absent: filter key → names of its demos that are not in the files.
@@ -88,6 +95,7 @@ class Dataset:
     ) -> None:
         self.files, self.demos = tuple(files), tuple(demos)
         self.cameras, self.low_dim, self.action_dim = dict(cameras), dict(low_dim), action_dim
+        self.action_keys = choice.actions
         self.choice, self.masks, self.absent = choice, dict(masks), dict(absent)
         self.env_args, self.render_flags = env_args, render_flags
         weakref.finalize(self, isolated_when_free, close_files, self.files).atexit = False
@@ -100,37 +108,43 @@ class Dataset:
         cameras: Sequence[str] | None = None,
         low_dim_keys: Sequence[str] | None = None,
         filter_key: str | None = None,
+        action_key: Sequence[str] | None = None,
     ) -> Dataset:
         """Opens files and checks metadata, actions and low-dim obs; images are decoded later, when they are read.
 
         Args:
-            paths: one or several paths. Several files must have the same cameras, keys and action dim.
-            cameras: rgb obs keys; default: every obs that is uint8 (T, H, W, 3). ``()``: no images.
+            paths: one or several paths of HDF5 files or LeRobot folders. Several must have the same cameras, keys and
+                action dim.
+            cameras: rgb obs keys; default: every obs that holds rgb or grey images: uint8 frames or encoded ones.
+                ``()``: no images.
             low_dim_keys: default: the position, orientation and gripper keys of every arm (``robot0_eef_pos``,
                 ``robot0_eef_quat``, ``robot0_gripper_qpos``, …); without such keys, every low-dim key. ``object`` is
                 privileged information: it is left out if there are cameras.
             filter_key: use only the demos of this key of each file's ``mask`` group; default: every demo.
+            action_key: arrays that are the actions, side by side, such as ``["actions_abs"]``; default: ``actions``.
 
         Raises:
             DatasetError: the first problem found.
         """
-        infos = [scan_file(path) for path in distinct_paths(paths)]
+        infos = [layout_of(path).scan(path) for path in distinct_paths(paths)]
         for info in infos:
             for note in (*info.notes, *([skipped_demos(info)] if info.empty else [])):
                 logger.warning("%s: %s", info.path, note)
         chosen = [select_demos(info, filter_key) for info in infos]
+        actions = _action_keys(infos, chain.from_iterable(chosen), action_key)
+        chosen = [tuple(with_actions(demo, actions) for demo in part) for part in chosen]
         demos = list(chain.from_iterable(chosen))
-        wanted = _choose(infos, demos, cameras, low_dim_keys)
+        wanted = _choose(infos, demos, cameras, low_dim_keys)._replace(actions=actions)
         for info, part in zip(infos, chosen, strict=True):
             _raise_first(info.path, _problems(info, part, wanted, found_by_type=cameras is None))
         _check_agreement(infos, chosen, wanted)
-        table = tuple(Demo(i, demo.name, demo.length) for i, part in enumerate(chosen) for demo in part)
+        table = tuple(Demo(i, demo.name, demo.length, demo.task) for i, part in enumerate(chosen) for demo in part)
         masks, absent = _combine_masks(infos, table)
         first = demos[0]
         return cls(
-            [SourceFile(info.path.absolute(), info.size, info.mtime_ns, info.linked) for info in infos],
+            [info.source for info in infos],
             table,
-            cameras={camera: _image_size(first.obs[camera].shape) for camera in wanted.cameras},
+            cameras={camera: _image_size(first, camera) for camera in wanted.cameras},
             low_dim={key: (math.prod(first.obs[key].shape[1:]),) for key in wanted.low_dim},
             action_dim=first.arrays["actions"].shape[1],
             choice=choice_of(demos, wanted),
@@ -181,7 +195,7 @@ class Dataset:
         except IsolatedCrashError as error:
             for segment in segments if len(segments) > 1 else ():  # find the one that crashes, to name it
                 self._read(camera, file, [segment])
-            with damage_as_error(source.path, frames_in_words(camera, segments[0])):
+            with damage_as_error(source.path, segment_in_words(camera, segments[0])):
                 raise error
 
     def rows(self, demo: int) -> dict[str, np.ndarray]:
@@ -190,9 +204,9 @@ class Dataset:
         ``actions`` (T, A), ``rewards`` (T,), ``dones`` (T,), ``low_dim/<key>`` (T, …). Missing rewards or dones
         are NaN, not zeros.
         """
-        file, name, length = self.demos[demo]
+        file, name, length, _ = self.demos[demo]
         with damage_as_error(self.files[file].path, f"the actions and low-dim obs of {name}"):
-            return isolated(read_rows, self.files[file], name, length, self.low_dim)
+            return isolated(read_rows, self.files[file], name, length, self.low_dim, self.action_keys)
 
     def close(self) -> None:
         """Closes the files; they reopen on the next read."""
@@ -212,17 +226,31 @@ class Dataset:
 
 
 def distinct_paths(paths: Paths) -> list[Path]:
-    """Returns the paths in order; raises ``DatasetError`` for no path, a repeated path, or one without a file."""
+    """Returns the paths in order; raises ``DatasetError`` for no path, a repeated path, or one without a dataset."""
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
-        raise DatasetError("no dataset is given; name one or several robomimic HDF5 files")
+        raise DatasetError("no dataset is given; name one or several robomimic HDF5 files or LeRobot folders")
     found: dict[Path, Path] = {}
     for path in (Path(path).expanduser() for path in given):
         if path.resolve() in found:
             raise DatasetError(f"{path} is named twice; name each file once")
-        check_exists(path)
+        layout_of(path)
         found[path.resolve()] = path
     return list(found.values())
+
+
+def _action_keys(infos: Sequence[FileInfo], demos: Iterable[DemoInfo], asked: Sequence[str] | None) -> tuple[str, ...]:
+    """Returns the action arrays; raises DatasetError for unknown names."""
+    assert not isinstance(asked, str), "action keys are a list of names"
+    there = list(dict.fromkeys(key for demo in demos for key in action_keys(demo)))
+    for name in asked or ():
+        if name not in there:
+            raise DatasetError(f"{_where(infos)} has no action key {name!r}; {available(there, name)}")
+    return tuple(dict.fromkeys(asked)) if asked else DEFAULT_ACTIONS
+
+
+def _where(infos: Sequence[FileInfo]) -> str:
+    return str(infos[0].path) if len(infos) == 1 else f"{infos[0].path} and {len(infos) - 1} more"
 
 
 def _choose(
@@ -231,12 +259,12 @@ def _choose(
     cameras: Sequence[str] | None,
     low_dim_keys: Sequence[str] | None,
 ) -> Wanted:
-    where = str(infos[0].path) if len(infos) == 1 else f"{infos[0].path} and {len(infos) - 1} more"
+    where = _where(infos)
     chosen = find_cameras(demos) if cameras is None else _named("camera", cameras, find_cameras(demos), demos, where)
     if cameras is None and not chosen:
         _raise_first(infos[0].path, unused_images(demos))
         raise DatasetError(
-            f"{where} holds no cameras: no obs is uint8 (T, H, W, 3); {available(find_low_dim(demos))}; "
+            f"{where} holds no cameras: no obs is {CAMERA_FORMS}; {available(find_low_dim(demos))}; "
             "features need a dataset with images (robomimic's dataset_states_to_obs.py renders them)"
         )
     if low_dim_keys is None:
@@ -263,9 +291,12 @@ def _problems(info: FileInfo, demos: Sequence[DemoInfo], wanted: Wanted, found_b
         yield from unused_images(demos)
     yield from structure_problems(demos, wanted)
     yield from agreement_problems(demos, wanted)
-    report = check_numbers(info.path, [(demo.name, number_paths(demo, wanted.low_dim)) for demo in demos])
+    arrays = [(demo.name, number_paths(demo, wanted.low_dim, wanted.actions)) for demo in demos]
+    report = check_numbers(info.source, arrays)
     yield from (f"{finding.demo}: {finding.sentence}" for finding in report.findings)
-    for sentence in lost_variation(report.statistics):
+    problems, notes = layout_findings(info.source, [demo.name for demo in demos])
+    yield from problems
+    for sentence in (*notes, *lost_variation(report.statistics)):
         logger.warning("%s: %s", info.path, sentence)
 
 
@@ -302,6 +333,7 @@ def _common(values: Sequence[dict[str, Any] | None]) -> dict[str, Any] | None:
     return values[0] if all(value == values[0] for value in values) else None
 
 
-def _image_size(shape: tuple[int, ...]) -> tuple[int, int, int]:
-    _, height, width, channels = shape
-    return height, width, channels
+def _image_size(demo: DemoInfo, camera: str) -> tuple[int, int, int]:
+    size = demo.obs[camera].frame
+    assert size is not None
+    return size

@@ -1,28 +1,27 @@
 """Reads actions, rewards, dones and low-dim obs, checks that they are finite, and computes their statistics.
 
-Functions that take an open file run in the child process of :mod:`cache_pipeline.isolation`.
+Arrays are read in the child process of :mod:`cache_pipeline.isolation`.
 """
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
 from typing import NamedTuple
 
-import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from cache_pipeline.demos.links import PLUGINS
-from cache_pipeline.hdf5 import READ_ERRORS, damage_as_error, open_file
+from cache_pipeline.demos.layouts.protocol import SourceFile
+from cache_pipeline.demos.layouts.registry import layout_named
+from cache_pipeline.errors import DatasetError
+from cache_pipeline.hdf5 import READ_ERRORS, damage_as_error
 from cache_pipeline.isolation import isolated, progress
 
 BLOCK_BYTES = 4 << 20
 """Arrays of many demos are checked together, about this many bytes at once."""
 LARGEST = 1e15
 """Largest value of an action or low-dim obs; sums of squares of larger values overflow in float32."""
+UNIT_SLACK, OPPOSITE = 1e-2, -0.5
 LOST_STEPS = 4
 """Variation is lost if float32 has fewer than this many steps within one standard deviation."""
 
@@ -58,20 +57,22 @@ class NumbersReport(NamedTuple):
 
     findings: tuple[Finding, ...]
     statistics: dict[str, Statistics]
+    sign_flips: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    """Paths of quaternions, each with the demos in which they change their sign from one step to the next."""
 
 
-def check_numbers(path: Path, arrays: Sequence[tuple[str, Sequence[str]]]) -> NumbersReport:
-    """Reads arrays of a file in the child process.
+def check_numbers(source: SourceFile, arrays: Sequence[tuple[str, Sequence[str]]]) -> NumbersReport:
+    """Reads arrays of a dataset in the child process.
 
     Args:
-        path: the file.
+        source: the dataset.
         arrays: (demo, paths such as ``actions`` or ``obs/<key>``), for arrays of numbers with an axis of steps.
 
     Raises:
         DatasetError: the file cannot be opened, or crashes HDF5.
     """
-    with damage_as_error(path, "its actions and low-dim obs"):
-        return isolated(_check_numbers, path, arrays)
+    with damage_as_error(source.path, "its actions and low-dim obs"):
+        return isolated(_check_numbers, source, arrays)
 
 
 def lost_variation(statistics: Mapping[str, Statistics]) -> Iterator[str]:
@@ -86,17 +87,17 @@ def lost_variation(statistics: Mapping[str, Statistics]) -> Iterator[str]:
             )
 
 
-def read_numbers(file: h5py.File, demo: str, path: str) -> NDArray:
-    """Reads one array of a demo in its own type."""
-    item = h5py.h5d.open(file.id, f"data/{demo}/{path}".encode())
-    out = np.empty(item.shape, item.dtype)
-    try:
-        item.read(h5py.h5s.ALL, h5py.h5s.ALL, out)
-    except OSError:
-        with suppress(ImportError):
-            importlib.import_module(PLUGINS)  # registers further filters in this process
-        item.read(h5py.h5s.ALL, h5py.h5s.ALL, out)
-    return out
+def changes_sign(values: NDArray) -> bool:
+    """Whether rows are unit quaternions (T, 4) of which one is almost the negative of the row before it.
+
+    Both mean the same rotation, but to a policy they are far apart.
+    """
+    if values.dtype.kind != "f" or values.shape[1:] != (4,) or len(values) < 2:
+        return False
+    rows = values.astype(np.float64)
+    with np.errstate(invalid="ignore", over="ignore"):
+        unit = np.abs(np.linalg.norm(rows, axis=1) - 1) < UNIT_SLACK
+        return bool(unit.all() and ((rows[1:] * rows[:-1]).sum(1) < OPPOSITE).any())
 
 
 def as_float32(values: NDArray) -> NDArray[np.float32]:
@@ -105,25 +106,32 @@ def as_float32(values: NDArray) -> NDArray[np.float32]:
         return values.astype(np.float32)
 
 
-def _check_numbers(path: Path, arrays: Sequence[tuple[str, Sequence[str]]]) -> NumbersReport:
+def _check_numbers(source: SourceFile, arrays: Sequence[tuple[str, Sequence[str]]]) -> NumbersReport:
     checks: dict[str, _Check] = {}
+    flips: dict[str, list[str]] = {}
     unreadable: list[Finding] = []
-    with open_file(path) as file:
-        for demo, paths in arrays:
-            progress()
-            for name in paths:
-                try:
-                    values = read_numbers(file, demo, name)
-                except READ_ERRORS as error:
-                    reason = " ".join(str(error).split())
-                    unreadable.append(Finding(demo, name, f"{name} cannot be read, the file is damaged ({reason})"))
-                    continue
+    layout = layout_named(source.layout)
+    for demo, paths in arrays:
+        progress()
+        for name in paths:
+            try:
+                values = layout.numbers(source, demo, name)
+            except DatasetError:
+                raise
+            except READ_ERRORS as error:
+                reason = " ".join(str(error).split())
+                unreadable.append(Finding(demo, name, f"{name} cannot be read, the file is damaged ({reason})"))
+                continue
+            if values is not None:
+                if changes_sign(values):
+                    flips.setdefault(name, []).append(demo)
                 checks.setdefault(name, _Check(name)).add(demo, values)
+    layout.close([source])
     findings = [*unreadable, *(finding for check in checks.values() for finding in check.finish())]
     order = {demo: number for number, (demo, _) in enumerate(arrays)}
     findings.sort(key=lambda finding: order[finding.demo])
     statistics = {name: found for name, check in checks.items() if (found := check.statistics()) is not None}
-    return NumbersReport(tuple(findings), statistics)
+    return NumbersReport(tuple(findings), statistics, tuple((name, tuple(demos)) for name, demos in flips.items()))
 
 
 class _Check:

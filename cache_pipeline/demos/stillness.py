@@ -1,24 +1,29 @@
-"""Finds cameras that are black, or show one frame, during a whole demo: faults of rendering or recording."""
+"""Finds cameras that are black or show one frame during a whole demo, or show the same as another camera."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
+from itertools import combinations
 
-import h5py
 import numpy as np
+from numpy.typing import NDArray
 
-from cache_pipeline.demos.layouts.robomimic import ArrayInfo, DemoInfo
-from cache_pipeline.hdf5 import READ_ERRORS, damage_as_error, open_file
+from cache_pipeline.demos.layouts.protocol import ArrayInfo, DemoInfo, Layout, SourceFile
+from cache_pipeline.demos.layouts.registry import layout_named
+from cache_pipeline.errors import DatasetError
+from cache_pipeline.hdf5 import damage_as_error
 from cache_pipeline.isolation import isolated, progress
 from cache_pipeline.text import still_sentence
 
+COMPARED_DEMOS = 16
+"""Number of demos in which cameras are compared with each other."""
 MOST_DEMOS = 1000
 """Number of demos that are checked, spread over the file."""
 FRAMES_AT_ONCE = 64
 
 
-def still_cameras(path: Path, demos: Sequence[DemoInfo], cameras: Sequence[str]) -> list[str]:
+def still_cameras(source: SourceFile, demos: Sequence[DemoInfo], cameras: Sequence[str]) -> list[str]:
     """Returns one sentence per camera that is black or frozen during whole demos, with the names of the demos.
 
     Compares two frames of a demo first, and reads all frames only if these are equal.
@@ -30,39 +35,82 @@ def still_cameras(path: Path, demos: Sequence[DemoInfo], cameras: Sequence[str])
     chosen = [demos[place] for place in places.tolist()]
     sentences: list[str] = []
     for camera in cameras:
-        names = [demo.name for demo in chosen if (info := demo.obs.get(camera)) and _is_readable(info)]
-        with damage_as_error(path, f"the images of {camera}"):
-            found = isolated(_still_demos, path, camera, names)
+        names = [
+            (demo.name, info.shape[0], info.frame)
+            for demo in chosen
+            if (info := demo.obs.get(camera)) and _is_readable(info) and info.frame
+        ]
+        with damage_as_error(source.path, f"the images of {camera}"):
+            found = isolated(_still_demos, source, camera, names)
         sentences += [still_sentence(camera, state, still) for state, still in found.items() if still]
     return sentences
+
+
+def duplicate_cameras(source: SourceFile, demos: Sequence[DemoInfo], cameras: Sequence[str]) -> list[str]:
+    """Returns one sentence per pair of cameras whose first and middle frames are equal in all demos looked at.
+
+    Raises:
+        DatasetError: an image crashes HDF5.
+    """
+    places = np.unique(np.linspace(0, len(demos) - 1, min(len(demos), COMPARED_DEMOS)).round().astype(int))
+    chosen = []
+    for demo in (demos[place] for place in places.tolist()):
+        there = [(camera, info.frame) for camera in cameras if (info := demo.obs.get(camera)) and _is_readable(info)]
+        chosen.append((demo.name, demo.length, [(camera, size) for camera, size in there if size is not None]))
+    with damage_as_error(source.path, "its images"):
+        pairs = isolated(_equal_pairs, source, chosen)
+    return [
+        f"cameras {shortened(one)} and {shortened(other)} show the same frames in {len(chosen)} of {len(chosen)} demos "
+        "looked at"
+        for one, other in pairs
+    ]
+
+
+def _equal_pairs(
+    source: SourceFile, demos: Sequence[tuple[str, int, Sequence[tuple[str, tuple[int, int, int]]]]]
+) -> list[tuple[str, str]]:
+    layout, seen = layout_named(source.layout), dict[str, list[bytes]]()
+    for demo, length, cameras in demos:
+        for camera, size in cameras:
+            progress()
+            middle = length // 2
+            with suppress(DatasetError):  # damaged data are reported by the code that needs them
+                pair = layout.frames(source, camera, size, [(demo, 0, 1), (demo, middle, middle + 1)])
+                seen.setdefault(camera, []).append(pair.tobytes() if pair.any() else camera.encode())
+    layout.close([source])
+    return [pair for pair in combinations(seen, 2) if seen[pair[0]] == seen[pair[1]]]
 
 
 def _is_readable(info: ArrayInfo) -> bool:
     return info.is_image and info.written and 0 not in info.shape
 
 
-def _still_demos(path: Path, camera: str, demos: Sequence[str]) -> dict[str, list[str]]:
+def _still_demos(
+    source: SourceFile, camera: str, demos: Sequence[tuple[str, int, tuple[int, int, int]]]
+) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"black": [], "frozen on one frame": []}
-    with open_file(path) as file:
-        for demo in demos:
-            progress()
-            if state := _state(file, f"data/{demo}/obs/{camera}"):
-                found[state].append(demo)
+    layout = layout_named(source.layout)
+    for demo, length, size in demos:
+        progress()
+        if state := _state(layout, source, camera, demo, length, size):
+            found[state].append(demo)
+    layout.close([source])
     return found
 
 
-def _state(file: h5py.File, path: str) -> str:
+def _state(layout: Layout, source: SourceFile, camera: str, demo: str, length: int, size: tuple[int, int, int]) -> str:
+    def read(start: int, stop: int) -> NDArray[np.uint8]:
+        return layout.frames(source, camera, size, [(demo, start, stop)])
+
     try:
-        images = file[path]
-        count = len(images)
-        first = images[0]
+        first = read(0, 1)
         black = not first.any()
-        if (count < 2 and not black) or not np.array_equal(first, images[count // 2]):
+        if (length < 2 and not black) or not np.array_equal(first, read(length // 2, length // 2 + 1)):
             return ""
-        for start in range(0, count, FRAMES_AT_ONCE):
+        for start in range(0, length, FRAMES_AT_ONCE):
             progress()
-            if not (images[start : start + FRAMES_AT_ONCE] == first).all():
+            if not (read(start, min(start + FRAMES_AT_ONCE, length)) == first).all():
                 return ""
-    except READ_ERRORS:
+    except DatasetError:
         return ""  # damaged data are reported by the code that needs them
     return "black" if black else "frozen on one frame"

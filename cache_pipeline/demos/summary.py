@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,25 +12,29 @@ import numpy as np
 
 from cache_pipeline.demos import checks
 from cache_pipeline.demos.dataset import Paths, distinct_paths
-from cache_pipeline.demos.layouts.robomimic import DemoInfo, FileInfo, scan_file
+from cache_pipeline.demos.layouts.protocol import HDF5, DemoInfo, FileInfo
+from cache_pipeline.demos.layouts.registry import layout_of
 from cache_pipeline.demos.numbers import NumbersReport, Statistics, check_numbers, lost_variation
-from cache_pipeline.demos.stillness import still_cameras
+from cache_pipeline.demos.reading import layout_findings
+from cache_pipeline.demos.stillness import duplicate_cameras, still_cameras
 from cache_pipeline.errors import DatasetError, counted
 from cache_pipeline.text import few, listed, shortened
 
-SHOWN = 12
+SHOWN, LONGEST_TASK = 12, 100
 ALL = "--json lists all"
 
 
 @dataclasses.dataclass(frozen=True)
 class CameraSummary:
-    """Image size (pixels), HDF5 compression, size in bytes as stored and as uint8."""
+    """Image size (pixels), compression, size in bytes as stored and as uint8 rgb."""
 
     height: int
     width: int
     compression: str
     stored_bytes: int
     raw_bytes: int
+    form: str = ""
+    """How its frames differ from rgb with channels last, such as ``RGBA, read without alpha``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,6 +70,12 @@ class FileSummary:
     render_flags: dict[str, Any] | None
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    layout: str = ""
+    """What the dataset was recognised as, such as ``LIBERO HDF5``."""
+    tasks: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Task in words → number of demos; empty if the dataset does not say any."""
+    other_actions: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Other arrays that ``--action-key`` can name → values per step."""
 
     def lines(self) -> list[str]:
         """Returns the lines of a readable table."""
@@ -72,11 +83,13 @@ class FileSummary:
         env = self.env_args or {}
         steps = counted(self.steps, "step")
         rows = [
+            ("layout", self.layout),
             ("size", f"{self.bytes / 1e6:.1f} MB"),
             ("demos", f"{self.demos}, {steps}, {low} / {middle:g} / {high} per demo (min / median / max)"),
             *(("camera", line) for line in _camera_lines(self.cameras)),
             ("low-dim", listed(f"{shortened(key)} {width}" for key, width in self.low_dim.items()) or "none"),
-            *_action_lines(self.actions),
+            *_action_lines(self.actions, self.other_actions),
+            *(("task", line) for line in _task_lines(self.tasks)),
             ("filter keys", listed(f"{shortened(key)} {count}" for key, count in self.filter_keys.items()) or "none"),
             ("environment", f"{env.get('env_name', 'unknown')} {env.get('env_version', '')}".strip()),
         ]
@@ -136,7 +149,7 @@ def inspect_dataset(paths: Paths) -> DatasetSummary:
     Raises:
         DatasetError: a file cannot be opened as HDF5 or has no demos. All other problems are in the result.
     """
-    infos = [scan_file(path) for path in distinct_paths(paths)]
+    infos = [layout_of(path).scan(path) for path in distinct_paths(paths)]
     heads = [info.demos[0]._replace(name=f"{info.path}: {info.demos[0].name}") for info in infos]
     wanted = _default_wanted([demo for info in infos for demo in info.demos])
     problems = tuple(checks.agreement_problems(heads, wanted)) if len(infos) > 1 else ()
@@ -157,11 +170,14 @@ def _summarise(info: FileInfo, wanted: checks.Wanted) -> FileSummary:
     others = checks.Wanted((), tuple(key for key in everything if key not in wanted.low_dim))
     problems = [*info.problems, *_structure(info, wanted), *checks.unused_images(info.demos)]
     optional = [*_structure(info, others)]
-    numbers, stillness = NumbersReport((), {}), []
+    numbers, stillness, told = NumbersReport((), {}), list[str](), list[str]()
     try:
         arrays = [(demo.name, checks.number_paths(demo, everything)) for demo in info.demos]
-        numbers = check_numbers(info.path, arrays)
-        stillness = still_cameras(info.path, info.demos, wanted.cameras)
+        numbers = check_numbers(info.source, arrays)
+        found, told = layout_findings(info.source, [demo.name for demo in info.demos])
+        problems += found
+        stillness = still_cameras(info.source, info.demos, wanted.cameras)
+        stillness += duplicate_cameras(info.source, info.demos, wanted.cameras)
     except DatasetError as error:  # the file crashes HDF5
         problems.append(str(error).removeprefix(f"{info.path} "))
     used = {"actions", "rewards", "dones", *(f"obs/{key}" for key in wanted.low_dim)}
@@ -184,15 +200,20 @@ def _summarise(info: FileInfo, wanted: checks.Wanted) -> FileSummary:
         },
         env_args=info.env_args,
         render_flags=info.render_flags,
+        layout=info.kind,
+        tasks=dict(Counter(demo.task for demo in info.demos if demo.task is not None)),
+        other_actions={key: demo.arrays[key].width for demo in info.demos for key in demo.other_actions},
         problems=tuple(problems),
         notes=(
             *info.notes,
             *([checks.skipped_demos(info)] if info.empty else []),
+            *told,
             *stillness,
             *lost_variation(numbers.statistics),
             *_metadata_notes(info),
             *_numbering_notes(info),
             *_action_notes(actions),
+            *_low_dim_notes(numbers, wanted.low_dim),
             *optional,
         ),
     )
@@ -206,9 +227,11 @@ def _structure(info: FileInfo, wanted: checks.Wanted) -> Iterator[str]:
 def _camera_summary(name: str, demos: Iterable[DemoInfo]) -> CameraSummary:
     arrays = [info for demo in demos if (info := demo.obs.get(name)) is not None and info.is_image]
     kinds = sorted({info.compression for info in arrays})
-    _, height, width, _ = arrays[0].shape
-    stored, raw = sum(info.stored_bytes for info in arrays), sum(int(np.prod(info.shape)) for info in arrays)
-    return CameraSummary(height, width, " and ".join(kinds), stored, raw)
+    height, width, channels = arrays[0].frame or (0, 0, 0)
+    stored, steps = sum(info.stored_bytes for info in arrays), sum(info.shape[0] for info in arrays)
+    forms = sorted({info.form for info in arrays if info.form})
+    raw = steps * height * width * channels
+    return CameraSummary(height, width, " and ".join(kinds), stored, raw, ", ".join(forms))
 
 
 def _camera_lines(cameras: Mapping[str, CameraSummary]) -> list[str]:
@@ -219,7 +242,8 @@ def _camera_lines(cameras: Mapping[str, CameraSummary]) -> list[str]:
 def _camera_line(camera: CameraSummary) -> str:
     packed = f", {camera.stored_bytes / 1e6:.1f} MB stored" if camera.compression != "none" else ""
     size = f"{camera.height}×{camera.width}, {camera.raw_bytes / 1e6:.1f} MB"
-    return f"{size}, compression {camera.compression}{packed}"
+    form = f", {camera.form}" if camera.form else ""
+    return f"{size}, compression {camera.compression}{packed}{form}"
 
 
 def _low_dim_width(key: str, demos: Iterable[DemoInfo]) -> int:
@@ -239,11 +263,19 @@ def _action_summary(actions: Statistics | None) -> ActionSummary | None:
     )
 
 
-def _action_lines(actions: ActionSummary | None) -> list[tuple[str, str]]:
-    if actions is None:
-        return [("actions", "none are readable")]
-    ranges = listed(f"{low:.2f}…{high:.2f}" for low, high in zip(actions.min, actions.max, strict=True))
-    return [("actions", f"dim {actions.dim}: {ranges}")]
+def _action_lines(actions: ActionSummary | None, others: Mapping[str, int]) -> list[tuple[str, str]]:
+    lines = [("actions", "none are readable")]
+    if actions is not None:
+        ranges = listed(f"{low:.2f}…{high:.2f}" for low, high in zip(actions.min, actions.max, strict=True))
+        lines = [("actions", f"dim {actions.dim}: {ranges}")]
+    if others:
+        lines.append(("action keys", "others: " + listed(f"{shortened(key)} {width}" for key, width in others.items())))
+    return lines
+
+
+def _task_lines(tasks: Mapping[str, int]) -> list[str]:
+    lines = [f"{shortened(task, LONGEST_TASK)} ({counted(count, 'demo')})" for task, count in tasks.items()]
+    return few(lines, "task", more=ALL)
 
 
 def _action_notes(actions: ActionSummary | None) -> Iterator[str]:
@@ -254,6 +286,19 @@ def _action_notes(actions: ActionSummary | None) -> Iterator[str]:
         yield f"actions are beyond ±1 in {actions.steps_beyond_one} steps (dims {listed(dims)})"
     if actions.constant_dims:
         yield f"actions never change in dims {listed(actions.constant_dims)}"
+
+
+def _low_dim_notes(numbers: NumbersReport, keys: Iterable[str]) -> Iterator[str]:
+    """Yields low-dim obs that are read by default and never change, and quaternions that change their sign."""
+    for key in keys:
+        found = numbers.statistics.get(f"obs/{key}")
+        if found is not None and (still := np.flatnonzero(found.min == found.max).tolist()):
+            yield f"obs/{shortened(key)} never changes in dims {listed(still)}"
+    for path, demos in numbers.sign_flips:
+        yield (
+            f"{shortened(path)} changes its sign between steps in {counted(len(demos), 'demo')} "
+            f"({listed(demos, limit=3)}): the rotation is the same, but a policy sees a jump"
+        )
 
 
 def _metadata_notes(info: FileInfo) -> Iterator[str]:
@@ -276,19 +321,22 @@ def _metadata_notes(info: FileInfo) -> Iterator[str]:
         lacking = [demo.name for demo in info.demos if path not in demo.arrays]
         if lacking:
             yield f"no {path} in {len(lacking)} of {len(info.demos)} demos ({listed(lacking, limit=3)}): read as NaN"
+    cameras = checks.find_cameras(info.demos)
     unread = {
         f"{key} {array}": None
         for demo in info.demos[:1]
         for key, array in demo.obs.items()
-        if not array.is_image and not array.is_low_dim
+        if not array.is_low_dim and key not in cameras
     }
     if unread:
         yield f"obs that are neither an rgb image nor low-dim: {listed(unread)}"
-    if not checks.find_cameras(info.demos):
+    if not cameras:
         yield "no cameras: no features can be extracted"
 
 
 def _numbering_notes(info: FileInfo) -> Iterator[str]:
+    if info.layout != HDF5:
+        return
     numbers = [int(found[1]) for demo in info.demos if (found := re.fullmatch(r"demo_([0-9]+)", demo.name))]
     other = [demo.name for demo in info.demos if not re.fullmatch(r"demo_([0-9]+)", demo.name)]
     if other:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -372,4 +372,4 @@ def with_declared(encoder: ImageEncoder, p: Preprocess) -> Preprocess:
     mean, std = (getattr(encoder.net, f"preprocess_{name}", None) for name in ("mean", "std"))
     if (mean is None and std is None) or p.mean is not None or not p.imagenet_norm:
         mean, std = p.mean, p.std
-    return Preprocess(size, p.crop_shape, p.imagenet_norm, mean, std)
+    return replace(p, resize_shape=size, mean=mean, std=std)

@@ -25,7 +25,7 @@ from cache_pipeline.encoders.preprocess import Preprocess, preprocess
 from cache_pipeline.encoders.resnet import as_backbone
 from cache_pipeline.encoders.views import ViewBatch
 from cache_pipeline.errors import EncoderError, available
-from cache_pipeline.text import by_name, listed
+from cache_pipeline.text import by_name, listed, module_name
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -46,7 +46,7 @@ class CameraEncoders(nn.ModuleDict):
     """Camera → encoder. A shared encoder is stored, saved and counted once."""
 
     def __init__(self, encoders: Mapping[str, ImageEncoder], shared: bool) -> None:
-        self._slots = {camera: "shared" if shared else camera for camera in encoders}
+        self._slots = {camera: "shared" if shared else module_name(camera) for camera in encoders}
         super().__init__({self._slots[camera]: encoder for camera, encoder in encoders.items()})
 
     def __getitem__(self, key: str) -> ImageEncoder:
@@ -301,9 +301,9 @@ class MultiImageObsEncoder(nn.Module):
         encoder = self.key_model_map[camera]
         if features.dim() == 4:
             features = features.contiguous(memory_format=torch.channels_last)
-        if camera not in self.pooling:
+        if module_name(camera) not in self.pooling:
             return encoder.head(features)
-        return cast(Tensor, self.pooling[camera](encoder.head_map(features)))
+        return cast(Tensor, self.pooling[module_name(camera)](encoder.head_map(features)))
 
     def _random_view(self, leading: tuple[int, ...], generator: torch.Generator | None) -> ViewBatch:
         device = self.device if generator is None else generator.device
@@ -331,8 +331,8 @@ class MultiImageObsEncoder(nn.Module):
                 f"{camera}: spatial softmax needs feature maps, but the cut {encoder.cut} gives pooled features; "
                 f"take cut layer4 (--cut layer4)"
             )
-        self.pooling[camera] = SpatialSoftmax((shape[0], shape[1], shape[2]))
-        return cast(SpatialSoftmax, self.pooling[camera]).out_dim
+        self.pooling[module_name(camera)] = SpatialSoftmax((shape[0], shape[1], shape[2]))
+        return cast(SpatialSoftmax, self.pooling[module_name(camera)]).out_dim
 
     def _set_training_options(self, gradient_checkpointing: bool, train_batch_norm: bool) -> None:
         for encoder in self.key_model_map.distinct():

@@ -24,7 +24,7 @@ Triple = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class Preprocess:
-    """Preprocessing of a frame: resize, then crop, then normalise."""
+    """Preprocessing of a frame: flip, then resize, then crop, then normalise."""
 
     resize_shape: Shape | None = None
     """(H, W) in pixels; bilinear with antialiasing."""
@@ -36,6 +36,8 @@ class Preprocess:
     """RGB mean of pixels on 0–1 instead of ImageNet's; ``imagenet_norm`` is then ignored."""
     std: Triple | None = None
     """RGB standard deviation; required with ``mean``."""
+    flip: bool = False
+    """Turn frames upside down: for datasets and environments that give the lowest row first, such as LIBERO's."""
 
     def __post_init__(self) -> None:
         for name in ("resize_shape", "crop_shape"):
@@ -69,6 +71,7 @@ class Preprocess:
             **{name: None if shape is None else list(shape) for name, shape in shapes.items()},
             "mean": list(mean),
             "std": list(std),
+            **({"flip": True} if self.flip else {}),  # left out otherwise: earlier caches do not have it
         }
 
     @classmethod
@@ -113,6 +116,8 @@ def augment(frames: Tensor, p: Preprocess, view: View | None = None) -> Tensor:
     """Applies ``preprocess`` without normalisation: (B,3,h,w) float32 pixels on 0–1."""
     check_frames(frames)
     batch = None if view is None else view_batch(view, len(frames), frames.device)
+    if p.flip:
+        frames = frames.flip(1)
     if p.resize_shape is not None and p.resize_shape != tuple(frames.shape[1:3]):
         size = list(p.resize_shape)
         images = functional.interpolate(_pixels(frames), size, mode="bilinear", antialias=True, align_corners=False)

@@ -38,7 +38,7 @@ class ExtractConfig:
     """One extraction."""
 
     datasets: tuple[Path, ...]
-    """robomimic HDF5 files, read as one list of demos."""
+    """HDF5 files or LeRobot folders, read as one list of demos."""
     out: Path | str
     """Folder of the cache."""
     cameras: Annotated[
@@ -48,6 +48,12 @@ class ExtractConfig:
     low_dim_keys: Annotated[
         tuple[str, ...] | None,
         Option("Low-dim obs keys, comma-separated, or none; proprioception by default.", DATA, typed=str, parse=names),
+    ] = None
+    action_key: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            "Arrays of the actions, comma-separated, side by side; actions by default.", DATA, typed=str, parse=names
+        ),
     ] = None
     filter_key: Annotated[str | None, Option("Only the demos of this filter key; all by default.", DATA)] = None
     deep: Annotated[bool, Option("Read every frame again instead of trusting size and time.", DATA)] = False

@@ -68,7 +68,10 @@ def _compare(cache: FeatureCache, paths: Sequence[Path], *, deep: bool, whole: b
     known = cache.manifest.filter_key != UNKNOWN
     filter_key = cache.manifest.filter_key if known else None
     cameras, low_dim = tuple(cache.cameras), tuple(cache.low_dim)
-    with Dataset.open(paths, cameras=cameras, low_dim_keys=low_dim, filter_key=filter_key) as dataset:
+    actions = cache.manifest.action_keys
+    with Dataset.open(
+        paths, cameras=cameras, low_dim_keys=low_dim, filter_key=filter_key, action_key=actions
+    ) as dataset:
         matching = match_demos(cache.manifest, dataset, deep=deep)
         _check_each_file(cache, dataset, matching)
         if known:
@@ -155,7 +158,8 @@ def open_sources(cache: FeatureCache) -> Dataset:
     dataset = recorded_dataset(cache.manifest)
     if dataset is not None:
         return dataset
-    dataset = Dataset.open([Path(source.path) for source in cache.manifest.files], cameras=tuple(cache.cameras))
+    paths = [Path(source.path) for source in cache.manifest.files]
+    dataset = Dataset.open(paths, cameras=tuple(cache.cameras), action_key=cache.manifest.action_keys)
     for old, new in require_same_demos(cache, dataset).items():
         was, now = cache.demos[old], dataset.demos[new]
         if (was.file, was.name) != (now.file, now.name):

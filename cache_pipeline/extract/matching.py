@@ -17,7 +17,8 @@ from cache_pipeline.cache.manifest import Manifest, SourceRecord
 from cache_pipeline.cache.table import DemoRows
 from cache_pipeline.demos.choice import Choice
 from cache_pipeline.demos.dataset import Dataset, Demo
-from cache_pipeline.demos.layouts.robomimic import FileStamp, SourceFile
+from cache_pipeline.demos.layouts.protocol import FileStamp, SourceFile
+from cache_pipeline.demos.layouts.registry import layout_named
 from cache_pipeline.files import DIGEST_BYTES, digest, typed
 
 FRAMES_AT_ONCE = 256
@@ -40,8 +41,8 @@ class Matching(NamedTuple):
 def source_records(dataset: Dataset) -> tuple[SourceRecord, ...]:
     """Returns the dataset's files as recorded in a manifest, with absolute paths."""
     return tuple(
-        SourceRecord(str(Path(f.path).resolve()), f.size, f.mtime_ns, tuple((str(p), s, t) for p, s, t in f.linked))
-        for f in dataset.files
+        SourceRecord(str(Path(path).resolve()), size, time, tuple((str(p), s, t) for p, s, t in linked), *how)
+        for path, size, time, linked, *how in dataset.files
     )
 
 
@@ -51,15 +52,16 @@ def recorded_dataset(manifest: Manifest) -> Dataset | None:
     if any(source_state(source) != "as recorded" for source in manifest.files):
         return None
     try:
-        choice: Choice = typed([(manifest.asked or {})["choice"].get(name) for name in Choice._fields], Choice)
+        recorded = (manifest.asked or {})["choice"]
+        choice: Choice = typed([*(recorded.get(name) for name in Choice._fields[:-1]), manifest.action_keys], Choice)
     except (KeyError, AttributeError, ValueError):  # a cache of an earlier version
         return None
     return Dataset(
         [
-            SourceFile(Path(path), size, time, tuple(FileStamp(Path(p), s, t) for p, s, t in linked))
-            for path, size, time, linked in manifest.files
+            SourceFile(Path(path), size, time, tuple(FileStamp(Path(p), s, t) for p, s, t in linked), *how)
+            for path, size, time, linked, *how in manifest.files
         ],
-        [Demo(demo.file, demo.name, demo.length) for demo in manifest.demos],
+        [Demo(demo.file, demo.name, demo.length, demo.task) for demo in manifest.demos],
         cameras={camera: entry.image_shape for camera, entry in manifest.cameras.items()},
         low_dim=manifest.low_dim,
         action_dim=manifest.action_dim,
@@ -72,7 +74,9 @@ def recorded_dataset(manifest: Manifest) -> Dataset | None:
 
 
 def source_state(source: SourceRecord) -> Literal["as recorded", "changed", "gone"]:
-    """Compares a source file and its linked files with the record, by size and time."""
+    """Compares a source file, its linked files and the decoder of its frames with the record, by size and time."""
+    if source.decoder and layout_named(source.layout).decoder() != source.decoder:
+        return "changed"
     try:
         stamps = [FileStamp.of(Path(path)) for path in (source.path, *(item[0] for item in source.linked))]
     except OSError:

@@ -13,7 +13,7 @@ import numpy as np
 from cache_pipeline.cache.arrays import array_specs, unit_arrays
 from cache_pipeline.cache.folder import check_target, finish_swap, remove_cache, stores_beside, unused_sibling
 from cache_pipeline.cache.layout import choose_shard_rows, place_demos
-from cache_pipeline.cache.manifest import MANIFEST, Manifest, is_cache, read_manifest, read_pending
+from cache_pipeline.cache.manifest import ACTIONS, MANIFEST, Manifest, is_cache, read_manifest, read_pending
 from cache_pipeline.cache.metadata import metadata_files
 from cache_pipeline.cache.store import exists
 from cache_pipeline.cache.store_protocol import Stamp, Store
@@ -31,7 +31,7 @@ from cache_pipeline.extract.camera_encoders import (
 )
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.matching import Matching, match_demos, recorded_dataset, source_records
-from cache_pipeline.extract.staleness import MEND, check_camera, check_rows, check_store
+from cache_pipeline.extract.staleness import MEND, check_actions, check_camera, check_rows, check_store
 from cache_pipeline.extract.units import Work, find_work
 from cache_pipeline.files import digest
 
@@ -98,9 +98,9 @@ def prepare(config: ExtractConfig, out: Store, *, change: bool = True) -> Prepar
     encoders = for_cameras(built, config, dataset, old or pending)
     if old is not None and config.views < (views := max(entry.views for entry in old.cameras.values())):
         logger.info("%s: keeps its %d views of every frame", out.place, views)
+    pending = _check_stale(config, store, old, pending, encoders, dataset.action_keys, change=change)
     if old is not None:
         check_rows(old, dataset.low_dim, dataset.action_dim)
-    pending = _check_stale(config, store, old, pending, encoders, change=change)
     matching = match_demos(old, dataset, deep=config.deep)
     manifest = _target(config, dataset, encoders, old, pending, matching)
     work = find_work(store, manifest, dataset, [index is not None for index in matching.kept])
@@ -129,7 +129,11 @@ def _open_dataset(config: ExtractConfig, old: Manifest | None) -> Dataset:
         if dataset is not None:
             return dataset
     dataset = Dataset.open(
-        config.datasets, cameras=cameras, low_dim_keys=config.low_dim_keys, filter_key=config.filter_key
+        config.datasets,
+        cameras=cameras,
+        low_dim_keys=config.low_dim_keys,
+        filter_key=config.filter_key,
+        action_key=config.action_key,
     )
     missing = [camera for camera in old.cameras if camera not in dataset.cameras] if old else []
     if missing:
@@ -143,6 +147,7 @@ def _same_request(config: ExtractConfig, cameras: tuple[str, ...] | None, old: M
     asked, wanted = old.asked or {}, _asked(cameras, config.low_dim_keys)
     files = [str(path.resolve()) for path in config.datasets]
     same = all(asked.get(name) == value for name, value in wanted.items())
+    same &= (config.action_key or ACTIONS) == old.action_keys
     return same and old.filter_key == config.filter_key and files == [source.path for source in old.files]
 
 
@@ -157,6 +162,7 @@ def _check_stale(
     old: Manifest | None,
     pending: Manifest | None,
     encoders: Mapping[str, CameraEncoder],
+    actions: tuple[str, ...],
     *,
     change: bool,
 ) -> Manifest | None:
@@ -168,6 +174,7 @@ def _check_stale(
         return None
     try:
         check_store(cached, config.store_dtype, config.shard_rows)
+        check_actions(cached, actions)
         for camera, entry in cached.cameras.items():
             if camera in encoders:
                 check_camera(camera, entry, encoders[camera].entry)
@@ -194,7 +201,15 @@ def _target(
     lengths = [demo.length for demo in dataset.demos]
     rows, n_rows = place_demos(lengths, [d.row if d else None for d in kept], old.n_rows if old else 0, shard_rows)
     demos = tuple(
-        DemoRows(demo.file, demo.name, demo.length, row, was.digests if was else {}, was.view_key if was else demo.name)
+        DemoRows(
+            demo.file,
+            demo.name,
+            demo.length,
+            row,
+            was.digests if was else {},
+            was.view_key if was else demo.name,
+            demo.task,
+        )
         for demo, row, was in zip(dataset.demos, rows, kept, strict=True)
     )
     return Manifest(
@@ -215,8 +230,9 @@ def _target(
         encoders={camera: encoder.file for camera, encoder in encoders.items()},
         asked={
             **_asked(config.cameras, config.low_dim_keys),
-            "choice": {name: list(names) for name, names in dataset.choice._asdict().items()},
+            "choice": {name: list(names) for name, names in dataset.choice._asdict().items() if name != "actions"},
         },
+        action_keys=dataset.action_keys,
     )
 
 

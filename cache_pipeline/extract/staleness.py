@@ -49,6 +49,13 @@ def check_store(cached: Manifest, dtype: str, shard_rows: int | None) -> None:
         raise StaleCacheError("shard_rows", cached.shard_rows, shard_rows, meaning, MEND)
 
 
+def check_actions(cached: Manifest, keys: tuple[str, ...]) -> None:
+    """Raises StaleCacheError for other action arrays, even of the same width."""
+    if cached.action_keys != keys:
+        meaning = "its actions come from other arrays of the dataset"
+        raise StaleCacheError("action_key", list(cached.action_keys), list(keys), meaning, MEND)
+
+
 def check_rows(cached: Manifest, low_dim: Mapping[str, Sequence[int]], action_dim: int) -> None:
     """Checks the width of actions and low-dim obs: arrays of a complete cache never change their shape.
 

@@ -202,7 +202,12 @@ def _source(cache: FeatureCache, datasets: Sequence[str | Path] | None) -> Datas
     if not datasets and (dataset := recorded_dataset(cache.manifest)) is not None:
         return dataset
     paths = [Path(path) for path in datasets] if datasets else [Path(s.path) for s in cache.manifest.files]
-    gone = [path for path in paths if not path.is_file()]
+    gone = [path for path in paths if not path.exists()]
     if gone:
         raise DatasetError(f"{gone[0]}, the source of {cache.path}, is missing; name the file with --dataset FILE")
-    return Dataset.open(paths, cameras=tuple(cache.cameras), low_dim_keys=tuple(cache.low_dim))
+    return Dataset.open(
+        paths,
+        cameras=tuple(cache.cameras),
+        low_dim_keys=tuple(cache.low_dim),
+        action_key=cache.manifest.action_keys,
+    )

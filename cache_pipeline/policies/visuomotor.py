@@ -24,6 +24,7 @@ from cache_pipeline.policies.batch import Batch
 from cache_pipeline.policies.draws import Draws, normal, uniform
 from cache_pipeline.policies.normalizer import ROUNDING, ActionNormalizer, Normalization, Normalizer
 from cache_pipeline.policies.rotations import RotationSlices
+from cache_pipeline.text import module_name
 
 ENCODERS = "obs_encoder.key_model_map."
 
@@ -73,6 +74,7 @@ class VisuomotorPolicy(nn.Module):
         self.precision = "fp32"
         self.carries_encoder = False
         self.env_args: dict[str, Any] | None = None
+        self.action_keys: tuple[str, ...] = ("actions",)
         self.render_flags: dict[str, Any] | None = None
 
     @property
@@ -121,7 +123,8 @@ class VisuomotorPolicy(nn.Module):
         """
         parts = []
         for camera, width in self.obs_encoder.pooled_widths.items():
-            if camera in self.obs_encoder.pooling:  # keypoints lie on -1 to 1 and change as they are trained
+            if module_name(camera) in self.obs_encoder.pooling:
+                # keypoints lie on -1 to 1 and change as they are trained
                 parts.append(Normalizer((width,)))
                 continue
             encoder, split = self.obs_encoder.key_model_map[camera], torch.split(features[camera], 256)

@@ -54,6 +54,8 @@ def inspect_path(path: Location) -> Inspection:
     Raises:
         DatasetError: ``path`` is missing, or is none of the three.
     """
+    from cache_pipeline.demos.layouts.registry import is_dataset
+
     if isinstance(path, str):
         return _inspect_cache(path)
     if path.is_dir():
@@ -61,20 +63,22 @@ def inspect_path(path: Location) -> Inspection:
             return _inspect_run(path)
         if any((path / name).exists() for name in ("manifest.json", "ledger", "zarr.json")):
             return _inspect_cache(path)
-        raise DatasetError(
-            f"{path}: neither a cache nor a run; give a robomimic .hdf5 file, a cache folder or a run folder"
-        )
+        if not is_dataset(path):
+            raise DatasetError(
+                f"{path}: neither a dataset nor a cache nor a run; give a .hdf5 file, or a folder of LeRobot, "
+                "of a cache or of a run"
+            )
     return _inspect_dataset(path)
 
 
 def _inspect_dataset(path: Path) -> Inspection:
+    from cache_pipeline.demos.layouts.registry import is_dataset
     from cache_pipeline.demos.summary import inspect_dataset
-    from cache_pipeline.hdf5 import holds_hdf5
 
     try:
         dataset = inspect_dataset((path,))
     except DatasetError as error:
-        if not holds_hdf5(path):
+        if not is_dataset(path):
             raise
         return Inspection(Broken(str(path), "dataset", str(error)), (str(error),))
     return Inspection(dataset, dataset.all_problems)

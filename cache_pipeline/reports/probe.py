@@ -262,7 +262,8 @@ def _privileged(
     cache: FeatureCache, dataset: Dataset, train: NDArray[np.int64], valid: NDArray[np.int64]
 ) -> dict[str, tuple[Array, Array]]:
     try:
-        with_object = Dataset.open([file.path for file in dataset.files], cameras=(), low_dim_keys=("object",))
+        paths = [file.path for file in dataset.files]
+        with_object = Dataset.open(paths, cameras=(), low_dim_keys=("object",), action_key=dataset.action_keys)
     except CachePipelineError:
         return {}
     numbers = _numbers(with_object)

@@ -136,7 +136,7 @@ def _run_demos(record: RunRecord, *, cached: bool) -> tuple[FeatureCache | Datas
             assert data.cache is not None
             opened = FeatureCache(data.cache)
         else:
-            opened = Dataset.open(data.datasets, cameras=cameras, low_dim_keys=low_dim)
+            opened = Dataset.open(data.datasets, cameras=cameras, low_dim_keys=low_dim, action_key=data.action_keys)
         contents = Contents(opened, cameras, low_dim, recorded_contents(data))
         return opened, split_of_run(opened, contents, data, "the run")
     except CachePipelineError as error:

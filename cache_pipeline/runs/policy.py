@@ -48,6 +48,7 @@ def load_policy(path: str | Path, device: str = "cpu", *, encoder: Factories = N
         policy = build_policy(spec, encoders).to(resolve_device(device)).requires_grad_(False)
     policy.load_tensors({**state.model, **state.ema})
     policy.env_args, policy.render_flags = record.data.env_args, record.data.render_flags
+    policy.action_keys = record.data.action_keys
     policy.eval()
     return policy
 

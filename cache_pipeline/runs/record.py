@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from cache_pipeline import __version__
-from cache_pipeline.cache.manifest import SourceRecord
+from cache_pipeline.cache.manifest import ACTIONS, SourceRecord
 from cache_pipeline.errors import CheckpointError
 from cache_pipeline.files import check_numbers, read_json, typed, write_json
 from cache_pipeline.policies.spec import PolicySpec
@@ -50,6 +50,8 @@ class DataRecord:
     valid: tuple[DemoRecord, ...] = ()
     env_args: dict[str, Any] | None = None
     render_flags: dict[str, Any] | None = None
+    action_keys: tuple[str, ...] = ACTIONS
+    """The arrays of the dataset that are the actions, side by side."""
 
     @property
     def demos(self) -> tuple[DemoRecord, ...]:
@@ -66,6 +68,7 @@ class DataRecord:
             "valid": [[demo.file, demo.name] for demo in self.valid],
             "env_args": self.env_args,
             "render_flags": self.render_flags,
+            **({"action_keys": list(self.action_keys)} if self.action_keys != ACTIONS else {}),
         }
         contents = [demo.contents for demo in self.demos]
         return value if None in contents else {**value, "contents": contents}
@@ -95,6 +98,7 @@ class DataRecord:
             valid=tuple(demos[count:]),
             env_args=typed(value.get("env_args"), dict[str, Any] | None),
             render_flags=typed(value.get("render_flags"), dict[str, Any] | None),
+            action_keys=typed(value.get("action_keys", ACTIONS), tuple[str, ...]),
         )
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_pipeline.cache.manifest import ACTIONS
 from cache_pipeline.errors import CachePipelineError, ConfigError, counted, described
 from cache_pipeline.files import FileKind, check_output, digest, finite, numbered, output_file, read_json, write_json
 from cache_pipeline.progress import Progress, logger
@@ -285,12 +286,19 @@ def check_outputs(config: RolloutConfig) -> None:
 def choose_environment(config: RolloutConfig, policy: ActingPolicy) -> EnvArgs:
     """Returns the environment of ``config.env_args``, else of the policy's dataset; raises ConfigError without one.
 
-    Render flags of the dataset take precedence, because the policy was trained on such images.
+    Render flags of the dataset take precedence, because the policy was trained on such images. The environment of a
+    dataset takes its ``actions``; a policy of other actions needs an environment that the user names.
     """
     flags = None if policy.render_flags is None else dict(policy.render_flags)
     if config.env_args is not None:
         read = read_env_args(config.env_args)
         return EnvArgs(read.env_args, read.render_flags if flags is None else flags)
+    keys = getattr(policy, "action_keys", ACTIONS)
+    if keys != ACTIONS:
+        raise ConfigError(
+            f"{config.run} acts with the action key {', '.join(keys)}, but the environment of its dataset "
+            "takes the actions of the key actions; give --env-args FILE with a controller for these actions"
+        )
     if policy.env_args is None:
         raise ConfigError(
             f"the dataset of {config.run} has no env_args, so its environment is unknown; "

@@ -119,7 +119,7 @@ class RunConfig:
     """A finished feature cache."""
     datasets: Annotated[
         tuple[Path, ...],
-        Option("A robomimic HDF5 file; may be repeated.", DATA, "--dataset", typed=list[Path], parse=tuple),
+        Option("An HDF5 file or LeRobot folder; may be repeated.", DATA, "--dataset", typed=list[Path], parse=tuple),
     ] = ()
     filter_key: Annotated[str | None, Option("Filter key of the demos to train on; train by default.", DATA)] = None
     """Filter key of the demos to train on; ``train`` if the data have it and ``valid``, else a seeded split by demo."""
@@ -215,6 +215,15 @@ class TrainConfig(RunConfig):
         Option("Low-dim obs keys, comma-separated, or none; all by default.", DATA, typed=str, parse=names),
     ] = None
     """An empty tuple means none."""
+    action_key: Annotated[
+        tuple[str, ...] | None,
+        Option(
+            "Arrays of the actions, comma-separated, side by side; those of the cache, else actions.",
+            DATA,
+            typed=str,
+            parse=names,
+        ),
+    ] = None
     encoder: "EncoderSpec | None" = None
     """The image encoder of a live run; pretrained resnet18 by default."""
     preprocess: "Preprocess | None" = None

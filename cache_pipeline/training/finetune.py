@@ -154,8 +154,8 @@ def _open_data(config: FinetuneConfig, record: RunRecord, folder: Path, path: Lo
     paths = config.datasets or tuple(Path(file) for file in before.datasets)
     try:
         if path is not None:
-            return open_cache_data(path, tuple(spec.cameras), tuple(spec.low_dim), choice)
-        return open_dataset_data(paths, tuple(spec.cameras), tuple(spec.low_dim), choice)
+            return open_cache_data(path, tuple(spec.cameras), tuple(spec.low_dim), choice, before.action_keys)
+        return open_dataset_data(paths, tuple(spec.cameras), tuple(spec.low_dim), choice, before.action_keys)
     except (DatasetError, ConfigError) as error:
         raise CheckpointError(f"{folder} cannot be used with these data: {error}") from error
 

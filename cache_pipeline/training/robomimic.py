@@ -34,6 +34,8 @@ logger = logging.getLogger("cache_pipeline")
 # Obs keys of a dataset contain no slash, so these names cannot clash with one.
 REWARDS, DONES = "/rewards", "/dones"
 STATISTICS_ROWS = 4096
+SCALE_FLOOR = 1e-6
+"""Actions that vary less are not scaled."""
 
 # Names under which robomimic reports the losses of its algorithms.
 LOSSES = re.compile(r"(actor|action_sampler)/loss|critic/critic\d+_loss|vf/v_loss")
@@ -85,7 +87,8 @@ def robomimic_splits(config: RobomimicConfig, rows: RunRows, device: torch.devic
         valid = sequence_windows(rows, config, valid=True)
     else:
         valid = rows.windows(WindowSpec(config.obs_horizon, 1), valid=True)
-    _warn_of_range(rows)
+    if config.action_normalization is None:
+        _warn_of_range(rows)
     return SplitRows(train, train_rows, device), None if valid is None else SplitRows(valid, rows, device)
 
 
@@ -109,6 +112,7 @@ def next_rows(rows: RunRows, steps: NDArray[np.int64]) -> NDArray[np.int64]:
 
 def fit_robomimic(policy: RobomimicPolicy, rows: RunRows, source: Source) -> None:
     """Computes mean and deviation of every obs key over the clean train rows, as robomimic's ``hdf5_normalize_obs``."""
+    _fit_actions(policy, rows)
     if not policy.mean:
         return
     total = {key: np.zeros((2, *shape)) for key, shape in policy.shapes.items()}
@@ -124,6 +128,19 @@ def fit_robomimic(policy: RobomimicPolicy, rows: RunRows, source: Source) -> Non
         deviation = np.sqrt(np.maximum(second / rows.train_rows - mean**2, 0)) + STD_FLOOR
         policy.mean[key] = torch.from_numpy(mean).float().to(policy.device)
         policy.std[key] = torch.from_numpy(deviation).float().to(policy.device)
+
+
+def _fit_actions(policy: RobomimicPolicy, rows: RunRows) -> None:
+    """Computes centre and scale of the train rows' actions, as ``train.action_config`` asks for: to ±1, or gaussian."""
+    kind, actions = policy.config.action_normalization, rows.actions[: rows.train_rows].astype(np.float64)
+    if kind is None:
+        return
+    low, high = actions.min(0), actions.max(0)
+    center, scale = (low + high) / 2, (high - low) / 2
+    if kind == "gaussian":
+        center, scale = actions.mean(0), actions.std(0)
+    policy.action_center.copy_(torch.from_numpy(center))
+    policy.action_scale.copy_(torch.from_numpy(np.where(scale > SCALE_FLOOR, scale, 1.0)))
 
 
 class HeldOutPolicy:
@@ -185,12 +202,12 @@ class RobomimicLearner:
         """Converts a batch to the form of robomimic's loader: (B,T,…) obs, actions; for RL next_obs, rewards, dones."""
         steps = batch.actions.shape[1]
         if not self._policy.config.rl:
-            return {"obs": self._policy.prepare(batch.obs, steps), "actions": batch.actions}
+            return {"obs": self._policy.prepare(batch.obs, steps), "actions": self._policy.normalized(batch.actions)}
         both = self._policy.prepare(batch.obs, 2 * steps)
         return {
             "obs": {key: values[:, :steps] for key, values in both.items()},
             "next_obs": {key: values[:, steps:] for key, values in both.items()},
-            "actions": batch.actions,
+            "actions": self._policy.normalized(batch.actions),
             "rewards": batch.obs[REWARDS][:, :steps],
             "dones": batch.obs[DONES][:, :steps],
         }

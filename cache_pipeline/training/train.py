@@ -132,9 +132,9 @@ def _open_data(config: TrainConfig, before: RunRecord | None, run: Path) -> RunD
     if config.cache is not None:
         check_sources(FeatureCache(config.cache), config.datasets, deep=config.deep)
     if config.live:
-        return open_dataset_data(config.datasets, config.cameras, config.low_dim_keys, choice)
+        return open_dataset_data(config.datasets, config.cameras, config.low_dim_keys, choice, config.action_key)
     assert config.cache is not None
-    return open_cache_data(config.cache, config.cameras, config.low_dim_keys, choice)
+    return open_cache_data(config.cache, config.cameras, config.low_dim_keys, choice, config.action_key)
 
 
 def _with_keys(config: TrainConfig, bridge: RobomimicConfig) -> TrainConfig:
@@ -148,6 +148,7 @@ def _with_keys(config: TrainConfig, bridge: RobomimicConfig) -> TrainConfig:
         low_dim_keys=config.low_dim_keys if config.low_dim_keys is not None else bridge.low_dim,
         filter_key=config.filter_key or train,
         valid_key=config.valid_key or valid,
+        action_key=config.action_key or bridge.action_keys,
     )
 
 

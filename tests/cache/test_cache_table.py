@@ -13,7 +13,7 @@ from cache_pipeline.cache.integrity import check_integrity
 from cache_pipeline.cache.manifest import PENDING, read_manifest
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.summary import inspect_cache
-from cache_pipeline.cache.table import DemoRows, DemoTable, first_rows, joined_spans, lengths, names
+from cache_pipeline.cache.table import DemoRows, DemoTable, first_rows, joined_spans, lengths, names, tasks
 from cache_pipeline.errors import CorruptCacheError
 
 LENGTHS = (6, 21, 9, 5)
@@ -26,6 +26,7 @@ demo_rows = st.builds(
     st.integers(0, 2**40),
     st.dictionaries(st.sampled_from(["rows", CAMERA, "low_dim/a"]), digests),
     st.text(),
+    task=st.none() | st.text(min_size=1),
 )
 
 
@@ -36,7 +37,7 @@ def test_columns_hold_what_the_rows_hold(demos):
     assert table == demos
     assert [table[n] for n in range(len(demos))] == demos
     assert table[1:3] == demos[1:3]
-    for column in (first_rows, lengths, names):
+    for column in (first_rows, lengths, names, tasks):
         assert list(column(table)) == list(column(demos))
 
 

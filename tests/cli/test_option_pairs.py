@@ -30,6 +30,7 @@ GROUP: Any = typer.main.get_command(app)
 
 # A value that is not the default for each option, as it is typed.
 SAMPLES: dict[str, list[str]] = {
+    "action_key": ["--action-key", "actions_abs"],
     "action_steps": ["--action-steps", "2"],
     "demos": ["--demos", "3"],
     "env_args": ["--env-args", "env.json"],
@@ -79,6 +80,7 @@ SAMPLES: dict[str, list[str]] = {
     "eval_every": ["--eval-every", "3"],
     "feature_dropout": ["--feature-dropout", "0.1"],
     "feature_noise": ["--feature-noise", "0.1"],
+    "flip": ["--flip"],
     "filter_key": ["--filter-key", "good"],
     "freeze": ["--freeze", "bn*"],
     "freeze_encoder": ["--no-freeze-encoder"],

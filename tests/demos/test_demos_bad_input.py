@@ -244,19 +244,6 @@ def test_float_images_are_left_out_with_a_note_beside_a_camera_and_unsound_if_na
     unsound(path, "demo_0", f"obs/{EYE} is float32 (7, 24, 24, 3)", "store images as uint8")
 
 
-def test_uint8_images_with_channels_first_are_unsound_even_beside_a_correct_camera(path):
-    for number, length in enumerate((7, 5, 9)):
-        change(path, f"data/demo_{number}/obs/{EYE}", np.zeros((length, 3, 24, 24), np.uint8))
-    unsound(path, "demo_0", f"obs/{EYE} is uint8 (7, 3, 24, 24)", "move the channels last")
-
-
-def test_images_with_channels_first_are_unsound(tmp_path):
-    path = make_dataset(tmp_path / "chw.hdf5", cameras={})
-    with h5py.File(path, "r+") as file:
-        file[f"data/demo_0/obs/{CAMERA}"] = np.zeros((7, 3, 24, 24), np.uint8)
-    unsound(path, "demo_0", "uint8 (7, 3, 24, 24)", "move the channels last")
-
-
 def test_a_camera_that_one_demo_lacks_is_unsound(path):
     change(path, f"data/demo_0/obs/{EYE}")
     unsound(path, "demo_0 lacks the camera", EYE)

@@ -10,7 +10,7 @@ import pytest
 from fakes import make_dataset
 
 from cache_pipeline.demos.dataset import Dataset, Demo
-from cache_pipeline.demos.layouts.robomimic import demo_order
+from cache_pipeline.demos.layouts.protocol import demo_order
 from cache_pipeline.errors import DatasetError
 
 CAMERA, EYE = "agentview_image", "robot0_eye_in_hand_image"
@@ -165,8 +165,8 @@ def test_used_and_left_out_keys_are_listed_in_two_lines(tmp_path):
             demo["action_dict/abs_pos"] = demo["actions"][()]
     assert Dataset.open(path, cameras=[CAMERA]).choice.lines() == [
         f"used: cameras {CAMERA}; low-dim keys robot0_eef_pos, robot0_gripper_qpos; action key actions",
-        f"left out: cameras {EYE}; low-dim keys object; action keys action_dict, actions_abs "
-        "(--cameras and --low-dim-keys choose)",
+        f"left out: cameras {EYE}; low-dim keys object; action keys action_dict/abs_pos, "
+        "actions_abs (choose with --cameras, --low-dim-keys, --action-key)",
     ]
 
 

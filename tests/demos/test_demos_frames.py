@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cache_pipeline.demos import frames
-from cache_pipeline.demos.frames import _start_reading
+from cache_pipeline.demos.layouts import hdf5_frames as frames
+from cache_pipeline.demos.layouts.hdf5_frames import _start_reading
 
 LAYOUTS = {
     "contiguous": {},

@@ -1,7 +1,5 @@
 """Linked files and sources of virtual datasets are recorded; a missing one is an error, not zeros."""
 
-import sys
-
 import h5py
 import numpy as np
 import pytest
@@ -118,10 +116,25 @@ def compressed(path, key, code):
         item.write_direct_chunk((0,) * values.ndim, values.tobytes(), 0)
 
 
+@pytest.fixture
+def new_child():
+    isolation.end_child()
+    yield
+    isolation.end_child()
+
+
+@pytest.fixture
+def without_hdf5plugin(new_child, tmp_path, monkeypatch):
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "hdf5plugin.py").write_text("raise ImportError")
+    monkeypatch.syspath_prepend(tmp_path / "none")
+    monkeypatch.delenv("HDF5_PLUGIN_PATH", raising=False)
+
+
+@pytest.mark.usefixtures("without_hdf5plugin")
 @pytest.mark.parametrize(("code", "name"), [(32001, "blosc"), (32015, "zstd"), (311, "number 311")])
 @pytest.mark.parametrize("key", [IMAGES, "data/demo_1/actions", "data/demo_1/rewards"])
-def test_a_filter_that_is_not_installed_is_named_with_the_package(tmp_path, monkeypatch, key, code, name):
-    monkeypatch.setitem(sys.modules, "hdf5plugin", None)
+def test_a_filter_that_is_not_installed_is_named_with_the_package(tmp_path, key, code, name):
     path = make_dataset(tmp_path / "packed.hdf5")
     compressed(path, key, code)
     with pytest.raises(DatasetError, match=f"is compressed with {name}.*not installed here: pip install hdf5plugin"):
@@ -131,18 +144,11 @@ def test_a_filter_that_is_not_installed_is_named_with_the_package(tmp_path, monk
     assert "damaged" not in problems[0]
 
 
-def test_an_unused_camera_may_have_any_filter(tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "hdf5plugin", None)
+@pytest.mark.usefixtures("without_hdf5plugin")
+def test_an_unused_camera_may_have_any_filter(tmp_path):
     path = make_dataset(tmp_path / "packed.hdf5")
     compressed(path, IMAGES, 32001)
     assert Dataset.open(path, cameras=["robot0_eye_in_hand_image"]).steps == 21
-
-
-@pytest.fixture
-def new_child():
-    isolation.end_child()
-    yield
-    isolation.end_child()
 
 
 @pytest.mark.usefixtures("new_child")
@@ -157,3 +163,23 @@ def test_hdf5plugin_is_imported_only_if_a_filter_is_missing(tmp_path, monkeypatc
     compressed(path, IMAGES, 32001)
     inspect_dataset(path)
     assert loaded.exists()
+
+
+@pytest.mark.usefixtures("new_child")
+@pytest.mark.parametrize("compression", ["Blosc", "Blosc2", "Zstd", "LZ4", "Bitshuffle", "BZip2"])
+def test_filters_of_hdf5plugin_are_read_when_it_is_installed(tmp_path, compression):
+    hdf5plugin = pytest.importorskip("hdf5plugin", reason="needs the extra hdf5plugin")
+    path = make_dataset(tmp_path / "packed.hdf5")
+    with Dataset.open(path) as dataset:
+        frames, rows = dataset.frames(1, CAMERA), dataset.rows(1)
+    with h5py.File(path, "r+") as file:
+        for key, chunks in ((IMAGES, (3, 24, 24, 3)), ("data/demo_1/actions", (2, 7))):
+            values = file[key][()]
+            del file[key]
+            file.create_dataset(key, data=values, chunks=chunks, compression=getattr(hdf5plugin, compression)())
+    isolation.end_child()  # the next one has not scanned the file, and the filter is not registered in it
+    with Dataset.open(path) as dataset:
+        isolation.end_child()
+        np.testing.assert_array_equal(dataset.frames(1, CAMERA), frames)
+        np.testing.assert_array_equal(dataset.rows(1)["actions"], rows["actions"])
+    assert inspect_dataset(path).sound

@@ -14,6 +14,7 @@ from fakes import make_dataset
 from cache_pipeline.demos import dataset as dataset_module
 from cache_pipeline.demos import numbers, stillness
 from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.demos.layouts.robomimic import scan
 from cache_pipeline.demos.numbers import check_numbers
 from cache_pipeline.demos.split import Split, keep_together
 from cache_pipeline.demos.summary import inspect_dataset
@@ -69,7 +70,9 @@ def test_statistics_of_many_blocks_are_those_of_all_rows_in_float64(path, monkey
     rewrite(path, "actions", lambda values: 1e6 + values)
     with h5py.File(path) as file:
         rows = np.concatenate([file[f"data/{demo}/actions"][()] for demo in file["data"]])
-    found = check_numbers(path, [(f"demo_{number}", ("actions",)) for number in range(3)]).statistics["actions"]
+    found = check_numbers(scan(path).source, [(f"demo_{number}", ("actions",)) for number in range(3)]).statistics[
+        "actions"
+    ]
     monkeypatch.setattr(numbers, "BLOCK_BYTES", 1)
     assert np.array_equal(found.min, rows.min(0))
     assert np.array_equal(found.max, rows.max(0))

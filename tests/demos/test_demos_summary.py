@@ -209,3 +209,37 @@ from cache_pipeline.demos import dataset, split, summary, windows
 assert "torch" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_quaternions_that_change_their_sign_are_told(tmp_path):
+    path = make_dataset(tmp_path / "lift.hdf5")
+    turned = np.linspace(0, 1, 9)
+    smooth = np.stack([np.cos(turned), np.sin(turned), 0 * turned, 0 * turned], axis=1)
+    with h5py.File(path, "r+") as file:
+        for number, length in enumerate((7, 5, 9)):
+            obs = file[f"data/demo_{number}/obs"]
+            signs = np.ones((length, 1))
+            signs[3:] = -1 if number == 2 else 1
+            obs["robot0_eef_quat"] = smooth[:length] * signs
+            obs["noise"] = np.random.default_rng(0).normal(size=(length, 4))
+    notes = [note for note in inspect_dataset(path).files[0].notes if "sign" in note]
+    assert len(notes) == 1
+    assert notes[0].startswith("obs/robot0_eef_quat changes its sign between steps in 1 demo (demo_2)")
+
+
+def test_low_dim_keys_that_never_change_are_told_dim_by_dim(tmp_path):
+    path = make_dataset(tmp_path / "lift.hdf5")
+    with h5py.File(path, "r+") as file:
+        for demo in file["data"].values():
+            demo["obs/robot0_eef_pos"][:, 1] = 0.5
+    assert "obs/robot0_eef_pos never changes in dims 1" in inspect_dataset(path).files[0].notes
+
+
+def test_two_cameras_with_the_same_frames_are_told(tmp_path):
+    path = make_dataset(tmp_path / "lift.hdf5")
+    assert not any("show the same frames" in note for note in inspect_dataset(path).files[0].notes)
+    with h5py.File(path, "r+") as file:
+        for demo in file["data"].values():
+            demo["obs/robot0_eye_in_hand_image"][...] = demo["obs/agentview_image"][()]
+    told = "cameras agentview_image and robot0_eye_in_hand_image show the same frames in 3 of 3 demos looked at"
+    assert told in inspect_dataset(path).files[0].notes

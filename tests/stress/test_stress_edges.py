@@ -16,10 +16,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
 import pytest
 import typer.main
 from cache_fakes import TINY, extract
 from fakes import make_dataset
+from lerobot_fakes import encode, make_lerobot
 from mutations import change_bytes, change_json, change_structure
 from typer.testing import CliRunner
 
@@ -91,6 +94,51 @@ def test_mutated_datasets(tmp_path):
             faults.append(f"{number}: {said}: {ended(error)}")
             shutil.copy(path, tmp_path / f"fault_{number}.hdf5")
     told("datasets", FILES, ends, faults)
+
+
+@pytest.mark.parametrize(("version", "images"), [("v3.0", "h264"), ("v2.1", "av1"), ("v3.0", "PNG")])
+def test_mutated_lerobot_folders(tmp_path, version, images):
+    make_lerobot(tmp_path / "base", version=version, images=images)
+    isolated(_limit_cpu, 3.0)
+    rng, ends, faults = random.Random(SEED), Counter[str](), []
+    for number in range(FILES):
+        path = tmp_path / "mutated"
+        shutil.rmtree(path, ignore_errors=True)
+        shutil.copytree(tmp_path / "base", path)
+        file = rng.choice(sorted(file for file in path.rglob("*") if file.is_file()))
+        said = f"{file.name} {change_json(file, rng) if file.suffix == '.json' else change_bytes(file, rng)}"
+        try:
+            with time_limit():
+                ends[_read(path)] += 1
+        except BaseException as error:
+            faults.append(f"{number}: {said}: {error!r}")
+    print(f"{FILES} folders of {version}, {images}: {dict(ends)}, {len(faults)} faults")
+    assert not faults, faults[:20]
+
+
+def test_mutated_datasets_of_encoded_frames(tmp_path):
+    base = make_dataset(tmp_path / "base.hdf5", lengths=(6, 5, 7), cameras=CAMERA)
+    with h5py.File(base, "r+") as file:
+        for demo in file["data"].values():
+            for camera in CAMERA:
+                images = demo[f"obs/{camera}"][()]
+                del demo[f"obs/{camera}"]
+                rows = np.empty(len(images), object)
+                rows[:] = [np.frombuffer(encode(image, "JPEG"), np.uint8) for image in images]
+                demo["obs"].create_dataset(camera, data=rows, dtype=h5py.vlen_dtype(np.uint8))
+    isolated(_limit_cpu, 3.0)
+    rng, ends, faults = random.Random(SEED), Counter[str](), []
+    for number in range(FILES):
+        path = tmp_path / "mutated.hdf5"
+        shutil.copy(base, path)
+        said = change_bytes(path, rng)
+        try:
+            with time_limit():
+                ends[_read(path)] += 1
+        except BaseException as error:
+            faults.append(f"{number}: {said}: {error!r}")
+    print(f"{FILES} datasets of encoded frames: {dict(ends)}, {len(faults)} faults")
+    assert not faults, faults[:20]
 
 
 def _limit_cpu(seconds: float) -> None:

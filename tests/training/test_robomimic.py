@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,7 @@ from cache_pipeline.errors import CheckpointError, ConfigError, EncoderError
 from cache_pipeline.policies.robomimic.config import ALGORITHMS
 from cache_pipeline.runs.checkpoint import find_checkpoint
 from cache_pipeline.runs.policy import load_policy
+from cache_pipeline.runs.record import read_record
 from cache_pipeline.runs.summary import inspect_run
 from cache_pipeline.training import robomimic as module
 from cache_pipeline.training.config import SavingConfig, TrainConfig
@@ -397,3 +399,61 @@ def test_a_robomimic_run_is_not_fine_tuned(cache: Path, dataset: Path, tmp_path:
     with pytest.raises(ConfigError, match="cannot be exported or fine-tuned"):
         finetune(FinetuneConfig(checkpoint=result.run, datasets=(dataset,), out=tmp_path / "tuned", device="cpu"))
     assert not (tmp_path / "tuned").exists()
+
+
+@pytest.mark.parametrize("normalization", [None, "min_max", "gaussian"])
+def test_action_keys_of_robomimics_json_choose_and_normalise_the_actions(
+    normalization: str | None, tmp_path: Path
+) -> None:
+    dataset = make_dataset(tmp_path / "lift.hdf5")
+    with h5py.File(dataset, "r+") as file:
+        for demo in file["data"].values():
+            demo["actions_abs"] = 5 + 3 * demo["actions"][()]
+    cache = extracted(dataset, tmp_path / "abs.zarr", action_key=("actions_abs",))
+    settings = {"actions_abs": {"normalization": normalization}, "actions": {"normalization": "gaussian"}}
+    theirs = small(tmp_path / "mine.json", "bc", action_keys=["actions_abs"], action_config=settings)
+    result = train(config(tmp_path / "run", cache, theirs), progress=False)
+    record, policy = read_record(result.run), load_policy(result.run)
+    assert record.data.action_keys == policy.action_keys == ("actions_abs",)
+    assert record.policy.options["config"]["train"]["action_keys"] == ["actions_abs"]
+    rows = np.concatenate([Dataset.open(dataset, action_key=["actions_abs"]).rows(i)["actions"] for i in (0, 1)])
+    seen = policy.normalized(torch.from_numpy(rows)).numpy()
+    if normalization == "min_max":
+        np.testing.assert_allclose([seen.min(0), seen.max(0)], [[-1] * 7, [1] * 7], atol=1e-5)
+    elif normalization == "gaussian":
+        np.testing.assert_allclose([seen.mean(0), seen.std(0)], [[0] * 7, [1] * 7], atol=1e-4)
+    else:
+        np.testing.assert_array_equal(seen, rows)
+    acted = policy.act(frames_of(dataset, 2, 0, 1))[0, 0].numpy()
+    assert np.isfinite(acted).all()
+    if normalization == "min_max":  # the network's actions lie within ±1
+        assert (acted > rows.min(0) - 1e-4).all()
+        assert (acted < rows.max(0) + 1e-4).all()
+
+
+def test_a_cache_of_other_actions_than_robomimics_json_asks_for_is_refused(cache: Path, tmp_path: Path) -> None:
+    theirs = small(tmp_path / "mine.json", "bc", action_keys=["actions_abs"])
+    with pytest.raises(ConfigError, match="not actions_abs; extract another cache with --action-key actions_abs"):
+        open_training(config(tmp_path / "run", cache, theirs), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"action_keys": "actions"}, "give a list of names"),
+        ({"action_keys": []}, "give a list of names"),
+        ({"action_config": {"actions": 3}}, "must be an object per action key"),
+        ({"action_config": {"actions": {"normalization": "log"}}}, "normalises action keys by log"),
+        (
+            {"action_keys": ["a", "b"], "action_config": {"a": {"normalization": "min_max"}}},
+            "normalises action keys by min_max, None",
+        ),
+        ({"action_config": {"actions": {"convert_at_runtime": "rot_euler"}}}, "converts the rotation of actions"),
+    ],
+)
+def test_action_settings_that_cannot_be_used_are_refused(
+    section: dict[str, Any], message: str, cache: Path, tmp_path: Path
+) -> None:
+    theirs = small(tmp_path / "mine.json", "bc", **section)
+    with pytest.raises(ConfigError, match=message):
+        open_training(config(tmp_path / "run", cache, theirs), tmp_path / "run")

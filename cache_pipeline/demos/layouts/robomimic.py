@@ -1,182 +1,67 @@
-"""Reads the metadata of one robomimic HDF5 file.
+"""The layout of robomimic's HDF5 files, which robosuite, MimicGen, RoboCasa, LIBERO and Isaac Lab share.
 
     data/<demo>/{obs/<key>, actions, rewards, dones}    mask/<filter key>    data.attrs: env_args, render_flags, total
 
-``scan_file`` raises only if nothing can be read. It records other findings, which ``checks.py`` evaluates.
+``scan`` raises only if nothing can be read. It records other findings, which ``checks.py`` evaluates.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import re
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import h5py
 import numpy as np
 
-from cache_pipeline.demos.links import (
-    SourceFiles,
-    broken_link,
-    is_written,
-    other_filters,
+from cache_pipeline.demos.layouts import encoded
+from cache_pipeline.demos.layouts.hdf5_attributes import count_attribute, flipped_frames, json_attribute, task_text
+from cache_pipeline.demos.layouts.hdf5_frames import close_files, encoded_images, read_frames, read_numbers
+from cache_pipeline.demos.layouts.hdf5_links import SourceFiles, broken_link, is_written, other_filters
+from cache_pipeline.demos.layouts.protocol import (
+    ACTIONS,
+    HDF5,
+    ArrayInfo,
+    DemoInfo,
+    FileInfo,
+    FileStamp,
+    SourceFile,
+    demo_order,
 )
 from cache_pipeline.errors import DatasetError
-from cache_pipeline.hdf5 import READ_ERRORS, damage_as_error, open_file
+from cache_pipeline.hdf5 import READ_ERRORS, damage_as_error, holds_hdf5, open_file
 from cache_pipeline.isolation import isolated, progress
 from cache_pipeline.text import listed
 
-STEP_ARRAYS = ("actions", "rewards", "dones")
-# Largest number of values per step of an array with several axes that counts as low-dim by default: poses and key
-# points, not depth images.
-MOST_FLAT = 256
+NAME = HDF5
+STEP_ARRAYS = (ACTIONS, "rewards", "dones")
+# Fewest bytes of an encoded image: shorter rows of bytes are numbers.
+LEAST_ENCODED = 64
+UPSIDE_DOWN = (
+    "macros_image_convention is opengl: frames are stored upside down, as LIBERO's environment also gives them; "
+    "--flip turns them upright, in extraction and in every policy trained on it"
+)
+
+frames, numbers, close = read_frames, read_numbers, close_files
 
 
-class ArrayInfo(NamedTuple):
-    """One HDF5 dataset.
-
-    ``compression`` is ``none``, ``gzip-4``, …; ``written``: the file holds all its bytes; ``trouble``: why it cannot be
-    read, such as a missing filter.
-    """
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    chunks: tuple[int, ...] | None
-    compression: str
-    stored_bytes: int
-    written: bool
-    trouble: str = ""
-
-    @property
-    def is_image(self) -> bool:
-        """Whether it is uint8 (T, H, W, 3)."""
-        return self.dtype == np.uint8 and len(self.shape) == 4 and self.shape[-1] == 3
-
-    @property
-    def is_picture(self) -> bool:
-        """Whether it has the shape of images, (T, H, W, channels) or (T, channels, H, W)."""
-        return len(self.shape) == 4 and (self.shape[-1] in (1, 3, 4) or self.shape[1] in (1, 3, 4))
-
-    @property
-    def is_numbers(self) -> bool:
-        """Whether it holds numbers per step and is not an rgb image: the user may name it as a low-dim key."""
-        return self.dtype.kind in "fiub" and len(self.shape) >= 1 and not self.is_image
-
-    @property
-    def is_low_dim(self) -> bool:
-        """Whether it is low-dim by default: a number, a row or a small block (flattened later) per step."""
-        flat = len(self.shape) <= 2 or (not self.is_picture and self.width <= MOST_FLAT)
-        return self.is_numbers and flat
-
-    @property
-    def width(self) -> int:
-        """Number of values per step."""
-        return math.prod(self.shape[1:])
-
-    def __str__(self) -> str:
-        return f"{self.dtype} ({', '.join(map(str, self.shape))})"
+def detect(path: Path) -> bool:
+    """Whether a file is HDF5."""
+    return holds_hdf5(path)
 
 
-class DemoInfo(NamedTuple):
-    """One demo; ``arrays`` maps ``actions``, ``rewards``, ``dones`` and ``obs/<key>`` to their metadata."""
-
-    name: str
-    arrays: dict[str, ArrayInfo]
-    num_samples: int | None
-    odd_num_samples: bool = False
-    """Whether the file has a ``num_samples`` that is not a whole number."""
-    other_actions: tuple[str, ...] = ()
-    """Other arrays and groups with ``action`` in their name, such as ``actions_abs``."""
-
-    @property
-    def obs(self) -> dict[str, ArrayInfo]:
-        """Obs key → array."""
-        return {path.removeprefix("obs/"): info for path, info in self.arrays.items() if path.startswith("obs/")}
-
-    @property
-    def length(self) -> int:
-        """Number of steps: the rows of ``actions``, or 0 without actions."""
-        actions = self.arrays.get("actions")
-        return actions.shape[0] if actions is not None and actions.shape else 0
-
-    @property
-    def empty(self) -> bool:
-        """Whether no array of the demo has a step."""
-        return all(info.shape[:1] == (0,) for info in self.arrays.values())
+def decoder() -> str:
+    """Returns the libraries that decode encoded frames, with their versions."""
+    return encoded.decoder()
 
 
-class FileStamp(NamedTuple):
-    """Path (absolute), size and modification time of a file at one moment."""
-
-    path: Path
-    size: int
-    mtime_ns: int
-
-    @classmethod
-    def of(cls, path: Path) -> FileStamp:
-        """Reads the current size and time of a file."""
-        stat = path.stat()
-        return cls(path.absolute(), stat.st_size, stat.st_mtime_ns)
+def findings(source: SourceFile, demos: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Returns no problems and no notes: metadata and numbers tell all."""
+    return [], []
 
 
-class SourceFile(NamedTuple):
-    """Size and time of one HDF5 file when it was opened; ``path`` is absolute, ``linked`` are the files it links to."""
-
-    path: Path
-    size: int
-    mtime_ns: int
-    linked: tuple[FileStamp, ...] = ()
-
-    def check_unchanged(self) -> None:
-        """Raises DatasetError if this file or a linked file has changed since it was opened."""
-        for then in (FileStamp(*self[:3]), *self.linked):
-            try:
-                now = FileStamp.of(then.path)
-            except FileNotFoundError as error:
-                raise DatasetError(f"{then.path} disappeared while it was read; put it back, run again") from error
-            if now != then:
-                raise DatasetError(f"{then.path} has changed since it was opened; run the same command again")
-
-
-class FileInfo(NamedTuple):
-    """One file: demos in numeric order, filter keys, problems (unreadable items) and notes (unusual items).
-
-    ``empty`` names demos without steps, which are in neither ``demos`` nor ``masks``. ``linked``: other files that its
-    links and virtual datasets read.
-    """
-
-    path: Path
-    size: int
-    mtime_ns: int
-    demos: tuple[DemoInfo, ...]
-    masks: dict[str, tuple[str, ...]]
-    env_args: dict[str, Any] | None
-    render_flags: dict[str, Any] | None
-    total: int | None
-    problems: tuple[str, ...]
-    notes: tuple[str, ...]
-    empty: tuple[str, ...] = ()
-    linked: tuple[FileStamp, ...] = ()
-
-    def present(self, key: str) -> tuple[str, ...]:
-        """Returns the demos of a filter key that are in the file, in the order of ``demos``."""
-        members = set(self.masks[key])
-        return tuple(demo.name for demo in self.demos if demo.name in members)
-
-    def absent(self, key: str) -> tuple[str, ...]:
-        """Returns the demos that a filter key names but the file does not have."""
-        return tuple(sorted(set(self.masks[key]) - {demo.name for demo in self.demos}, key=demo_order))
-
-
-def demo_order(name: str) -> tuple[list[Any], str]:
-    """Returns a sort key that puts ``demo_2`` before ``demo_10``."""
-    parts = re.split(r"([0-9]+)", name)
-    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
-
-
-def scan_file(path: str | Path) -> FileInfo:
-    """Reads names, shapes, types, filter keys and attributes, but no array content, in the child process.
+def scan(path: Path) -> FileInfo:
+    """Reads names, shapes, types, filter keys and attributes, but no frames, in the child process.
 
     Raises:
         DatasetError: the file cannot be opened, has no ``data`` group, or has no demos.
@@ -199,12 +84,12 @@ def _scan_file(path: Path) -> FileInfo:
                 raise DatasetError(f"{path}: its group 'data' {broken}")
             there = listed(file, limit=8) or "nothing"
             raise DatasetError(f"{path} has no group 'data' (it holds {there}); is it a robomimic dataset?")
-        demos = []
+        demos, task = [], task_text(data)
         for name in sorted(data, key=demo_order):
             progress()
             group = _get(data, name)
             if isinstance(group, h5py.Group):
-                demos.append(_scan_demo(group, name, problems, sources))
+                demos.append(_scan_demo(group, name, problems, sources, task))
             else:
                 broken = broken_link(data, name) if group is None else None
                 problems.append(f"{name}: data/{name} {broken or 'is not a group, so it is not a demo'}")
@@ -214,23 +99,38 @@ def _scan_file(path: Path) -> FileInfo:
         empty = tuple(demo.name for demo in demos if demo.empty and not _is_reported(demo, problems))
         if len(empty) == len(demos):
             raise DatasetError(f"{path} holds no steps: all of its {len(demos)} demos are empty; collect demos first")
-        total, odd_total = _count_attribute(data, "total")
+        total, odd_total = count_attribute(data, "total")
         if odd_total:
             notes.append("data.attrs total is not a whole number and is left out")
+        if flipped_frames(data):
+            notes.append(UPSIDE_DOWN)
+        decodes = any(info.encoded for demo in demos for info in demo.arrays.values())
         return FileInfo(
             path=path,
             size=stat.st_size,
             mtime_ns=stat.st_mtime_ns,
             demos=tuple(demo for demo in demos if demo.name not in empty),
             masks=_scan_masks(file, set(empty), notes, sources),
-            env_args=_json_attribute(data, "env_args", notes),
-            render_flags=_json_attribute(data, "render_flags", notes),
+            env_args=json_attribute(data, "env_args", notes),
+            render_flags=json_attribute(data, "render_flags", notes),
             total=total,
             problems=tuple(problems),
             notes=tuple(notes),
             empty=empty,
             linked=tuple(FileStamp.of(other) for other in sources.found if not other.samefile(path)),
+            decoder=decoder() if decodes else "",
+            kind=_kind(data),
         )
+
+
+def _kind(data: h5py.Group) -> str:
+    """Returns the recorder of a file in words, from attributes that only it writes."""
+    if "problem_info" in data.attrs or "bddl_file_name" in data.attrs:
+        return "LIBERO HDF5"
+    first = _get(data, min(data, key=demo_order))
+    if isinstance(first, h5py.Group) and "initial_state" in first:
+        return "Isaac Lab HDF5"
+    return "RoboCasa HDF5" if isinstance(first, h5py.Group) and "ep_meta" in first.attrs else "robomimic HDF5"
 
 
 def _is_reported(demo: DemoInfo, problems: list[str]) -> bool:
@@ -245,7 +145,7 @@ def _get(group: h5py.Group, name: str) -> Any:
         return None
 
 
-def _scan_demo(group: h5py.Group, name: str, problems: list[str], sources: SourceFiles) -> DemoInfo:
+def _scan_demo(group: h5py.Group, name: str, problems: list[str], sources: SourceFiles, task: str | None) -> DemoInfo:
     sources.add(group.id)
     members = [key.decode() for key in group.id]
     paths = [path for path in STEP_ARRAYS if path in members]
@@ -255,8 +155,8 @@ def _scan_demo(group: h5py.Group, name: str, problems: list[str], sources: Sourc
         paths += [f"obs/{key}" for key in sorted(obs)]
     elif obs is None and (broken := broken_link(group, "obs")):
         problems.append(f"{name}: obs {broken}")
-    arrays = {}
-    for path in paths:
+    arrays, others = {}, tuple(_other_actions(group, members))
+    for path in (*paths, *others):
         try:
             item = h5py.h5o.open(group.id, path.encode())
             if isinstance(item, h5py.h5d.DatasetID):
@@ -265,8 +165,19 @@ def _scan_demo(group: h5py.Group, name: str, problems: list[str], sources: Sourc
             parent, _, key = path.rpartition("/")
             broken = broken_link(group[parent] if parent else group, key)
             problems.append(f"{name}: {path} cannot be read" + (f": it {broken}" if broken else f" ({error})"))
-    others = tuple(key for key in members if "action" in key and key != "actions")
-    return DemoInfo(name, arrays, *_count_attribute(group, "num_samples"), others)
+    here = tuple(path for path in others if path in arrays)
+    return DemoInfo(name, arrays, *count_attribute(group, "num_samples"), here, task_text(group) or task)
+
+
+def _other_actions(group: h5py.Group, members: list[str]) -> Iterator[str]:
+    """Yields the paths of arrays with ``action`` in their name, or inside a group of such a name."""
+    for key in members:
+        if "action" in key and key != ACTIONS:
+            item = _get(group, key)
+            if isinstance(item, h5py.Group):
+                yield from (f"{key}/{name}" for name in sorted(item))
+            elif isinstance(item, h5py.Dataset):
+                yield key
 
 
 def _scan_array(item: h5py.h5d.DatasetID, sources: SourceFiles) -> ArrayInfo:
@@ -275,7 +186,35 @@ def _scan_array(item: h5py.h5d.DatasetID, sources: SourceFiles) -> ArrayInfo:
     chunks = plist.get_chunk() if plist.get_layout() == h5py.h5d.CHUNKED else None
     compression = _compression(h5py.Dataset(item)) if plist.get_nfilters() else "none"
     written = not trouble and is_written(item, plist, shape)
+    header = _first_header(h5py.Dataset(item), shape) if written else None
+    if header is not None:
+        size = (header.height, header.width)
+        stored = _encoded_bytes(h5py.Dataset(item))
+        return ArrayInfo(shape, item.dtype, chunks, header.format, stored, written, trouble, size)
     return ArrayInfo(shape, item.dtype, chunks, compression, item.get_storage_size(), written, trouble)
+
+
+def _first_header(item: h5py.Dataset, shape: tuple[int, ...]) -> encoded.Header | None:
+    """Returns format and size of the first image of an array that holds one encoded image per step, else None."""
+    padded = item.dtype == np.uint8 and len(shape) == 2 and shape[1] >= LEAST_ENCODED
+    if not (padded or (_is_bytes(item.dtype) and len(shape) == 1)) or not shape[0]:
+        return None
+    if padded and not encoded.has_signature(item[0, : encoded.LONGEST_SIGNATURE].tobytes()):
+        return None
+    return encoded.read_header(encoded_images(item, 0, 1)[0])
+
+
+def _is_bytes(dtype: np.dtype) -> bool:
+    """Whether each value is a string of bytes: of variable length, or of one length."""
+    kind = h5py.check_vlen_dtype(dtype)
+    return (kind is not None and np.dtype(kind).itemsize == 1) or h5py.check_string_dtype(dtype) is not None
+
+
+def _encoded_bytes(item: h5py.Dataset) -> int:
+    """Returns the size of encoded images; that of images of variable length is estimated from the first."""
+    if item.dtype.kind != "O":
+        return int(item.id.get_storage_size())
+    return len(item) * len(encoded_images(item, 0, 1)[0])
 
 
 def _compression(item: h5py.Dataset) -> str:
@@ -305,35 +244,3 @@ def _scan_masks(file: h5py.File, empty: set[str], notes: list[str], sources: Sou
         except (*READ_ERRORS, AttributeError) as error:
             notes.append(f"filter key {key!r} cannot be read and is left out: {error}")
     return masks
-
-
-def _json_attribute(group: h5py.Group, name: str, notes: list[str]) -> dict[str, Any] | None:
-    if name not in group.attrs:
-        return None
-    try:
-        text = group.attrs[name]
-        value = json.loads(text if isinstance(text, (str, bytes)) else str(text), parse_constant=_not_json)
-    except (*READ_ERRORS, RecursionError) as error:
-        notes.append(f"{name} is not JSON and is left out: {error}")
-        return None
-    if not isinstance(value, dict):
-        notes.append(f"{name} is not a JSON object and is left out")
-        return None
-    return value
-
-
-def _not_json(name: str) -> None:
-    raise ValueError(f"it holds {name}, which JSON does not have")
-
-
-def _count_attribute(group: h5py.Group, name: str) -> tuple[int | None, bool]:
-    """Returns a number of steps, None if it is absent or not a whole number, and whether it is there but is not one."""
-    try:
-        if name not in group.attrs:
-            return None, False
-        value = np.asarray(group.attrs[name])
-        if value.size == 1 and value.dtype.kind in "iufb" and value.item() == (count := int(value.item())):
-            return count, False
-    except (*READ_ERRORS, OverflowError):
-        pass
-    return None, True

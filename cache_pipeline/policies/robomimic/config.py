@@ -20,6 +20,7 @@ from typing import Any
 from cache_pipeline.errors import ConfigError, MissingExtraError, available, install_command
 from cache_pipeline.files import read_json
 from cache_pipeline.options import LARGEST
+from cache_pipeline.text import module_name
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -65,6 +66,9 @@ MOST = 10**7
 """Largest size of a network, batch or epoch; more would not fit any memory."""
 
 # Exceptions of robomimic for configs that it cannot use; it has no error classes of its own.
+ACTION_KEYS, ACTION_CONFIG = "action_keys", "action_config"
+"""Settings of ``train`` in robomimic 0.4 and later: the arrays of the actions, and how each is normalised."""
+NORMALIZATIONS = ("min_max", "gaussian")
 CONFIG_ERRORS = (RuntimeError, NotImplementedError, AssertionError, KeyError, TypeError, ValueError, AttributeError)
 
 
@@ -76,6 +80,7 @@ class RobomimicConfig:
 
     def __post_init__(self) -> None:
         check_classes(self.json)
+        _check_actions(self.json["train"])
         counts = {f"train.{name}": self.json["train"][name] for name in ("seq_length", "frame_stack", "batch_size")}
         if self.recurrent:
             counts["algo.rnn.horizon"] = self.json["algo"]["rnn"]["horizon"]
@@ -163,6 +168,23 @@ class RobomimicConfig:
         return train["hdf5_filter_key"], train["hdf5_validation_filter_key"]
 
     @property
+    def action_keys(self) -> tuple[str, ...] | None:
+        """The arrays of the actions, side by side; None if the config does not name them."""
+        keys = self.json["train"].get(ACTION_KEYS)
+        return None if keys is None else tuple(keys)
+
+    @property
+    def action_normalization(self) -> str | None:
+        """``min_max`` (to ±1), ``gaussian`` or None."""
+        return next(iter(_normalizations(self.json["train"])), None)
+
+    @property
+    def library_json(self) -> dict[str, Any]:
+        """The config without the settings that robomimic 0.3 does not have."""
+        train = {key: value for key, value in self.json["train"].items() if key not in (ACTION_KEYS, ACTION_CONFIG)}
+        return {**self.json, "train": train}
+
+    @property
     def cameras(self) -> tuple[str, ...]:
         """The rgb keys; empty after ``on_features``."""
         return tuple(self.json["observation"]["modalities"]["obs"].get("rgb", ()))
@@ -174,7 +196,8 @@ class RobomimicConfig:
     def on_features(self, cameras: Sequence[str], low_dim: Sequence[str]) -> RobomimicConfig:
         """Returns the config with these obs keys, all of them low-dim."""
         changed = json.loads(json.dumps(self.json))
-        changed["observation"]["modalities"]["obs"] |= {"low_dim": [*low_dim, *cameras], "rgb": []}
+        keys = [module_name(key) for key in (*low_dim, *cameras)]
+        changed["observation"]["modalities"]["obs"] |= {"low_dim": keys, "rgb": []}
         return RobomimicConfig(json=changed)
 
 
@@ -214,15 +237,54 @@ def read_config(path: Path) -> RobomimicConfig:
     known = sorted({name for name, _ in ALGORITHMS.values()})
     if algorithm not in known:
         raise ConfigError(f"{path} is for the algorithm {algorithm!r}; {available(known)}")
+    given, actions = _without_actions(given)
     try:
         _check_types(given, _defaults(algorithm), path)
-        config = RobomimicConfig(json=_defaults(algorithm, given))
+        whole = _defaults(algorithm, given)
+        config = RobomimicConfig(json={**whole, "train": {**whole["train"], **actions}})
         _check_obs(config, path)
     except CONFIG_ERRORS as error:
         if isinstance(error, ConfigError | MissingExtraError):
             raise
         raise ConfigError(f"{path} is not a config of robomimic 0.3 for {algorithm}: {_one_line(error)}") from error
     return config
+
+
+def _without_actions(given: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Takes the settings of actions, which robomimic 0.3 does not have, out of a config."""
+    train = given.get("train")
+    if not isinstance(train, dict):
+        return given, {}
+    actions = {key: train[key] for key in (ACTION_KEYS, ACTION_CONFIG) if train.get(key) is not None}
+    rest = {key: value for key, value in train.items() if key not in (ACTION_KEYS, ACTION_CONFIG)}
+    return {**given, "train": rest}, actions
+
+
+def _check_actions(train: Mapping[str, Any]) -> None:
+    """Raises ConfigError for action settings that cannot be used."""
+    keys, settings = train.get(ACTION_KEYS), train.get(ACTION_CONFIG, {})
+    if keys is not None and not (isinstance(keys, list) and keys and all(isinstance(key, str) for key in keys)):
+        raise ConfigError(f"train.{ACTION_KEYS} is {str(keys)[:60]!r} in the robomimic config; give a list of names")
+    if not isinstance(settings, dict) or not all(isinstance(item, dict) for item in settings.values()):
+        raise ConfigError(f"train.{ACTION_CONFIG} of the robomimic config must be an object per action key")
+    for key, item in settings.items():
+        if key in (keys or ("actions",)) and item.get("convert_at_runtime") is not None:
+            raise ConfigError(
+                f"train.{ACTION_CONFIG} converts the rotation of {key}; store actions in the form that the robot takes"
+            )
+    used = _normalizations(train)
+    if len(used) > 1 or not set(used) <= {None, *NORMALIZATIONS}:
+        raise ConfigError(
+            f"train.{ACTION_CONFIG} normalises action keys by {', '.join(map(str, used))}; give all of them one of "
+            f"{', '.join(NORMALIZATIONS)}, or null"
+        )
+
+
+def _normalizations(train: Mapping[str, Any]) -> list[Any]:
+    """Returns the distinct normalisations of the action keys."""
+    settings = train.get(ACTION_CONFIG) or {}
+    found = [settings.get(key, {}).get("normalization") for key in train.get(ACTION_KEYS) or ("actions",)]
+    return list(dict.fromkeys(found))
 
 
 def _check_types(given: Mapping[str, Any], defaults: Mapping[str, Any], path: Path, place: str = "") -> None:

@@ -22,8 +22,9 @@ from cache_pipeline.policies.robomimic.config import (
     require_robomimic,
 )
 from cache_pipeline.policies.spec import PolicySpec
+from cache_pipeline.text import module_name
 
-NETS, MEAN, STD = "nets.", "obs_mean/", "obs_std/"
+NETS, MEAN, STD, ACTION = "nets.", "obs_mean/", "obs_std/", "action/"
 CONFIG = "config"
 
 # Added to deviations by robomimic's SequenceDataset.normalize_obs.
@@ -46,6 +47,7 @@ class RobomimicPolicy:
         encoders: camera → its frozen encoder.
         frozen_trunks: camera → the fast path of its encoder, for frames; made in fp32 when frames come first.
         mean, std: key → statistics of one row; empty without normalisation.
+        action_center, action_scale: (A,) of normalised actions; 0 and 1 without normalisation.
     """
 
     def __init__(
@@ -63,7 +65,10 @@ class RobomimicPolicy:
         self.mean: dict[str, Tensor] = {}
         self.std: dict[str, Tensor] = {}
         self.env_args: dict[str, Any] | None = None
+        self.action_keys: tuple[str, ...] = ("actions",)
         self.render_flags: dict[str, Any] | None = None
+        self.action_center = torch.zeros(spec.action_dim, device=self.device)
+        self.action_scale = torch.ones(spec.action_dim, device=self.device)
         if config.normalize_obs:
             for key, shape in self.shapes.items():
                 self.mean[key] = torch.zeros(shape, device=self.device)
@@ -164,7 +169,7 @@ class RobomimicPolicy:
                 raise ConfigError(f"{key} has {obs[key].shape[1]} obs steps; this policy takes {steps}")
             values = self._encoded(key, obs[key].to(self.device))
             values = values.float().reshape(*values.shape[:2], *shape)
-            seen[key] = (values - self.mean[key]) / self.std[key] if self.mean else values
+            seen[module_name(key)] = (values - self.mean[key]) / self.std[key] if self.mean else values
         return seen
 
     def tensors(self) -> dict[str, Tensor]:
@@ -173,7 +178,17 @@ class RobomimicPolicy:
             **{NETS + name: value.detach() for name, value in self._own().items()},
             **{MEAN + key: value for key, value in self.mean.items()},
             **{STD + key: value for key, value in self.std.items()},
+            **self._action_tensors(),
         }
+
+    def _action_tensors(self) -> dict[str, Tensor]:
+        if self.config.action_normalization is None:
+            return {}
+        return {ACTION + "center": self.action_center, ACTION + "scale": self.action_scale}
+
+    def normalized(self, actions: Tensor) -> Tensor:
+        """Returns actions (…,A) of the dataset as the networks predict them."""
+        return (actions - self.action_center) / self.action_scale if self._action_tensors() else actions
 
     def load_tensors(self, tensors: Mapping[str, Tensor]) -> None:
         """Loads the tensors of ``tensors``; raises CheckpointError if names or shapes do not fit."""
@@ -190,6 +205,8 @@ class RobomimicPolicy:
             self.mean[key] = tensors[MEAN + key].to(self.device)
             self.std[key] = tensors[STD + key].to(self.device)
         with torch.no_grad():
+            for name, value in self._action_tensors().items():
+                value.copy_(tensors[name])
             for name, value in self._own().items():
                 value.copy_(tensors[NETS + name])
 
@@ -204,7 +221,7 @@ class RobomimicPolicy:
         """Returns (B,A) for one step, or for the whole context of a transformer."""
         obs = dict(seen) if self.config.transformer else {key: values[:, step] for key, values in seen.items()}
         actions: Tensor = self.algo.get_action(obs_dict=obs)
-        return actions
+        return actions * self.action_scale + self.action_center if self._action_tensors() else actions
 
     def _encoded(self, key: str, values: Tensor) -> Tensor:
         if key not in self._features or not is_frames(values, self._features[key]):
@@ -269,12 +286,12 @@ def _algo(
         torch.manual_seed(seed)
         theirs = config_factory(config.algorithm)
         with theirs.values_unlocked():
-            theirs.update(config.json)
+            theirs.update(config.library_json)
         obs_utils.initialize_obs_utils_with_config(theirs)
         algo = algo_factory(
             algo_name=config.algorithm,
             config=theirs,
-            obs_key_shapes=OrderedDict((key, list(shape)) for key, shape in shapes.items()),
+            obs_key_shapes=OrderedDict((module_name(key), list(shape)) for key, shape in shapes.items()),
             ac_dim=action_dim,
             device=device,
         )

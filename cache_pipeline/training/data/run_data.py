@@ -22,7 +22,7 @@ from cache_pipeline.errors import ConfigError
 from cache_pipeline.files import Location, absolute, json_digest
 from cache_pipeline.runs.contents import Contents, Known, split_of_run
 from cache_pipeline.runs.record import DataRecord, DemoRecord, Digests
-from cache_pipeline.text import few
+from cache_pipeline.text import few, listed
 from cache_pipeline.training.data.rows import RunRows, choose_keys, chosen_split, rows_of_cache, rows_of_dataset
 from cache_pipeline.training.data.source import SplitRows, Splits
 
@@ -95,7 +95,16 @@ class RunData(NamedTuple):
             valid=tuple(demos[self.rows.n_train :]),
             env_args=origin.env_args,
             render_flags=origin.render_flags,
+            action_keys=self.action_keys,
         )
+
+    @property
+    def action_keys(self) -> tuple[str, ...]:
+        """The arrays of the dataset that are the actions."""
+        if self.dataset is not None:
+            return self.dataset.action_keys
+        assert self.cache is not None
+        return self.cache.manifest.action_keys
 
     @property
     def files(self) -> list[Path]:
@@ -114,7 +123,7 @@ class RunData(NamedTuple):
             choose_from(self.cache.cameras, tuple(self.cameras)),
             choose_from(self.cache.low_dim, tuple(self.low_dim)),
         )
-        return Choice(tuple(self.cameras), tuple(self.low_dim), *left)
+        return Choice(tuple(self.cameras), tuple(self.low_dim), *left, actions=self.action_keys)
 
     @property
     def mean_action(self) -> NDArray[np.float32]:
@@ -143,13 +152,23 @@ def tell_choice(data: RunData) -> None:
 
 
 def open_cache_data(
-    path: Location, cameras: Sequence[str] | None, low_dim_keys: Sequence[str] | None, split: DemoChoice
+    path: Location,
+    cameras: Sequence[str] | None,
+    low_dim_keys: Sequence[str] | None,
+    split: DemoChoice,
+    action_key: tuple[str, ...] | None = None,
 ) -> RunData:
-    """Opens a cache; raises CacheError, or ConfigError or DatasetError for unknown names.
+    """Opens a cache; raises CacheError, or ConfigError or DatasetError for unknown names or other actions.
 
     It does not compare the cache with its source files; ``check_sources`` does.
     """
     cache = FeatureCache(path)
+    if action_key is not None and action_key != cache.manifest.action_keys:
+        held, asked = listed(cache.manifest.action_keys), ",".join(action_key)
+        raise ConfigError(
+            f"{path} holds the actions of the action key {held}, not {asked}; extract another cache with "
+            f"--action-key {asked}"
+        )
     chosen = choose_keys(cameras, tuple(cache.cameras), "camera")
     keys = choose_keys(low_dim_keys, tuple(cache.low_dim), "low-dim key")
     shapes = {camera: cache.cameras[camera].image_shape for camera in chosen}
@@ -160,10 +179,14 @@ def open_cache_data(
 
 
 def open_dataset_data(
-    paths: Sequence[Path], cameras: Sequence[str] | None, low_dim_keys: Sequence[str] | None, split: DemoChoice
+    paths: Sequence[Path],
+    cameras: Sequence[str] | None,
+    low_dim_keys: Sequence[str] | None,
+    split: DemoChoice,
+    action_key: tuple[str, ...] | None = None,
 ) -> RunData:
     """Opens HDF5 files; raises DatasetError, also for unknown filter keys."""
-    dataset = Dataset.open(paths, cameras=cameras, low_dim_keys=low_dim_keys)
+    dataset = Dataset.open(paths, cameras=cameras, low_dim_keys=low_dim_keys, action_key=action_key)
     contents = Contents(dataset, tuple(dataset.cameras), tuple(dataset.low_dim), split.known)
     shapes = DataShapes(dict(dataset.cameras), dict(dataset.low_dim), dataset.action_dim)
     demos, digests = _split(dataset, split, contents, shapes)

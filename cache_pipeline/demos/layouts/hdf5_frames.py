@@ -1,24 +1,28 @@
-"""Reads frames and rows of demos, in the child process of :mod:`cache_pipeline.isolation`.
+"""Reads frames and numbers of robomimic's HDF5 files, in the child process of :mod:`cache_pipeline.isolation`.
 
 gzip chunks are read raw and decompressed by ISA-L in several threads, in half of zlib's time. ISA-L releases the GIL;
-h5py decompresses one chunk at a time under its own lock. Other layouts and filters are read by h5py.
+h5py decompresses one chunk at a time under its own lock. Other filters are read by h5py. Frames that are not rgb with
+channels last are converted: encoded images are decoded in the same threads.
 """
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import suppress
+from typing import NamedTuple
 
 import h5py
 import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
-from cache_pipeline.demos.layouts.robomimic import SourceFile
-from cache_pipeline.demos.links import missing_filter
-from cache_pipeline.demos.numbers import as_float32, read_numbers
+from cache_pipeline.demos.layouts import encoded
+from cache_pipeline.demos.layouts.hdf5_links import PLUGINS, missing_filter
+from cache_pipeline.demos.layouts.protocol import SourceFile, pixels_of, segment_in_words
 from cache_pipeline.errors import DatasetError
 from cache_pipeline.hdf5 import damage_as_error, open_file
 from cache_pipeline.isolation import progress
@@ -28,6 +32,15 @@ MOST_FILES = 64
 INFLATE_THREADS = min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 # The shuffle filter has no effect on one-byte elements.
 _INFLATABLE = ([h5py.h5z.FILTER_DEFLATE], [h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_DEFLATE])
+
+
+class _Reading(NamedTuple):
+    """One segment that is being read: ``raw`` is converted into ``out`` when all futures are done."""
+
+    words: str
+    futures: list[Future[None]]
+    raw: NDArray[np.uint8] | None
+    out: NDArray[np.uint8]
 
 
 def read_frames(
@@ -41,32 +54,48 @@ def read_frames(
         DatasetError: damaged frames, or a file that was removed or changed since it was opened.
     """
     out = np.empty((sum(stop - start for _, start, stop in segments), *size), np.uint8)
-    file, reading, filled = _opened.file(source), [], 0
-    for segment in segments:
-        demo, start, stop = segment
+    file, reading, filled = _opened.file(source), list[_Reading](), 0
+    for demo, start, stop in segments:
         part = out[filled : filled + stop - start]
         filled += len(part)
         progress()
-        with damage_as_error(source.path, frames_in_words(camera, segment)):
-            reading.append((segment, _start_reading(file[f"data/{demo}/obs/{camera}"], start, part, _opened.pool())))
-    for segment, futures in reading:
-        with damage_as_error(source.path, frames_in_words(camera, segment)):
+        words = segment_in_words(camera, (demo, start, stop))
+        with damage_as_error(source.path, words):
+            images = file[f"data/{demo}/obs/{camera}"]
+            reading.append(_Reading(words, *_start(images, start, part), part))
+    for words, futures, raw, part in reading:
+        with damage_as_error(source.path, words):
             for future in futures:
                 future.result()
                 progress()
+            if raw is not None:
+                part[:] = as_rgb(raw)
     return out
 
 
-def read_rows(source: SourceFile, demo: str, length: int, low_dim: Mapping[str, tuple[int, ...]]) -> dict[str, NDArray]:
-    """Reads all arrays of a demo except images, as float32; see ``Dataset.rows``."""
+def as_rgb(images: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Returns frames of any form that ``pixels_of`` knows as (n, H, W, 3): without alpha, channels last."""
+    pixels = pixels_of(images.shape)
+    if pixels is None:
+        raise ValueError(f"frames of the shape {images.shape[1:]} are no images")
+    images = images[..., None] if pixels.axis is None else np.moveaxis(images, pixels.axis, 3)
+    return np.broadcast_to(images, (*images.shape[:3], 3)) if pixels.channels == 1 else images[..., :3]
+
+
+def read_numbers(source: SourceFile, demo: str, path: str) -> NDArray | None:
+    """Reads one array of a demo in its own type; None if it is not there."""
     file = _opened.file(source)
-    rows = {"actions": as_float32(read_numbers(file, demo, "actions"))}
-    for key in ("rewards", "dones"):
-        there = key in file[f"data/{demo}"]
-        rows[key] = as_float32(read_numbers(file, demo, key)) if there else np.full(length, np.nan, np.float32)
-    for key, shape in low_dim.items():
-        rows[f"low_dim/{key}"] = as_float32(read_numbers(file, demo, f"obs/{key}")).reshape(length, *shape)
-    return rows
+    if path not in file[f"data/{demo}"]:
+        return None
+    item = h5py.h5d.open(file.id, f"data/{demo}/{path}".encode())
+    out = np.empty(item.shape, item.dtype)
+    try:
+        item.read(h5py.h5s.ALL, h5py.h5s.ALL, out)
+    except OSError:
+        with suppress(ImportError):
+            importlib.import_module(PLUGINS)  # registers further filters in this process
+        item.read(h5py.h5s.ALL, h5py.h5s.ALL, out)
+    return out
 
 
 def close_files(sources: Sequence[SourceFile]) -> None:
@@ -74,10 +103,9 @@ def close_files(sources: Sequence[SourceFile]) -> None:
     _opened.close(sources)
 
 
-def frames_in_words(camera: str, segment: tuple[str, int, int]) -> str:
-    """Returns what a segment (demo, start, stop) holds, for messages."""
-    demo, start, stop = segment
-    return f"{demo}: {camera!r} between frames {start} and {stop}"
+def encoded_images(images: h5py.Dataset, start: int, stop: int) -> list[bytes]:
+    """Reads the rows of an array that holds one encoded image per step: as bytes of any length, or padded to one."""
+    return [row.tobytes() if isinstance(row, np.ndarray) else bytes(row) for row in images[start:stop]]
 
 
 class _Opened:
@@ -114,6 +142,21 @@ class _Opened:
 
 
 _opened = _Opened()
+
+
+def _start(
+    images: h5py.Dataset, start: int, out: NDArray[np.uint8]
+) -> tuple[list[Future[None]], NDArray[np.uint8] | None]:
+    """Starts reading frames into ``out`` (n, H, W, 3); the second result, if any, is still to be converted."""
+    if images.dtype != np.uint8 or images.ndim < 3:
+        missing_filter(images.id.get_create_plist())
+        rows = zip(encoded_images(images, start, start + len(out)), out, strict=True)
+        submit = _opened.pool().submit
+        return [submit(encoded.decode, data, frame, start + i) for i, (data, frame) in enumerate(rows)], None
+    if images.shape[1:] == out.shape[1:]:
+        return _start_reading(images, start, out, _opened.pool()), None
+    raw = np.empty((len(out), *images.shape[1:]), np.uint8)
+    return _start_reading(images, start, raw, _opened.pool()), raw
 
 
 def _start_reading(images: h5py.Dataset, start: int, out: np.ndarray, pool: Executor) -> list[Future[None]]:

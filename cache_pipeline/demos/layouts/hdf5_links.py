@@ -59,7 +59,7 @@ def is_written(item: h5py.h5d.DatasetID, plist: h5py.h5p.PropDCID, shape: tuple[
     if layout == h5py.h5d.VIRTUAL or plist.get_external_count():
         return True
     if layout != h5py.h5d.CHUNKED:
-        return bool(item.get_storage_size() == math.prod(shape) * item.dtype.itemsize)
+        return bool(item.get_storage_size() == math.prod(shape) * item.get_type().get_size())
     return bool(item.get_num_chunks() == math.prod(-(-n // c) for n, c in zip(shape, plist.get_chunk(), strict=True)))
 
 
