@@ -121,6 +121,8 @@ class Manifest:
     asked: dict[str, Any] | None = None
     """What the last extraction asked for, with what it left out: the keys ``cameras``, ``low_dim_keys`` and ``choice``.
     The same request, on files that have not changed, gives the same demos and keys."""
+    devices: tuple[str, ...] = ()
+    """Names of the devices that computed its features, as in the ledger; none in caches of earlier versions."""
     format: int = FORMAT
 
     @cached_property
@@ -206,6 +208,7 @@ class Manifest:
             "units": self.units,
             "metadata": self.metadata,
             "asked": self.asked,
+            "devices": list(self.devices),
         }
         return {**value, "digest": json_digest(value)}
 
