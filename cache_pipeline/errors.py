@@ -48,6 +48,10 @@ class ChangedError(CacheError):
     """Another process has written an object since it was read."""
 
 
+class UnitsFailedError(CacheError):
+    """Units could not be made in several attempts; all others are done."""
+
+
 class StaleCacheError(CacheError):
     """The cache was made from other data, another encoder or other settings than now.
 
@@ -58,7 +62,11 @@ class StaleCacheError(CacheError):
 
     def __init__(self, field: str, cached: object, wanted: object, meaning: str, command: str) -> None:
         self.field, self.cached, self.wanted = field, cached, wanted
-        super().__init__(
+        super().__init__(field, cached, wanted, meaning, command)
+
+    def __str__(self) -> str:
+        field, cached, wanted, meaning, command = self.args
+        return (
             f"the cache is stale: {field} is {_value(cached)} in the cache and {_value(wanted)} now: "
             f"{meaning}; {command}"
         )

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +30,8 @@ DIGEST_BYTES = 16
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 OLD_SECONDS = 60
+PARTIAL = r"(\.[0-9a-f]{4})?\.\d+\.partial"
+"""Regular expression of what :func:`atomic_path` puts after the name of a file."""
 
 
 def is_url(place: str | os.PathLike[str]) -> bool:
@@ -56,7 +59,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     An error for a full disk names ``path``, which Python's own error of a failed write does not.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    # Two machines or containers may write one file at the same time, with equal process numbers.
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(2)}.{os.getpid()}.partial")
     try:
         yield partial
         _sync(partial, os.O_RDWR)
@@ -76,11 +80,12 @@ def remove_partial(path: Path) -> None:
         process = partial.name.split(".")[-2]
         with suppress(OSError):
             # The time protects a process of another machine that writes to the same file system.
-            if process.isdecimal() and not _lives(int(process)) and time.time() - partial.stat().st_mtime > OLD_SECONDS:
+            if process.isdecimal() and not lives(int(process)) and time.time() - partial.stat().st_mtime > OLD_SECONDS:
                 remove(partial)
 
 
-def _lives(process: int) -> bool:
+def lives(process: int) -> bool:
+    """Whether a process of this machine has this number."""
     try:
         os.kill(process, 0)
     except (ProcessLookupError, OverflowError):

@@ -114,7 +114,7 @@ class _Child:
             done, value = _receive(self._socket)
         except (EOFError, ConnectionError, BrokenPipeError) as error:
             code = self.end()
-            raise IsolatedCrashError(f"HDF5 {_how_it_ended(code)}") from error
+            raise IsolatedCrashError(f"HDF5 {how_it_ended(code)}") from error
         except BaseException:  # such as an interrupt: the reply that is still to come belongs to no call
             self.end()
             raise
@@ -163,9 +163,10 @@ def end_child() -> None:
         _running.end()
 
 
-def _how_it_ended(code: int) -> str:
+def how_it_ended(code: int) -> str:
+    """Returns how a process ended, from its exit code as ``subprocess`` gives it, such as ``crashed (SIGSEGV)``."""
     if code >= 0:
-        return f"ended the process that read it (exit code {code})"
+        return f"ended with exit code {code}"
     try:
         number = signal.Signals(-code)
     except ValueError:

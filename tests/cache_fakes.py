@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ TINY = EncoderSpec(factory=f"{Path(__file__).resolve()}:tiny")
 OTHER_WEIGHTS = EncoderSpec(factory=f"{Path(__file__).resolve()}:tiny_of_other_weights")
 NARROW = EncoderSpec(factory=f"{Path(__file__).resolve()}:narrow")
 OVERFLOWING = EncoderSpec(factory=f"{Path(__file__).resolve()}:overflowing")
+SLOW = EncoderSpec(factory=f"{Path(__file__).resolve()}:slow")
 
 
 class Tiny(nn.Module):
@@ -46,6 +48,18 @@ def tiny_of_other_weights() -> nn.Module:
 
 def narrow() -> nn.Module:
     return Tiny(0, width=4)
+
+
+class Slow(Tiny):
+    """The tiny encoder, 20 ms later."""
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        time.sleep(0.02)
+        return super().forward(images)
+
+
+def slow() -> nn.Module:
+    return Slow(0)
 
 
 def overflowing() -> nn.Module:

@@ -11,7 +11,7 @@ import numpy as np
 from cache_pipeline.cache.arrays import StoredArray, array_names, unit_arrays
 from cache_pipeline.cache.folder import finish_swap, make_beside, remove_cache, swap, told_when_full, unused_sibling
 from cache_pipeline.cache.layout import Segment, Unit, place_demos
-from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, write_record
+from cache_pipeline.cache.ledger import LedgerRecord, MadeWith, RecordedSegment, read_record, write_record
 from cache_pipeline.cache.lock import writing
 from cache_pipeline.cache.manifest import MANIFEST, PENDING, Manifest, read_manifest, write_pending
 from cache_pipeline.cache.metadata import ROOT, complete_cache, metadata_files, root_file, write_metadata
@@ -84,6 +84,7 @@ def _copy(store: Store, old: Manifest, new: Store) -> None:
         segments = blocks[unit.block]
         output = [_copy_block(source[name], sink[name], old.demos, segments, unit) for name in unit_arrays(old, unit)]
         record = _record(target, unit, segments, sink, digest(*output))
+        record = record._replace(made_with=_made_with(store, old, unit, segments))
         write_record(new, unit, record)
         units[unit.name] = record.output
     metadata = {name: digest(content) for name, content in files.items()}
@@ -103,6 +104,17 @@ def _copy_block(
         values[segment.start - base : segment.stop - base] = source.spans([span], unit.view)
     sink.write_block(unit.block, values, unit.view)
     return values.tobytes()
+
+
+def _made_with(place: Place, old: Manifest, unit: Unit, segments: Sequence[Segment]) -> MadeWith | None:
+    """Returns what computed the copied features; None if it is not recorded, or is not the same for all of them."""
+    rows = [old.demos[segment.demo].row + segment.offset for segment in segments]
+    spans = [(row, row + segment.stop - segment.start) for row, segment in zip(rows, segments, strict=True)]
+    size = old.shard_rows
+    blocks = {block for start, stop in spans for block in range(start // size, -(-stop // size))}
+    records = [read_record(place, unit._replace(block=block)) for block in sorted(blocks)]
+    found = {record.made_with if record is not None else None for record in records}
+    return found.pop() if len(found) == 1 else None
 
 
 def _record(

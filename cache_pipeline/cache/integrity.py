@@ -92,7 +92,7 @@ def is_sound(store: Store, manifest: Manifest, unit: Unit) -> bool:
 
 def _broken_files(store: Store, manifest: Manifest) -> Iterator[str]:
     pending = read_pending(store)
-    if pending is None and exists(store, PENDING):
+    if pending is None and exists(store, PENDING) and store.read(PENDING) != store.read(MANIFEST):
         yield PENDING
     expected = pending.metadata if pending else {}
     for name, recorded in manifest.metadata.items():

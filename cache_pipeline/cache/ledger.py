@@ -37,6 +37,21 @@ class RecordedSegment(NamedTuple):
     digest: str
 
 
+class MadeWith(NamedTuple):
+    """What computed a unit's features.
+
+    Attributes:
+        device: ``cpu``, or the name of the GPU.
+        torch, torchvision: versions of the libraries.
+        precision: precision of the encoder.
+    """
+
+    device: str
+    torch: str
+    torchvision: str
+    precision: str
+
+
 class LedgerRecord(NamedTuple):
     """A finished unit.
 
@@ -47,6 +62,7 @@ class LedgerRecord(NamedTuple):
         inputs: digest of the camera's identity and view.
         output: digest of the stored array's bytes, dead rows included.
         seconds: time spent encoding.
+        made_with: of features; None for other units and in records of earlier versions.
     """
 
     unit: str
@@ -55,6 +71,7 @@ class LedgerRecord(NamedTuple):
     inputs: str
     output: str
     seconds: float
+    made_with: MadeWith | None = None
 
 
 def record_name(unit: Unit) -> str:
@@ -65,6 +82,7 @@ def record_name(unit: Unit) -> str:
 def write_record(place: Place, unit: Unit, record: LedgerRecord) -> None:
     """Records a unit as finished, atomically; its shard must be stored already."""
     value = {**record._asdict(), "segments": [list(segment) for segment in record.segments]}
+    value["made_with"] = record.made_with and record.made_with._asdict()
     store_at(place).write(record_name(unit), json_bytes({**value, "digest": json_digest(value)}))
 
 
@@ -91,7 +109,10 @@ def _read(store: Store, name: str) -> LedgerRecord | None:
         claimed = value.pop("digest")
         if claimed != json_digest(value):
             return None
-        record: LedgerRecord = typed([value[name] for name in LedgerRecord._fields], LedgerRecord)
+        made_with = value.pop("made_with", None)
+        fields = [value[name] for name in LedgerRecord._fields[:-1]]
+        read = None if made_with is None else [made_with[name] for name in MadeWith._fields]
+        record: LedgerRecord = typed([*fields, read], LedgerRecord)
         return record
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None

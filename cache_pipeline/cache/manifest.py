@@ -135,6 +135,8 @@ class Manifest:
     The same request, on files that have not changed, gives the same demos and keys."""
     action_keys: tuple[str, ...] = ACTIONS
     """The arrays of the dataset that are the actions, side by side."""
+    devices: tuple[str, ...] = ()
+    """Names of the devices that computed its features, as in the ledger; none in caches of earlier versions."""
     format: int = FORMAT
 
     @cached_property
@@ -229,6 +231,7 @@ class Manifest:
             "metadata": self.metadata,
             "asked": self.asked,
             **({"action_keys": list(self.action_keys)} if self.action_keys != ACTIONS else {}),
+            "devices": list(self.devices),
         }
         return {**value, "digest": json_digest(value)}
 

@@ -36,6 +36,7 @@ NETWORK = ("rgb_model_name", "pretrained_encoder", "weights", "weights_prefix")
 PREPROCESSING = ("imagenet_norm", "image_mean", "image_std", "resize_shape", "crop_shape", "flip")
 OWN_POLICIES = tuple(parameter_names(TrainConfig, OWN_POLICY_OPTIONS))
 VIEWS = tuple(parameter_names(ViewSpec))
+ENGINES = ("workers", "part", "finish", "engine", "ray_address")
 
 
 def _robomimic(values: Values) -> bool:
@@ -67,6 +68,9 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         *ENCODER,
         Rule(("deep",), lambda v: v["overwrite"], "--overwrite reads every frame anyway"),
+        Rule(ENGINES, lambda v: v["dry_run"], "--dry-run plans all units and starts no other process"),
+        Rule(("ray_address",), lambda v: v["engine"] != "ray", "only --engine ray uses a Ray cluster"),
+        Rule(("device",), lambda v: v["devices"], "--devices names the devices"),
         Rule(VIEWS, lambda v: v["views"] == 1, "only views beyond the first are augmented; --views 4 adds three"),
     ),
     "verify": (

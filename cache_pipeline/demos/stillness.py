@@ -14,7 +14,7 @@ from cache_pipeline.demos.layouts.registry import layout_named
 from cache_pipeline.errors import DatasetError
 from cache_pipeline.hdf5 import damage_as_error
 from cache_pipeline.isolation import isolated, progress
-from cache_pipeline.text import still_sentence
+from cache_pipeline.text import shortened, still_sentence
 
 COMPARED_DEMOS = 16
 """Number of demos in which cameras are compared with each other."""

@@ -27,5 +27,10 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+def device_name(device: torch.device) -> str:
+    """Returns ``cpu`` or the name of the GPU: devices of one name compute the same bits."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def _usable() -> str:
     return available(["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))])

@@ -9,6 +9,7 @@ from dataclasses import replace
 from numpy.typing import NDArray
 
 from cache_pipeline.cache.arrays import StoredArray, array_names
+from cache_pipeline.cache.ledger import LedgerRecord, record_name, record_names
 from cache_pipeline.cache.manifest import Manifest
 from cache_pipeline.cache.stillness import still_cameras
 from cache_pipeline.cache.store import exists
@@ -40,11 +41,25 @@ def finish(prepared: Prepared, metadata: dict[str, str]) -> Manifest:
         IncompleteCacheError: another process has written a unit of its own in place of one of these.
     """
     _check_sources(prepared)
-    units = _recorded_units(prepared)
+    records = _records(prepared)
+    units = {name: record.output for name, record in records.items()}
+    devices = {record.made_with.device for record in records.values() if record.made_with is not None}
     demos = _with_digests(prepared)
     for sentence in few(still_cameras(prepared.store, prepared.manifest), "camera", more="inspect --json lists all"):
         logger.warning("%s; a policy cannot learn from these frames: render them again", sentence)
-    return replace(prepared.manifest, demos=demos, units=units, metadata=metadata)
+    return replace(prepared.manifest, demos=demos, units=units, metadata=metadata, devices=tuple(sorted(devices)))
+
+
+def missing_units(prepared: Prepared) -> list[str]:
+    """Returns the units of the whole cache that are not done; records are read only if there is one of every unit."""
+    manifest = prepared.manifest
+    units, recorded = list(manifest.live_units()), set(record_names(prepared.store))
+    absent = [unit.name for unit in units if record_name(unit) not in recorded]
+    if absent:
+        return absent
+    kept = [index is not None for index in prepared.matching.kept]
+    check, blocks = UnitCheck(prepared.store, manifest, prepared.dataset, kept), manifest.block_segments()
+    return [unit.name for unit in units if check.find(unit, blocks[unit.block]) is None]
 
 
 def _check_sources(prepared: Prepared) -> None:
@@ -52,22 +67,22 @@ def _check_sources(prepared: Prepared) -> None:
         source.check_unchanged()
 
 
-def _recorded_units(prepared: Prepared) -> dict[str, str]:
-    """Returns unit → output digest; checks that the records cover each live row of each array exactly once."""
+def _records(prepared: Prepared) -> dict[str, LedgerRecord]:
+    """Returns unit → record; asserts that the records cover each live row of each array exactly once."""
     manifest = prepared.manifest
     check = UnitCheck(prepared.store, manifest, prepared.dataset, [True] * len(manifest.demos))
     blocks = manifest.block_segments()
     covered = sum(segment.stop - segment.start for segments in blocks.values() for segment in segments)
     assert covered == sum(demo.length for demo in manifest.demos), "rows of two demos overlap"
-    units = {}
+    records = {}
     for unit in manifest.live_units():
         record = check.find(unit, blocks[unit.block])
         if record is None:
             raise IncompleteCacheError(
                 f"{prepared.out.place}: {unit.name} was written again by another process; run the same command again"
             )
-        units[unit.name] = record.output
-    return units
+        records[unit.name] = record
+    return records
 
 
 def _with_digests(prepared: Prepared) -> tuple[DemoRows, ...]:

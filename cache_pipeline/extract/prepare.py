@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +20,16 @@ from cache_pipeline.cache.store import exists
 from cache_pipeline.cache.store_protocol import Stamp, Store
 from cache_pipeline.cache.table import DemoRows
 from cache_pipeline.demos.dataset import Dataset
-from cache_pipeline.encoders.device import resolve_device
+from cache_pipeline.encoders.device import device_name, resolve_device
 from cache_pipeline.encoders.frozen import preferred_batch_size
-from cache_pipeline.errors import CorruptCacheError, DatasetError, IncompleteCacheError, StaleCacheError, available
+from cache_pipeline.errors import (
+    CorruptCacheError,
+    DatasetError,
+    IncompleteCacheError,
+    OptionError,
+    StaleCacheError,
+    available,
+)
 from cache_pipeline.extract.camera_encoders import (
     CameraEncoder,
     build_encoders,
@@ -49,6 +57,7 @@ class Prepared(NamedTuple):
         stamps: stamps of the manifests in ``out`` and in ``store`` when they were read.
         manifest: the future manifest, without digests of new demos.
         old: the current manifest, if any.
+        pending: in parts, the target manifest that an earlier part has written, if any.
         matching: new, changed and removed demos.
         work: units to write.
     """
@@ -60,6 +69,7 @@ class Prepared(NamedTuple):
     encoders: Mapping[str, CameraEncoder]
     manifest: Manifest
     old: Manifest | None
+    pending: Manifest | None
     matching: Matching
     work: Work
 
@@ -82,30 +92,34 @@ def prepare(config: ExtractConfig, out: Store, *, change: bool = True) -> Prepar
     store = next(iter(stores_beside(out, "new")), unused_sibling(out, "new")) if anew else out
     stamps = out.stamp(MANIFEST), store.stamp(MANIFEST)
     old = None if anew else _manifest_so_far(store)
-    pending = read_pending(store) if old is None else None
+    pending = read_pending(store) if old is None or config.in_parts else None
+    # All parts must decide alike, so a part takes what the first one has decided; else a complete cache comes first.
+    earlier = (pending or old) if config.in_parts else (old or pending)
     with ThreadPoolExecutor(1, thread_name_prefix="build") as background:
-        known = old or pending
-        cached = {file: known.metadata.get(file) for file in known.encoders.values()} if known else {}
-        build = functools.partial(build_encoders, store=store, cached=cached, stand_in=not change and known is None)
+        cached = {file: earlier.metadata.get(file) for file in earlier.encoders.values()} if earlier else {}
+        build = functools.partial(build_encoders, store=store, cached=cached, stand_in=not change and earlier is None)
         building = background.submit(build, config.encoders_of_cameras())
-        dataset = _open_dataset(config, old)
+        dataset = _open_dataset(config, old, earlier)
     for line in dataset.choice.lines():
         logger.info("%s", line)
     check_names(config, dataset)
     check_array_names(dataset)
     built = building.result()
     built |= build({config.encoder_for(camera) for camera in dataset.cameras} - built.keys())
-    encoders = for_cameras(built, config, dataset, old or pending)
+    encoders = for_cameras(built, config, dataset, earlier)
     if old is not None and config.views < (views := max(entry.views for entry in old.cameras.values())):
         logger.info("%s: keeps its %d views of every frame", out.place, views)
-    pending = _check_stale(config, store, old, pending, encoders, dataset.action_keys, change=change)
+    earlier = _check_stale(config, store, old, earlier, encoders, dataset.action_keys, change=change)
     if old is not None:
         check_rows(old, dataset.low_dim, dataset.action_dim)
     matching = match_demos(old, dataset, deep=config.deep)
-    manifest = _target(config, dataset, encoders, old, pending, matching)
-    work = find_work(store, manifest, dataset, [index is not None for index in matching.kept])
+    manifest = _target(config, dataset, encoders, old, earlier, matching)
+    kept = [index is not None for index in matching.kept]
+    work = Work(()) if config.finish else find_work(store, manifest, dataset, kept, config.part)
     check_precisions(encoders, [job.camera for job in work.jobs if job.views])
-    return Prepared(out, store, stamps, dataset, encoders, manifest, old, matching, work)
+    devices = check_devices(config, work, earlier.devices if earlier and (old or config.in_parts) else ())
+    manifest, pending = replace(manifest, devices=devices), pending if config.in_parts else None
+    return Prepared(out, store, stamps, dataset, encoders, manifest, old, pending, matching, work)
 
 
 def _manifest_so_far(store: Store) -> Manifest | None:
@@ -120,12 +134,12 @@ def _manifest_so_far(store: Store) -> Manifest | None:
         return None
 
 
-def _open_dataset(config: ExtractConfig, old: Manifest | None) -> Dataset:
+def _open_dataset(config: ExtractConfig, old: Manifest | None, earlier: Manifest | None) -> Dataset:
     cameras = config.cameras
     if cameras is not None and old is not None:
         cameras = tuple(dict.fromkeys([*old.cameras, *cameras]))
-    if old is not None and not config.deep and _same_request(config, cameras, old):
-        dataset = recorded_dataset(old)
+    if earlier is not None and not config.deep and _same_request(config, cameras, earlier):
+        dataset = recorded_dataset(earlier)
         if dataset is not None:
             return dataset
     dataset = Dataset.open(
@@ -160,14 +174,17 @@ def _check_stale(
     config: ExtractConfig,
     store: Store,
     old: Manifest | None,
-    pending: Manifest | None,
+    earlier: Manifest | None,
     encoders: Mapping[str, CameraEncoder],
     actions: tuple[str, ...],
     *,
     change: bool,
 ) -> Manifest | None:
-    """Raises StaleCacheError for other settings than in the cache; ``overwrite`` removes such an unfinished cache."""
-    cached = old or pending
+    """Raises StaleCacheError for other settings than in the cache; ``overwrite`` removes such an unfinished cache.
+
+    Returns ``earlier``, or None if it was removed.
+    """
+    cached = earlier
     if cached is None:
         if change and config.overwrite and is_cache(store):
             remove_cache(store)
@@ -184,7 +201,7 @@ def _check_stale(
         if change:
             remove_cache(store)
         return None
-    return pending
+    return earlier
 
 
 def _target(
@@ -192,10 +209,9 @@ def _target(
     dataset: Dataset,
     encoders: Mapping[str, CameraEncoder],
     old: Manifest | None,
-    pending: Manifest | None,
+    earlier: Manifest | None,
     matching: Matching,
 ) -> Manifest:
-    earlier = old or pending
     shard_rows = earlier.shard_rows if earlier else (config.shard_rows or _shard_rows(config, encoders))
     kept = [old.demos[index] if old and index is not None else None for index in matching.kept]
     lengths = [demo.length for demo in dataset.demos]
@@ -269,6 +285,28 @@ def planned_bytes(prepared: Prepared) -> int:
         if not exists(prepared.store, file):
             total += sum(value.numel() * value.element_size() for value in encoder.encoder.state_dict().values())
     return total
+
+
+def check_devices(config: ExtractConfig, work: Work, recorded: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names of the devices that will have made the cache.
+
+    Args:
+        recorded: those that made it so far, if it says so.
+
+    Raises:
+        StaleCacheError, OptionError: features of unlike devices would be mixed, which the options do not allow.
+    """
+    known = {*recorded, *work.devices}
+    if not any(job.views for job in work.jobs):
+        return tuple(sorted(known))
+    here = {device_name(resolve_device(name)) for name in config.devices or (config.device,)}
+    was, now = (", ".join(sorted(names)) for names in (known, here))
+    if len(here) > 1 and not config.allow_other_device:
+        raise OptionError(f"--devices are unlike ({now}), so bits of features may differ; add --allow-other-device")
+    if known and not here <= known and not config.allow_other_device:
+        meaning = "bits of features may differ between devices"
+        raise StaleCacheError("device", was, now, meaning, f"extend it on {was}, or add --allow-other-device")
+    return tuple(sorted(known | here))
 
 
 def check_array_names(dataset: Dataset) -> None:

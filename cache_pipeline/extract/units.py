@@ -14,6 +14,7 @@ from cache_pipeline.cache.manifest import Manifest
 from cache_pipeline.cache.store_protocol import Store
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.extract.matching import array_digest, frame_digests
+from cache_pipeline.extract.parts import Part
 from cache_pipeline.files import digest
 
 
@@ -33,6 +34,11 @@ class Job(NamedTuple):
     known: Mapping[int, str]
 
     @property
+    def name(self) -> str:
+        """The name of its main unit, for messages."""
+        return self.units[-1].name
+
+    @property
     def rows(self) -> int:
         """Live rows."""
         return sum(segment.stop - segment.start for segment in self.segments)
@@ -44,11 +50,12 @@ class Job(NamedTuple):
 
 
 class Work(NamedTuple):
-    """All jobs of an extraction, and the numbers of finished units and images."""
+    """All jobs of an extraction, the numbers of finished units and images, and the devices that made these."""
 
     jobs: tuple[Job, ...]
-    units_reused: int
-    images_reused: int
+    units_reused: int = 0
+    images_reused: int = 0
+    devices: frozenset[str] = frozenset()
 
     @property
     def units(self) -> int:
@@ -116,15 +123,26 @@ def rows_digest(rows: Mapping[str, np.ndarray]) -> str:
     return digest(*(np.ascontiguousarray(rows[name]).tobytes() for name in sorted(rows)))
 
 
-def find_work(store: Store, manifest: Manifest, dataset: Dataset, kept: Sequence[bool]) -> Work:
-    """Returns all units that are not done, block by block, grouped so that each frame is read once."""
+def find_work(
+    store: Store, manifest: Manifest, dataset: Dataset, kept: Sequence[bool], part: Part | None = None
+) -> Work:
+    """Returns all units that are not done, block by block, grouped so that each frame is read once.
+
+    Args:
+        part: only the jobs of this part. All jobs are numbered camera by camera, so that every part gets an equal share
+            of the blocks of each camera.
+    """
     check = UnitCheck(store, manifest, dataset, kept)
     blocks = manifest.block_segments()
     jobs, units_reused, images_reused = [], 0, 0
-    for block, segments in blocks.items():
-        for camera, units in _units_of(manifest, block).items():
+    devices: set[str] = set()
+    for number, (block, segments) in enumerate(blocks.items()):
+        for rank, (camera, units) in enumerate(_units_of(manifest, block).items()):
+            if part is not None and not part.owns(rank * len(blocks) + number):
+                continue
             records = {unit: check.find(unit, segments) for unit in units}
             missing = tuple(unit for unit in units if records[unit] is None)
+            devices |= {r.made_with.device for r in records.values() if r is not None and r.made_with is not None}
             rows = sum(segment.stop - segment.start for segment in segments)
             units_reused += len(units) - len(missing)
             images_reused += rows * sum(unit.kind == "features" and unit not in missing for unit in units)
@@ -132,7 +150,7 @@ def find_work(store: Store, manifest: Manifest, dataset: Dataset, kept: Sequence
                 first = next((record for record in records.values() if record is not None), None)
                 known = {s.start: s.digest for s in first.segments} if first is not None else {}
                 jobs.append(Job(camera, block, segments, missing, known))
-    return Work(tuple(jobs), units_reused, images_reused)
+    return Work(tuple(jobs), units_reused, images_reused, frozenset(devices))
 
 
 def _units_of(manifest: Manifest, block: int) -> dict[str, list[Unit]]:

@@ -5,52 +5,82 @@ The three stages run in parallel. A unit has the same bytes whoever makes it, so
 
 from __future__ import annotations
 
+import threading
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from typing import Any, NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import torch
+import torchvision
 from numpy.typing import NDArray
 
 from cache_pipeline.cache import arrays
 from cache_pipeline.cache.layout import Segment, Unit
-from cache_pipeline.cache.ledger import LedgerRecord, RecordedSegment, write_record
-from cache_pipeline.cache.manifest import check_claim
-from cache_pipeline.cache.store_protocol import Stamp
+from cache_pipeline.cache.ledger import LedgerRecord, MadeWith, RecordedSegment, write_record
+from cache_pipeline.cache.manifest import Manifest, check_claim
+from cache_pipeline.cache.store_protocol import Stamp, Store
+from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.encoders.device import device_name
+from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.encoders.views import ViewParameters, view_parameters
 from cache_pipeline.errors import ChangedError, CorruptCacheError, DatasetError, EncoderError
 from cache_pipeline.extract.encode import BatchEncoder, not_finite_row
 from cache_pipeline.extract.matching import array_digest, frame_digests
-from cache_pipeline.extract.prepare import Prepared
 from cache_pipeline.extract.stages import ReadAhead, WriteBehind
 from cache_pipeline.extract.units import Job, read_rows, rows_digest
 from cache_pipeline.files import digest
-from cache_pipeline.progress import Progress
 
-ATTEMPTS = 3
-"""Of writing a shard that another process writes at the same time, on an object store."""
+
+class Report(Protocol):
+    """What a worker tells whoever started it. Its methods are called from several threads."""
+
+    def advance(self, images: int) -> None:
+        """Images were encoded; negative if they must be encoded again."""
+
+    def done(self, job: Job) -> None:
+        """All units of a job are written and recorded."""
+
+    def failed(self, job: Job, error: Exception) -> None:
+        """A unit of a job could not be made. To raise the error ends the worker; else it goes on with other jobs."""
+
+
+class Ran(NamedTuple):
+    """Seconds that each stage took, and the batch size at the end."""
+
+    read_s: float
+    encode_s: float
+    write_s: float
+    batch_size: int
 
 
 class _Read(NamedTuple):
-    """A job and its data: concatenated frames of all segments, or low-dim rows."""
+    """A job and its data: concatenated frames of all segments, or low-dim rows. ``recorded`` is empty if that failed.
+
+    ``left`` holds the units that are not written yet.
+    """
 
     job: Job
     frames: NDArray[np.uint8]
     digests: NDArray[np.uint8]
     rows: dict[str, NDArray]
     recorded: dict[Unit, tuple[RecordedSegment, ...]]
+    left: set[Unit]
 
 
 class _Write(NamedTuple):
     """One unit to write: array name → live rows."""
 
     unit: Unit
-    segments: tuple[Segment, ...]
-    recorded: tuple[RecordedSegment, ...]
+    read: _Read
     values: dict[str, NDArray]
     seconds: float
+
+
+NONE = np.zeros((0, 16), np.uint8)
+ATTEMPTS = 3
+"""Of writing a shard that another process writes at the same time, on an object store."""
 
 
 def _write_block(
@@ -95,57 +125,69 @@ def _equal_block(
 
 
 class Worker:
-    """Runs the three stages over the jobs of one extraction."""
+    """Runs the three stages over jobs.
 
-    def __init__(self, prepared: Prepared, progress: bool) -> None:
-        self.prepared = prepared
-        self.read_s = self.encode_s = self.write_s = 0.0
-        self._manifest = prepared.manifest
-        self._batches = BatchEncoder(prepared.manifest.batch_size, prepared.manifest.dtype)
-        self._progress = progress
+    Args:
+        store: the cache.
+        claim: on an object store, the stamp of the claimed manifest.
+        manifest: its target manifest.
+        dataset: the source of frames and rows.
+        encoders: camera → its encoder.
+        report: what to tell.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        claim: Stamp | None,
+        manifest: Manifest,
+        dataset: Dataset,
+        encoders: Mapping[str, FrozenEncoder],
+        report: Report,
+    ) -> None:
+        self._store, self._claim, self._manifest = store, claim, manifest
+        self._dataset, self._encoders = dataset, encoders
+        self._report, self._encode_s = report, 0.0
+        self._batches = BatchEncoder(manifest.batch_size, manifest.dtype)
         self._stored: dict[str, arrays.StoredArray] = {}
-        self._claim: Stamp | None = None
+        self._lock = threading.Lock()
 
-    def run(self, claim: Stamp | None = None) -> None:
-        """Makes all units of the work.
-
-        Args:
-            claim: the stamp of the claimed manifest, on an object store.
-        """
-        work, self._claim = self.prepared.work, claim
+    def run(self, jobs: Iterable[Job]) -> Ran:
+        """Makes the units of all jobs; an iterator of jobs may wait for the next one."""
+        self._encode_s = 0.0
         for name in arrays.array_names(self._manifest):
-            self._stored[name] = arrays.StoredArray(self.prepared.store, name, read_only=False)
-        reader, writer = ReadAhead(self._read, work.jobs), WriteBehind(self._write)
-        total = work.images + work.images_reused
-        try:
-            with Progress("encode", total, "images", done=work.images_reused) as bar, writer, reader as results:
-                advance = bar.advance if self._progress else lambda count: None
-                self._encode(results, writer, advance)
-        finally:
-            self.read_s, self.write_s = reader.seconds, writer.seconds
-        if self._batches.batch_size != self._manifest.batch_size:
-            smaller = replace(self._manifest, batch_size=self._batches.batch_size)
-            self.prepared = self.prepared._replace(manifest=smaller)
+            self._stored[name] = arrays.StoredArray(self._store, name, read_only=False)
+        reader, writer = ReadAhead(self._read, jobs), WriteBehind(self._write)
+        with writer, reader as results:
+            self._encode(results, writer)
+        return Ran(reader.seconds, self._encode_s, writer.seconds, self._batches.batch_size)
 
     def _read(self, job: Job) -> _Read:
-        dataset, none = self.prepared.dataset, np.zeros((0, 16), np.uint8)
-        if not job.camera:
-            pieces = [read_rows(dataset, segment) for segment in job.segments]
-            rows = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
-            recorded = {}
-            for unit in job.units:
-                names = arrays.unit_arrays(self._manifest, unit)
-                digests = [rows_digest({name: piece[name] for name in names}) for piece in pieces]
-                recorded[unit] = tuple(map(self._record, job.segments, digests))
-            return _Read(job, none, none, rows, recorded)
+        try:
+            return self._read_frames(job) if job.camera else self._read_rows(job)
+        except Exception as error:
+            self._report.failed(job, error)
+            return _Read(job, NONE, NONE, {}, {}, set())
+
+    def _read_rows(self, job: Job) -> _Read:
+        pieces = [read_rows(self._dataset, segment) for segment in job.segments]
+        rows = {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+        recorded = {}
+        for unit in job.units:
+            names = arrays.unit_arrays(self._manifest, unit)
+            digests = [rows_digest({name: piece[name] for name in names}) for piece in pieces]
+            recorded[unit] = tuple(map(self._record, job.segments, digests))
+        return _Read(job, NONE, NONE, rows, recorded, set(job.units))
+
+    def _read_frames(self, job: Job) -> _Read:
         lengths = [segment.stop - segment.start for segment in job.segments]
         spans = [(s.demo, s.offset, s.offset + count) for s, count in zip(job.segments, lengths, strict=True)]
-        frames = dataset.gather(job.camera, spans)
+        frames = self._dataset.gather(job.camera, spans)
         frame_hashes = frame_digests(frames)
         parts = np.split(frame_hashes, np.cumsum(lengths)[:-1])
         segments = tuple(map(self._record, job.segments, map(array_digest, parts)))
         self._check_unchanged(job, segments)
-        return _Read(job, frames, frame_hashes, {}, dict.fromkeys(job.units, segments))
+        return _Read(job, frames, frame_hashes, {}, dict.fromkeys(job.units, segments), set(job.units))
 
     def _record(self, segment: Segment, content: str) -> RecordedSegment:
         demo = self._manifest.demos[segment.demo]
@@ -161,23 +203,27 @@ class Worker:
                     "time have not; run the same command again with --deep"
                 )
 
-    def _encode(self, results: Iterator[_Read], writer: WriteBehind[_Write], advance: Callable[[int], None]) -> None:
+    def _encode(self, results: Iterator[_Read], writer: WriteBehind[_Write]) -> None:
         for read in results:
-            for unit in read.job.units:
+            for unit in read.recorded:
                 began = time.perf_counter()
-                values = self._values(read, unit, advance)
+                try:
+                    values = self._values(read, unit)
+                except Exception as error:
+                    self._report.failed(read.job, error)
+                    break
                 seconds = time.perf_counter() - began
-                self.encode_s += seconds if unit.kind == "features" else 0.0
-                writer.put(_Write(unit, read.job.segments, read.recorded[unit], values, seconds))
+                self._encode_s += seconds if unit.kind == "features" else 0.0
+                writer.put(_Write(unit, read, values, seconds))
 
-    def _values(self, read: _Read, unit: Unit, advance: Callable[[int], None]) -> dict[str, NDArray]:
+    def _values(self, read: _Read, unit: Unit) -> dict[str, NDArray]:
         """Returns array name → rows of one unit."""
         if unit.kind == "frames":
             return {f"frame_digests/{unit.key}": read.digests}
         if unit.kind != "features":
             return read.rows
-        encoder, views = self.prepared.encoders[unit.key].frozen, self._views(read, unit)
-        return {f"features/{unit.key}": self._batches(encoder, read.frames, views, advance)}
+        encoder, views = self._encoders[unit.key], self._views(read, unit)
+        return {f"features/{unit.key}": self._batches(encoder, read.frames, views, self._report.advance)}
 
     def _views(self, read: _Read, unit: Unit) -> list[ViewParameters] | None:
         if unit.view == 0:
@@ -193,7 +239,7 @@ class Worker:
         row, unit = not_finite_row(features), item.unit
         if row is None:
             return
-        for segment in item.recorded:
+        for segment in item.read.recorded[unit]:
             if row < segment.stop - segment.start:
                 raise EncoderError(
                     f"{segment.file}: {segment.demo}: the feature of {unit.key} frame {segment.offset + row} is "
@@ -202,17 +248,41 @@ class Worker:
             row -= segment.stop - segment.start
 
     def _write(self, item: _Write) -> None:
+        try:
+            self._write_unit(item)
+        except Exception as error:
+            self._report.failed(item.read.job, error)
+            return
+        with self._lock:
+            item.read.left.discard(item.unit)
+            done = not item.read.left
+        if done:
+            self._report.done(item.read.job)
+
+    def _write_unit(self, item: _Write) -> None:
         unit, hashes, size = item.unit, [], self._manifest.shard_rows
         if unit.kind == "features":
             self._check_finite(item.values[f"features/{unit.key}"], item)
-        rows = np.concatenate([np.arange(segment.start, segment.stop) for segment in item.segments])
+        rows = np.concatenate([np.arange(segment.start, segment.stop) for segment in item.read.job.segments])
         for name in arrays.unit_arrays(self._manifest, unit):
             stored, values = self._stored[name], item.values[name]
             assert len(values) == len(rows), (unit, len(rows), len(values))
             hashes.append(_write_block(stored, unit, rows % size, values, self._claim).tobytes())
         base = unit.block * size
-        span = (base, base + size)
         record = LedgerRecord(
-            unit.name, span, item.recorded, self._manifest.unit_inputs(unit), digest(*hashes), round(item.seconds, 4)
+            unit.name,
+            (base, base + size),
+            item.read.recorded[unit],
+            self._manifest.unit_inputs(unit),
+            digest(*hashes),
+            round(item.seconds, 4),
+            self._made_with(unit),
         )
-        write_record(self.prepared.store, unit, record)
+        write_record(self._store, unit, record)
+
+    def _made_with(self, unit: Unit) -> MadeWith | None:
+        if unit.kind != "features":
+            return None
+        encoder = self._encoders[unit.key]
+        versions = str(torch.__version__), str(torchvision.__version__)
+        return MadeWith(device_name(encoder.device), *versions, encoder.precision)

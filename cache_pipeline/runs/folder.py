@@ -21,7 +21,16 @@ from cache_pipeline.cache.lock import writer_lock
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.saving import save_encoder
 from cache_pipeline.errors import CheckpointError, RunLockedError, described
-from cache_pipeline.files import exchange, free_path, read_json, remove, remove_partial, sync_folder, write_json
+from cache_pipeline.files import (
+    PARTIAL,
+    exchange,
+    free_path,
+    read_json,
+    remove,
+    remove_partial,
+    sync_folder,
+    write_json,
+)
 from cache_pipeline.runs.checkpoint import CHECKPOINTS, INDEX, has_checkpoint, remove_checkpoints
 from cache_pipeline.runs.metrics import CSV_NAME, TENSORBOARD
 from cache_pipeline.runs.record import RUN_JSON, RunRecord, write_record
@@ -200,7 +209,7 @@ def _remove_run(folder: Path) -> None:
     remove_checkpoints(folder)
     for name in (TENSORBOARD, ROLLOUTS, REPORT, CSV_NAME, *(name for name in encoders if Path(name).name == name)):
         remove(folder / name)
-    partial = re.compile(rf"\.({'|'.join(map(re.escape, (RUN_JSON, CSV_NAME, *encoders)))})\.\d+\.partial")
+    partial = re.compile(rf"\.({'|'.join(map(re.escape, (RUN_JSON, CSV_NAME, *encoders)))}){PARTIAL}")
     for path in list(folder.iterdir()):
         if partial.fullmatch(path.name) or _is_partial_marker(path):
             remove(path)
@@ -241,7 +250,7 @@ def _is_scrap(path: Path) -> bool:
 
 
 def _is_partial_marker(path: Path) -> bool:
-    return re.fullmatch(rf"\.{re.escape(MARKER)}\.\d+\.partial", path.name) is not None
+    return re.fullmatch(rf"\.{re.escape(MARKER)}{PARTIAL}", path.name) is not None
 
 
 def _read(path: Path) -> dict[str, Any]:

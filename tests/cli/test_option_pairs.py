@@ -31,6 +31,13 @@ GROUP: Any = typer.main.get_command(app)
 # A value that is not the default for each option, as it is typed.
 SAMPLES: dict[str, list[str]] = {
     "action_key": ["--action-key", "actions_abs"],
+    "allow_other_device": ["--allow-other-device"],
+    "devices": ["--devices", "cuda:0,cuda:1"],
+    "engine": ["--engine", "ray"],
+    "finish": ["--finish"],
+    "part": ["--part", "2/3"],
+    "ray_address": ["--ray-address", "head:6379"],
+    "workers": ["--workers", "2"],
     "action_steps": ["--action-steps", "2"],
     "demos": ["--demos", "3"],
     "env_args": ["--env-args", "env.json"],

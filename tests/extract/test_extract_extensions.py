@@ -129,6 +129,7 @@ def test_a_kill_between_the_manifest_and_the_removal_of_the_pending_one_leaves_n
     assert FeatureCache(out).cameras[CAMERA].views == 2
     assert (out / PENDING).exists()
     assert inspect_cache(out).problem == ""
+    assert check_integrity(out).ok
     assert extract(out, dataset, low_dim_keys=ONE_KEY, views=2).units_encoded == 0
     assert not (out / PENDING).exists()
 

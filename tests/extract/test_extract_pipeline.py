@@ -91,7 +91,7 @@ def test_the_result_has_the_fields_that_scripts_rely_on(dataset, out):
     value = extract(out, dataset).to_json()
     assert list(value) == [
         *("cache", "images", "cameras", "seconds", "images_per_s", "read_s", "encode_s", "write_s"),
-        *("bytes", "units_encoded", "units_reused", "fingerprint"),
+        *("bytes", "units_encoded", "units_reused", "fingerprint", "units_missing", "part"),
     ]
     assert value["images"] == 2 * sum(LENGTHS)
     json.dumps(value)
