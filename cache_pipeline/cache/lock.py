@@ -22,8 +22,8 @@ from cache_pipeline.errors import CacheLockedError, CachePipelineError, ConfigEr
 from cache_pipeline.files import lives, resolved
 
 PAUSE_S = 0.05
-DEAD_HOLDER_S = 10.0
-"""Time for the worker processes of a dead holder to end: they share its lock."""
+DEAD_HOLDER_S = 60.0
+"""Time for the worker processes of a dead holder to end. They share its lock, and may still be importing torch."""
 UNTOLD_HOLDER_S = 2.0
 """Time for a new holder to write its name into the lock file."""
 
