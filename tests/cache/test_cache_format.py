@@ -8,11 +8,13 @@ import pytest
 from cache_fakes import CAMERA, NARROW, OTHER, TINY, equal, extract
 from fakes import make_dataset
 
+from cache_pipeline.cache import manifest as manifests
 from cache_pipeline.cache.arrays import array_specs, unit_arrays
 from cache_pipeline.cache.compact import compact
 from cache_pipeline.cache.layout import Unit
 from cache_pipeline.cache.ledger import read_record
 from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.cache.table import DemoTable
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 
 DOCUMENT = (Path(__file__).parents[2] / "docs" / "cache-format.md").read_text(encoding="utf-8")
@@ -59,6 +61,13 @@ def check(reader, path):
 def test_the_documents_reader_reads_an_extended_and_a_compacted_cache(reader, path):
     check(reader, path)
     compact(path)
+    check(reader, path)
+
+
+def test_the_documents_reader_reads_a_demo_table_in_columns(reader, path, monkeypatch):
+    monkeypatch.setattr(manifests, "MANY_DEMOS", 2)
+    compact(path)
+    assert isinstance(FeatureCache(path).demos, DemoTable)
     check(reader, path)
 
 
