@@ -37,7 +37,9 @@ DEATHS = 3
 """Times that a worker may die without having finished a job in between; then it is not replaced."""
 ENDING_S = 5.0
 _START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); import cache_pipeline.extract.processes as p; p.serve()"
+    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
+    "from cache_pipeline.extract.lifeline import end_with_parent; end_with_parent(int(sys.argv[1])); "
+    "from cache_pipeline.extract.processes import serve; serve()"
 )
 
 
