@@ -298,3 +298,24 @@ def test_a_forked_process_is_told_to_be_spawned(url, dataset):
     cache = FeatureCache(url)
     with pytest.raises(StoreError, match="multiprocessing_context='spawn'"):
         in_another_process("fork", cache)
+
+
+def test_parts_one_after_another_and_at_once_give_the_cache_of_one_process(url, dataset, tmp_path):
+    extract(tmp_path / "lift.zarr", dataset)
+    for number in (2, 1, 3):
+        extract(url, dataset, part=f"{number}/3")
+    assert outputs(url) == outputs(tmp_path / "lift.zarr")
+    beside = f"{url}2"
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        parts = [pool.submit(extract, beside, dataset, part=f"{number}/2") for number in (1, 2)]
+    for part in parts:
+        assert part.exception() is None or isinstance(part.exception(), ChangedError)
+    for number in (1, 2):
+        extract(beside, dataset, part=f"{number}/2")
+    assert outputs(beside) == outputs(tmp_path / "lift.zarr")
+
+
+def test_workers_write_to_it(url, dataset, tmp_path):
+    extract(tmp_path / "lift.zarr", dataset)
+    extract(url, dataset, workers=2)
+    assert outputs(url) == outputs(tmp_path / "lift.zarr")

@@ -202,7 +202,7 @@ def test_json_is_one_object_and_nothing_else(tmp_path, made):
     value = json.loads(result.stdout)
     assert set(value) == {
         *("cache", "images", "cameras", "seconds", "images_per_s", "read_s", "encode_s", "write_s"),
-        *("bytes", "units_encoded", "units_reused", "fingerprint"),
+        *("bytes", "units_encoded", "units_reused", "units_missing", "part", "fingerprint"),
     }
     assert value["units_encoded"] == 0
     assert value["units_reused"] > 0
