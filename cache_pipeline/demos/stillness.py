@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,9 +11,10 @@ from numpy.typing import NDArray
 from cache_pipeline.demos.layouts.protocol import ArrayInfo, DemoInfo, Layout, SourceFile
 from cache_pipeline.demos.layouts.registry import layout_named
 from cache_pipeline.errors import DatasetError
+from cache_pipeline.files import digest
 from cache_pipeline.hdf5 import damage_as_error
 from cache_pipeline.isolation import isolated, progress
-from cache_pipeline.text import shortened, still_sentence
+from cache_pipeline.text import listed, shortened, still_sentence
 
 COMPARED_DEMOS = 16
 """Number of demos in which cameras are compared with each other."""
@@ -47,7 +47,7 @@ def still_cameras(source: SourceFile, demos: Sequence[DemoInfo], cameras: Sequen
 
 
 def duplicate_cameras(source: SourceFile, demos: Sequence[DemoInfo], cameras: Sequence[str]) -> list[str]:
-    """Returns one sentence per pair of cameras whose first and middle frames are equal in all demos looked at.
+    """Returns one sentence per group of cameras whose first and middle frames are equal in all demos looked at.
 
     Raises:
         DatasetError: an image crashes HDF5.
@@ -58,27 +58,31 @@ def duplicate_cameras(source: SourceFile, demos: Sequence[DemoInfo], cameras: Se
         there = [(camera, info.frame) for camera in cameras if (info := demo.obs.get(camera)) and _is_readable(info)]
         chosen.append((demo.name, demo.length, [(camera, size) for camera, size in there if size is not None]))
     with damage_as_error(source.path, "its images"):
-        pairs = isolated(_equal_pairs, source, chosen)
+        groups = isolated(_equal_cameras, source, chosen)
     return [
-        f"cameras {shortened(one)} and {shortened(other)} show the same frames in {len(chosen)} of {len(chosen)} demos "
-        "looked at"
-        for one, other in pairs
+        f"cameras {' and '.join(map(shortened, group)) if len(group) == 2 else listed(group, limit=5)} show the same "
+        f"frames in {len(chosen)} of {len(chosen)} demos looked at"
+        for group in groups
     ]
 
 
-def _equal_pairs(
+def _equal_cameras(
     source: SourceFile, demos: Sequence[tuple[str, int, Sequence[tuple[str, tuple[int, int, int]]]]]
-) -> list[tuple[str, str]]:
-    layout, seen = layout_named(source.layout), dict[str, list[bytes]]()
+) -> list[list[str]]:
+    """Returns the groups of cameras with equal frames; black frames are equal to none."""
+    layout, seen = layout_named(source.layout), dict[str, tuple[str, ...]]()
     for demo, length, cameras in demos:
         for camera, size in cameras:
             progress()
             middle = length // 2
             with suppress(DatasetError):  # damaged data are reported by the code that needs them
                 pair = layout.frames(source, camera, size, [(demo, 0, 1), (demo, middle, middle + 1)])
-                seen.setdefault(camera, []).append(pair.tobytes() if pair.any() else camera.encode())
+                seen[camera] = (*seen.get(camera, ()), digest(pair.tobytes()) if pair.any() else camera)
     layout.close([source])
-    return [pair for pair in combinations(seen, 2) if seen[pair[0]] == seen[pair[1]]]
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for camera, frames in seen.items():
+        groups.setdefault(frames, []).append(camera)
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _is_readable(info: ArrayInfo) -> bool:
