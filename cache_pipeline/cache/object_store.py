@@ -230,6 +230,7 @@ def _tail(store: Any, key: str, count: int) -> tuple[bytes, int]:
 
 
 def _open_bucket(bucket: str, retries: dict[str, Any]) -> Any:
+    _obstore()
     from obstore.store import MemoryStore, from_url
 
     if bucket.startswith("memory://"):

@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import multiprocessing
+import sys
 
 import numpy as np
 import pytest
@@ -276,7 +277,9 @@ def test_a_wrong_url_is_one_line(wrong, said):
 
 
 def test_a_url_without_the_extra_names_it(monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "obstore", None)
+    for name in [name for name in sys.modules if name.split(".")[0] == "obstore"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(MissingExtraError, match="uv sync --extra remote"):
         FeatureCache("s3://bucket/lift.zarr")
 
