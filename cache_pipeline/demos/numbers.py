@@ -111,22 +111,24 @@ def _check_numbers(source: SourceFile, arrays: Sequence[tuple[str, Sequence[str]
     flips: dict[str, list[str]] = {}
     unreadable: list[Finding] = []
     layout = layout_named(source.layout)
-    for demo, paths in arrays:
-        progress()
-        for name in paths:
-            try:
-                values = layout.numbers(source, demo, name)
-            except DatasetError:
-                raise
-            except READ_ERRORS as error:
-                reason = " ".join(str(error).split())
-                unreadable.append(Finding(demo, name, f"{name} cannot be read, the file is damaged ({reason})"))
-                continue
-            if values is not None:
-                if changes_sign(values):
-                    flips.setdefault(name, []).append(demo)
-                checks.setdefault(name, _Check(name)).add(demo, values)
-    layout.close([source])
+    try:
+        for demo, paths in arrays:
+            progress()
+            for name in paths:
+                try:
+                    values = layout.numbers(source, demo, name)
+                except DatasetError:
+                    raise
+                except READ_ERRORS as error:
+                    reason = " ".join(str(error).split())
+                    unreadable.append(Finding(demo, name, f"{name} cannot be read, the file is damaged ({reason})"))
+                    continue
+                if values is not None:
+                    if changes_sign(values):
+                        flips.setdefault(name, []).append(demo)
+                    checks.setdefault(name, _Check(name)).add(demo, values)
+    finally:
+        layout.close([source])
     findings = [*unreadable, *(finding for check in checks.values() for finding in check.finish())]
     order = {demo: number for number, (demo, _) in enumerate(arrays)}
     findings.sort(key=lambda finding: order[finding.demo])

@@ -53,9 +53,10 @@ def layout_findings(source: SourceFile, demos: Sequence[str]) -> tuple[list[str]
 
 def _findings(source: SourceFile, demos: Sequence[str]) -> tuple[list[str], list[str]]:
     layout = layout_named(source.layout)
-    found = layout.findings(source, demos)
-    layout.close([source])
-    return found
+    try:
+        return layout.findings(source, demos)
+    finally:
+        layout.close([source])
 
 
 def close_files(sources: Sequence[SourceFile]) -> None:

@@ -71,14 +71,16 @@ def _equal_cameras(
 ) -> list[list[str]]:
     """Returns the groups of cameras with equal frames; black frames are equal to none."""
     layout, seen = layout_named(source.layout), dict[str, tuple[str, ...]]()
-    for demo, length, cameras in demos:
-        for camera, size in cameras:
-            progress()
-            middle = length // 2
-            with suppress(DatasetError):  # damaged data are reported by the code that needs them
-                pair = layout.frames(source, camera, size, [(demo, 0, 1), (demo, middle, middle + 1)])
-                seen[camera] = (*seen.get(camera, ()), digest(pair.tobytes()) if pair.any() else camera)
-    layout.close([source])
+    try:
+        for demo, length, cameras in demos:
+            for camera, size in cameras:
+                progress()
+                middle = length // 2
+                with suppress(DatasetError):  # damaged data are reported by the code that needs them
+                    pair = layout.frames(source, camera, size, [(demo, 0, 1), (demo, middle, middle + 1)])
+                    seen[camera] = (*seen.get(camera, ()), digest(pair.tobytes()) if pair.any() else camera)
+    finally:
+        layout.close([source])
     groups: dict[tuple[str, ...], list[str]] = {}
     for camera, frames in seen.items():
         groups.setdefault(frames, []).append(camera)
@@ -94,11 +96,13 @@ def _still_demos(
 ) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {"black": [], "frozen on one frame": []}
     layout = layout_named(source.layout)
-    for demo, length, size in demos:
-        progress()
-        if state := _state(layout, source, camera, demo, length, size):
-            found[state].append(demo)
-    layout.close([source])
+    try:
+        for demo, length, size in demos:
+            progress()
+            if state := _state(layout, source, camera, demo, length, size):
+                found[state].append(demo)
+    finally:
+        layout.close([source])
     return found
 
 
