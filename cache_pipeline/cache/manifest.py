@@ -452,8 +452,7 @@ def claim_manifest(store: Store, after: Stamp | None, purpose: dict[str, Any]) -
     if "replaced_by" in purpose:
         value = {"format": FORMAT}
     value[CLAIM] = purpose
-    store.write_after(MANIFEST, after, json_bytes({**value, "digest": json_digest(value)}))
-    return store.stamp(MANIFEST)
+    return store.write_after(MANIFEST, after, json_bytes({**value, "digest": json_digest(value)}))
 
 
 def check_claim(store: Store, claim: Stamp | None) -> None:

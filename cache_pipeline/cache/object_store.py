@@ -78,21 +78,26 @@ class ObjectStore:
         self._tails.pop(name, None)
         self._ask(name, lambda store, key: _obstore().put(store, key, data, use_multipart=False))
 
-    def write_after(self, name: str, stamp: Stamp | None, *parts: bytes | Buffer) -> None:
+    def write_after(self, name: str, stamp: Stamp | None, *parts: bytes | Buffer) -> Stamp | None:
         data = b"".join(parts)
         self._tails.pop(name, None)
         mode: Any = "create" if stamp is None else {"e_tag": stamp}
         from obstore.exceptions import AlreadyExistsError, PreconditionError
 
-        def put(store: Any, key: str) -> None:
+        def put(store: Any, key: str) -> Stamp:
             try:
-                _obstore().put(store, key, data, mode=mode, use_multipart=False)
+                made: Stamp = _obstore().put(store, key, data, mode=mode, use_multipart=False)["e_tag"]
+                return made
             except (AlreadyExistsError, PreconditionError) as error:
                 # An earlier attempt may have been carried out although its answer was lost.
-                if bytes(_obstore().get(store, key).bytes()) != data:
+                found = _obstore().get(store, key)
+                if bytes(found.bytes()) != data:
                     raise ChangedError(f"{self._url(name)} was written by another process meanwhile") from error
+                there: Stamp = found.meta["e_tag"]
+                return there
 
-        self._ask(name, put)
+        written: Stamp = self._ask(name, put)
+        return written
 
     def delete(self, name: str) -> None:
         self._tails.pop(name, None)

@@ -93,9 +93,10 @@ class FolderStore:
             for part in parts:
                 opened.write(part)
 
-    def write_after(self, name: str, stamp: Stamp | None, *parts: bytes | Buffer) -> None:
+    def write_after(self, name: str, stamp: Stamp | None, *parts: bytes | Buffer) -> Stamp | None:
         """Writes an object. The lock of the folder keeps other writers out, so nothing is compared."""
         self.write(name, *parts)
+        return self.stamp(name)
 
     def delete(self, name: str) -> None:
         (self.place / name).unlink(missing_ok=True)

@@ -51,8 +51,8 @@ class Store(Protocol):
     def write(self, name: str, *parts: bytes | Buffer) -> None:
         """Writes an object from its parts, and waits until it is safe."""
 
-    def write_after(self, name: str, stamp: Stamp | None, *parts: bytes | Buffer) -> None:
-        """Writes an object unless it has changed; ``stamp`` is what :meth:`stamp` returned.
+    def write_after(self, name: str, stamp: Stamp | None, *parts: bytes | Buffer) -> Stamp | None:
+        """Writes an object unless it has changed; ``stamp`` is what :meth:`stamp` returned. Returns the new stamp.
 
         Raises:
             ChangedError: somebody else has written it meanwhile.

@@ -13,6 +13,7 @@ from object_store import BUCKET, KEYS, s3_server
 
 from cache_pipeline.cache.compact import compact
 from cache_pipeline.cache.integrity import check_integrity
+from cache_pipeline.cache.manifest import MANIFEST, check_claim, claim_manifest
 from cache_pipeline.cache.object_store import ObjectStore
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.store import store_at
@@ -149,19 +150,23 @@ def test_a_replacement_that_was_stopped_is_finished_by_the_next_run(url, tmp_pat
     assert store_at(url).siblings(".") == []
 
 
+def when_sealing(monkeypatch, interrupt):
+    """Calls ``interrupt`` once, when the next extraction is about to complete its cache."""
+    real = pipeline.complete_cache
+
+    def late(*args):
+        monkeypatch.setattr(pipeline, "complete_cache", real)
+        interrupt()
+        real(*args)
+
+    monkeypatch.setattr(pipeline, "complete_cache", late)
+
+
 def test_of_two_writers_with_other_demos_the_later_one_finishes(url, tmp_path, monkeypatch):
     """The first is stopped before its manifest; meanwhile a second takes over; then the first goes on."""
     one = make_dataset(tmp_path / "one.hdf5", lengths=(6, 21))
     other = make_dataset(tmp_path / "other.hdf5", lengths=(9, 16), seed=1)
-    real = pipeline.complete_cache
-
-    def late(*args):
-        with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "complete_cache", real)
-            extract(url, other)
-        real(*args)
-
-    monkeypatch.setattr(pipeline, "complete_cache", late)
+    when_sealing(monkeypatch, lambda: extract(url, other))
     with pytest.raises(ChangedError, match=f"another process writes {url} too"):
         extract(url, one)
     extract(tmp_path / "lift.zarr", other)
@@ -169,18 +174,33 @@ def test_of_two_writers_with_other_demos_the_later_one_finishes(url, tmp_path, m
     assert check_integrity(url).ok
 
 
-def test_of_two_writers_with_the_same_demos_both_finish(url, dataset, tmp_path, monkeypatch):
-    real = pipeline.complete_cache
-
-    def late(*args):
-        with monkeypatch.context() as patch:
-            patch.setattr(pipeline, "complete_cache", real)
-            extract(url, dataset)
-        real(*args)
-
-    monkeypatch.setattr(pipeline, "complete_cache", late)
+def test_of_two_writers_with_the_same_demos_both_finish(url, dataset, monkeypatch):
+    when_sealing(monkeypatch, lambda: extract(url, dataset))
     extract(url, dataset)
     assert check_integrity(url).ok
+
+
+def test_a_claim_is_not_taken_for_that_of_a_writer_who_claims_just_after(url):
+    store = store_at(url)
+    claimed = claim_manifest(store, None, {"target": "one"})
+    assert claim_manifest(store, claimed, {"target": "other"}) == store.stamp(MANIFEST) != claimed
+    with pytest.raises(ChangedError, match=f"another process writes {url} too"):
+        check_claim(store, claimed)
+
+
+def test_the_stamp_of_a_write_is_its_own_even_if_another_follows_at_once(url, monkeypatch):
+    store, real = store_at(url), ObjectStore._ask
+
+    def followed(self, name, request):
+        found = real(self, name, request)
+        monkeypatch.setattr(ObjectStore, "_ask", real)
+        store.write(name, b"another")
+        return found
+
+    monkeypatch.setattr(ObjectStore, "_ask", followed)
+    stamp = store.write_after(MANIFEST, None, b"mine")
+    assert store.read(MANIFEST) == b"another"
+    assert stamp != store.stamp(MANIFEST)
 
 
 def test_a_late_write_of_a_writer_that_was_overtaken_does_no_harm(url, tmp_path, monkeypatch):
