@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from cache_pipeline.errors import LIMITS, NOT_ALLOWED, CachePipelineError, ChangedError, UnitsFailedError, described
 from cache_pipeline.extract.units import Job
@@ -42,10 +42,6 @@ class Outstanding:
     def is_suspect(self, job: Job) -> bool:
         """Whether a job failed before, or was with a worker that died."""
         return _key(job) in self._attempts
-
-    def give_back(self, jobs: Iterable[Job]) -> None:
-        """Takes jobs back from a worker that ended without a fault of theirs."""
-        self._fresh.extendleft(jobs)
 
     def failed(self, job: Job, error: Exception) -> None:
         """Takes back a job that failed; sets it aside after ``ATTEMPTS`` times.
