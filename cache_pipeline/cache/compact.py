@@ -15,7 +15,7 @@ from cache_pipeline.cache.ledger import LedgerRecord, MadeWith, RecordedSegment,
 from cache_pipeline.cache.lock import writing
 from cache_pipeline.cache.manifest import MANIFEST, PENDING, Manifest, read_manifest, write_pending
 from cache_pipeline.cache.metadata import ROOT, complete_cache, metadata_files, root_file, write_metadata
-from cache_pipeline.cache.store import Place, exists, stored_bytes
+from cache_pipeline.cache.store import Place, exists, store_at, stored_bytes
 from cache_pipeline.cache.store_protocol import Store
 from cache_pipeline.cache.table import DemoRows
 from cache_pipeline.files import digest
@@ -63,7 +63,7 @@ def compact(place: Place) -> CompactResult:
                 remove_cache(new)
                 raise
         swap(new, store, stamp)
-        return CompactResult(str(store.place), before, stored_bytes(store), manifest.n_rows - live)
+        return CompactResult(str(store_at(place).place), before, stored_bytes(store), manifest.n_rows - live)
 
 
 def _copy(store: Store, old: Manifest, new: Store) -> None:

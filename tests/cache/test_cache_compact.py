@@ -33,6 +33,13 @@ def test_compacting_frees_dead_rows_and_keeps_every_live_bit(dataset, tmp_path):
     assert check_integrity(path).ok
 
 
+def test_the_result_names_the_cache_as_it_was_named(dataset, tmp_path, monkeypatch):
+    extract(tmp_path / "cache.zarr", dataset)
+    monkeypatch.chdir(tmp_path)
+    assert compact("cache.zarr").cache == "cache.zarr"
+    assert check_integrity("cache.zarr").cache == "cache.zarr"
+
+
 def test_a_compacted_cache_is_extended_without_encoding_again(dataset, tmp_path):
     path = tmp_path / "cache.zarr"
     extract(path, dataset)
