@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,18 +26,13 @@ from cache_pipeline.sim.environment import (
     Obs,
 )
 from cache_pipeline.sim.opengl import load_robosuite
-from cache_pipeline.sim.tasks.lift import Phase, lift_action, lift_phase
+from cache_pipeline.sim.tasks.registry import TASKS
+from cache_pipeline.sim.tasks.task import Task
 
-LOW_DIM_KEYS = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
 HOLD_STEPS = 5
 """A demo ends after this many consecutive successful steps."""
-ROLLOUT_HORIZON = 200
-"""Rollout horizon in steps, recorded in ``env_args``: four times the length of an expert episode."""
 ATTEMPTS_PER_DEMO = 5
 """Largest number of failed episodes per requested demo before collecting stops with an error."""
-
-Expert = tuple[Callable[[Obs, Phase], Phase], Callable[[Obs, Phase, NDArray], NDArray]]
-EXPERTS: dict[str, Expert] = {"Lift": (lift_phase, lift_action)}
 
 
 def _is_dataset(path: Path) -> bool:
@@ -66,8 +61,8 @@ class CollectConfig:
     """(H, W) of every image, in pixels."""
     render_flags: Mapping[str, bool] = field(default_factory=lambda: dict(FAST_RENDER_FLAGS))
     """MuJoCo scene flags that differ from the defaults; recorded in the file and used by rollouts."""
-    horizon: int = 150
-    """An episode that takes more steps has failed."""
+    horizon: int | None = None
+    """An episode that takes more steps has failed; by default as many as the task says."""
     noise: float = 0.1
     """Standard deviation of Gaussian noise on the expert's displacement, as a fraction of the action limits."""
     valid_fraction: float = 0.1
@@ -77,13 +72,12 @@ class CollectConfig:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.task not in EXPERTS:
-            raise ConfigError(
-                f"there is no scripted expert for the task {self.task!r}; {available(EXPERTS, self.task)}"
-            )
+        if self.task not in TASKS:
+            raise ConfigError(f"there is no scripted expert for the task {self.task!r}; {available(TASKS, self.task)}")
         for name in ("demos", "image_size", "horizon", "frames_per_chunk"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} is {getattr(self, name)}; give at least 1")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} is {value}; give at least 1")
         if self.seed < 0:
             raise ConfigError(f"seed is {self.seed}; give 0 or more")
         if self.noise < 0:
@@ -95,6 +89,11 @@ class CollectConfig:
         for camera in self.cameras:
             if not camera.endswith(IMAGE_SUFFIX):
                 raise ConfigError(f"camera {camera!r} is not an rgb obs key; did you mean {camera}{IMAGE_SUFFIX}?")
+
+    def of_task(self) -> Task:
+        """Returns the task, with ``horizon`` in place of its own if given."""
+        task = TASKS[self.task]
+        return task if self.horizon is None else replace(task, horizon=self.horizon)
 
 
 class CollectResult(NamedTuple):
@@ -176,8 +175,9 @@ def collect(config: CollectConfig, *, progress: bool = True) -> CollectResult:
 def make_env_args(config: CollectConfig) -> dict[str, Any]:
     """Returns the ``env_args`` of a collected file: the task, a Panda and robosuite's default controller for it."""
     robosuite = load_robosuite()
+    task = config.of_task()
     return {
-        "env_name": config.task,
+        "env_name": task.env_name,
         "type": ROBOSUITE_ENV_TYPE,
         "env_version": robosuite.__version__,
         "env_kwargs": {
@@ -189,10 +189,11 @@ def make_env_args(config: CollectConfig) -> dict[str, Any]:
             "reward_shaping": False,
             "control_freq": 20,
             "ignore_done": True,
-            "horizon": ROLLOUT_HORIZON,
+            "horizon": task.rollout_horizon,
             "camera_names": [camera.removesuffix(IMAGE_SUFFIX) for camera in config.cameras],
             "camera_heights": config.image_size,
             "camera_widths": config.image_size,
+            **task.env_kwargs,
         },
     }
 
@@ -200,18 +201,18 @@ def make_env_args(config: CollectConfig) -> dict[str, Any]:
 def record_demo(env: Environment, config: CollectConfig, *, attempt: int) -> RecordedDemo:
     """Runs the expert for one episode, which depends only on (config.seed, attempt)."""
     episode_seed, noise_seed = np.random.SeedSequence([config.seed, attempt]).generate_state(2)
-    noise = config.noise * np.random.default_rng(noise_seed).standard_normal((config.horizon, 3))
-    next_phase, act = EXPERTS[config.task]
+    task = config.of_task()
+    noise = config.noise * np.random.default_rng(noise_seed).standard_normal((task.horizon, 3))
+    expert = task.expert()
     obs = env.reset(int(episode_seed))
     model_xml = env.model_xml()
-    phase, held = Phase(), 0
+    held = 0
     seen: list[Obs] = []
     rows: list[tuple[NDArray, NDArray, float, bool]] = []
-    while len(rows) < config.horizon and held < HOLD_STEPS:
-        phase = next_phase(obs, phase)
-        action = act(obs, phase, noise[len(rows)])
+    while len(rows) < task.horizon and held < HOLD_STEPS:
+        action = expert.act(obs, noise[len(rows)])
         state = env.state()
-        seen.append({key: obs[key] for key in (*config.cameras, *LOW_DIM_KEYS)})
+        seen.append({key: obs[key] for key in (*config.cameras, *task.low_dim_keys)})
         obs, reward, success = env.step(action)
         rows.append((state, action, reward, success))
         held = held + 1 if success else 0
@@ -258,5 +259,5 @@ def write_masks(file: h5py.File, config: CollectConfig) -> None:
 def _gave_up(config: CollectConfig, attempts: int, written: int) -> str:
     return (
         f"{config.out} was not written: only {written} of {attempts} episodes of {config.task} succeeded within "
-        f"{config.horizon} steps; raise horizon or lower noise in CollectConfig"
+        f"{config.of_task().horizon} steps; raise horizon or lower noise in CollectConfig"
     )

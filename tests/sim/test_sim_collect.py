@@ -13,7 +13,6 @@ import pytest
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.sim import collect as module
 from cache_pipeline.sim.collect import (
-    LOW_DIM_KEYS,
     CollectConfig,
     CollectError,
     RecordedDemo,
@@ -21,6 +20,7 @@ from cache_pipeline.sim.collect import (
     write_demo,
     write_masks,
 )
+from cache_pipeline.sim.tasks.task import LOW_DIM_KEYS
 
 SAMPLE = Path(__file__).parents[2] / "data" / "lift_sample.hdf5"
 CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")

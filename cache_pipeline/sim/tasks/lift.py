@@ -8,6 +8,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_pipeline.sim.tasks.task import Task
+
 ABOVE_M = 0.06
 """Height above the cube at which the descent starts, in metres."""
 NEAR_XY_M, NEAR_Z_M = 0.012, 0.02
@@ -70,3 +72,18 @@ def lift_action(obs: Mapping[str, NDArray], phase: Phase, noise: NDArray | None 
 
 def _cube(obs: Mapping[str, NDArray]) -> NDArray[np.float64]:
     return np.array(obs["object"][:3], dtype=np.float64)
+
+
+class LiftExpert:
+    """Follows the script of one episode."""
+
+    def __init__(self) -> None:
+        self._phase = Phase()
+
+    def act(self, obs: Mapping[str, NDArray], noise: NDArray) -> NDArray[np.float64]:
+        """See ``Expert``; noise (3,) in action units."""
+        self._phase = lift_phase(obs, self._phase)
+        return lift_action(obs, self._phase, noise)
+
+
+LIFT = Task(name="Lift", env_name="Lift", expert=LiftExpert, horizon=150, rollout_horizon=200)
