@@ -28,6 +28,8 @@ Location = Path | str
 
 DIGEST_BYTES = 16
 URL = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
+SCHEME = re.compile(r"([a-zA-Z][a-zA-Z0-9+.-]+):/+")
+"""Start of a URL, also as ``Path`` spells it, with one slash."""
 AT_FDCWD, RENAME_EXCHANGE = -100, 2
 OLD_SECONDS = 60
 PARTIAL = r"(\.[0-9a-f]{4})?\.\d+\.partial"

@@ -16,6 +16,7 @@ LAYERS = {
     "files": 0,
     "hdf5": 0,
     "memory": 0,
+    "object_storage": 0,
     "options": 0,
     "progress": 0,
     "demos": 1,

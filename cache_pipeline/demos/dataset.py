@@ -7,6 +7,7 @@ dataset.rows(0)["actions"]                  # (T, 7) float32
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 import os
@@ -41,6 +42,7 @@ from cache_pipeline.demos.layouts.protocol import DemoInfo, FileInfo, SourceFile
 from cache_pipeline.demos.layouts.registry import layout_of
 from cache_pipeline.demos.numbers import check_numbers, lost_variation
 from cache_pipeline.demos.reading import close_files, layout_findings, read_frames, read_rows
+from cache_pipeline.demos.remote import local_path
 from cache_pipeline.demos.split import VALID_KEY
 from cache_pipeline.errors import DatasetError, available
 from cache_pipeline.hdf5 import damage_as_error
@@ -113,8 +115,8 @@ class Dataset:
         """Opens files and checks metadata, actions and low-dim obs; images are decoded later, when they are read.
 
         Args:
-            paths: one or several paths of HDF5 files or LeRobot folders. Several must have the same cameras, keys and
-                action dim.
+            paths: one or several HDF5 files or LeRobot folders, by path or by URL. Several must have the same cameras,
+                keys and action dim.
             cameras: rgb obs keys; default: every obs that holds rgb or grey images: uint8 frames or encoded ones.
                 ``()``: no images.
             low_dim_keys: default: the position, orientation and gripper keys of every arm (``robot0_eef_pos``,
@@ -153,6 +155,13 @@ class Dataset:
             env_args=_common([info.env_args for info in infos]),
             render_flags=_common([info.render_flags for info in infos]),
         )
+
+    def at(self, paths: Sequence[Path]) -> Dataset:
+        """Returns the same dataset, read from files at other paths, such as copies on another machine."""
+        moved = copy.copy(self)
+        moved.files = tuple(file._replace(path=path) for file, path in zip(self.files, paths, strict=True))
+        weakref.finalize(moved, isolated_when_free, close_files, moved.files).atexit = False
+        return moved
 
     @property
     def steps(self) -> int:
@@ -226,12 +235,17 @@ class Dataset:
 
 
 def distinct_paths(paths: Paths) -> list[Path]:
-    """Returns the paths in order; raises ``DatasetError`` for no path, a repeated path, or one without a dataset."""
+    """Returns the paths in order, those of copies for URLs.
+
+    Raises:
+        DatasetError: no path, a repeated path, or one without a dataset.
+        ConfigError, StoreError, ChangedError: as :func:`~cache_pipeline.demos.remote.local_path`.
+    """
     given = [paths] if isinstance(paths, (str, os.PathLike)) else list(paths)
     if not given:
         raise DatasetError("no dataset is given; name one or several robomimic HDF5 files or LeRobot folders")
     found: dict[Path, Path] = {}
-    for path in (Path(path).expanduser() for path in given):
+    for path in map(local_path, given):
         if path.resolve() in found:
             raise DatasetError(f"{path} is named twice; name each file once")
         layout_of(path)

@@ -13,6 +13,7 @@ import numpy as np
 from cache_pipeline.cache.manifest import UNKNOWN
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset, distinct_paths
+from cache_pipeline.demos.remote import recorded_path
 from cache_pipeline.errors import StaleCacheError
 from cache_pipeline.extract.matching import (
     Matching,
@@ -45,7 +46,7 @@ def check_sources(cache: FeatureCache, datasets: Sequence[str | Path] = (), *, d
         DatasetError: a named file is missing or cannot be read.
     """
     if datasets:
-        _compare(cache, distinct_paths([Path(path) for path in datasets]), deep=deep, whole=True)
+        _compare(cache, distinct_paths(datasets), deep=deep, whole=True)
         return
     states = {source.path: source_state(source) for source in cache.manifest.files}
     gone = [path for path, state in states.items() if state == "gone"]
@@ -53,12 +54,12 @@ def check_sources(cache: FeatureCache, datasets: Sequence[str | Path] = (), *, d
         which = gone[0] if len(gone) == 1 else f"{gone[0]} and {len(gone) - 1} more of its {len(states)} files"
         logger.info("%s: its source %s is missing, so they are not compared", cache.path, which)
     if deep or "changed" in states.values():
-        there = [Path(path) for path, state in states.items() if state != "gone"]
+        there = [path for path, state in states.items() if state != "gone"]
         if there:
             _compare(cache, there, deep=deep, whole=not gone)
 
 
-def _compare(cache: FeatureCache, paths: Sequence[Path], *, deep: bool, whole: bool) -> None:
+def _compare(cache: FeatureCache, paths: Sequence[str | Path], *, deep: bool, whole: bool) -> None:
     """Compares the demos of files with those of a cache, in both directions.
 
     Args:
@@ -99,12 +100,12 @@ def _check_each_file(cache: FeatureCache, dataset: Dataset, matching: Matching) 
 def _named_alike(cache: FeatureCache, dataset: Dataset, numbers: Sequence[int]) -> bool:
     """Whether a file has a recorded path: then it is a changed file, not another dataset."""
     recorded = {source.path for source in cache.manifest.files}
-    return str(dataset.files[dataset.demos[numbers[0]].file].path.resolve()) in recorded
+    return recorded_path(dataset.files[dataset.demos[numbers[0]].file].path) in recorded
 
 
 def _check_removed(cache: FeatureCache, dataset: Dataset, matching: Matching, *, whole: bool) -> None:
     """Raises StaleCacheError for demos of the cache that were removed from the files."""
-    read = {str(file.path.resolve()) for file in dataset.files}
+    read = {recorded_path(file.path) for file in dataset.files}
     unmatched = {demo.name: new for new, demo in enumerate(dataset.demos) if matching.kept[new] is None}
     for old in sorted(set(range(len(cache.demos))) - set(matching.kept)):
         demo = cache.demos[old]
@@ -158,7 +159,7 @@ def open_sources(cache: FeatureCache) -> Dataset:
     dataset = recorded_dataset(cache.manifest)
     if dataset is not None:
         return dataset
-    paths = [Path(source.path) for source in cache.manifest.files]
+    paths = [source.path for source in cache.manifest.files]
     dataset = Dataset.open(paths, cameras=tuple(cache.cameras), action_key=cache.manifest.action_keys)
     for old, new in require_same_demos(cache, dataset).items():
         was, now = cache.demos[old], dataset.demos[new]

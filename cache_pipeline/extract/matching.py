@@ -6,6 +6,7 @@ renamed files and demos are recognised.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -19,9 +20,12 @@ from cache_pipeline.demos.choice import Choice
 from cache_pipeline.demos.dataset import Dataset, Demo
 from cache_pipeline.demos.layouts.protocol import FileStamp, SourceFile
 from cache_pipeline.demos.layouts.registry import layout_named
+from cache_pipeline.demos.remote import local_path, recorded_path, stamp_of
+from cache_pipeline.errors import MissingExtraError, StoreError
 from cache_pipeline.files import DIGEST_BYTES, digest, typed
 
 FRAMES_AT_ONCE = 256
+logger = logging.getLogger("cache_pipeline")
 
 
 class Matching(NamedTuple):
@@ -41,7 +45,7 @@ class Matching(NamedTuple):
 def source_records(dataset: Dataset) -> tuple[SourceRecord, ...]:
     """Returns the dataset's files as recorded in a manifest, with absolute paths."""
     return tuple(
-        SourceRecord(str(Path(path).resolve()), size, time, tuple((str(p), s, t) for p, s, t in linked), *how)
+        SourceRecord(recorded_path(path), size, time, tuple((str(p), s, t) for p, s, t in linked), *how)
         for path, size, time, linked, *how in dataset.files
     )
 
@@ -58,7 +62,7 @@ def recorded_dataset(manifest: Manifest) -> Dataset | None:
         return None
     return Dataset(
         [
-            SourceFile(Path(path), size, time, tuple(FileStamp(Path(p), s, t) for p, s, t in linked), *how)
+            SourceFile(local_path(path), size, time, tuple(FileStamp(Path(p), s, t) for p, s, t in linked), *how)
             for path, size, time, linked, *how in manifest.files
         ],
         [Demo(demo.file, demo.name, demo.length, demo.task) for demo in manifest.demos],
@@ -78,7 +82,10 @@ def source_state(source: SourceRecord) -> Literal["as recorded", "changed", "gon
     if source.decoder and layout_named(source.layout).decoder() != source.decoder:
         return "changed"
     try:
-        stamps = [FileStamp.of(Path(path)) for path in (source.path, *(item[0] for item in source.linked))]
+        stamps = [stamp_of(path) for path in (source.path, *(item[0] for item in source.linked))]
+    except (StoreError, MissingExtraError) as error:
+        logger.warning("%s", error)
+        return "gone"
     except OSError:
         return "gone"
     now = [stamp[1:] for stamp in stamps]

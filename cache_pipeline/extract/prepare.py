@@ -20,6 +20,7 @@ from cache_pipeline.cache.store import exists
 from cache_pipeline.cache.store_protocol import Stamp, Store
 from cache_pipeline.cache.table import DemoRows
 from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.demos.remote import recorded_path
 from cache_pipeline.encoders.device import device_name, resolve_device
 from cache_pipeline.encoders.frozen import preferred_batch_size
 from cache_pipeline.errors import (
@@ -159,7 +160,7 @@ def _open_dataset(config: ExtractConfig, old: Manifest | None, earlier: Manifest
 def _same_request(config: ExtractConfig, cameras: tuple[str, ...] | None, old: Manifest) -> bool:
     """Whether the last extraction into the cache asked for the same files, demos and keys."""
     asked, wanted = old.asked or {}, _asked(cameras, config.low_dim_keys)
-    files = [str(path.resolve()) for path in config.datasets]
+    files = [recorded_path(path) for path in config.datasets]
     same = all(asked.get(name) == value for name, value in wanted.items())
     same &= (config.action_key or ACTIONS) == old.action_keys
     return same and old.filter_key == config.filter_key and files == [source.path for source in old.files]

@@ -15,6 +15,7 @@ from cache_pipeline.cache.manifest import PENDING, Manifest
 from cache_pipeline.cache.store import exists, store_at
 from cache_pipeline.cache.store_protocol import Stamp, Store
 from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.demos.remote import local_path, url_of
 from cache_pipeline.encoders.device import device_name
 from cache_pipeline.encoders.frozen import FrozenEncoder
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder
@@ -64,7 +65,10 @@ class Task(NamedTuple):
                 f"{socket.gethostname()} does not reach {self.place}; give an --out that all workers reach, "
                 "on a shared file system or a URL"
             )
-        return Worker(store, self.claim, self.manifest, self.dataset, self._load(store, where), report)
+        dataset = self.dataset
+        if any(url_of(source.path) for source in self.manifest.files):
+            dataset = dataset.at([local_path(source.path) for source in self.manifest.files])
+        return Worker(store, self.claim, self.manifest, dataset, self._load(store, where), report)
 
     def _load(self, store: Store, device: torch.device) -> dict[str, FrozenEncoder]:
         loaded: dict[tuple[EncoderSpec, str], ImageEncoder] = {}

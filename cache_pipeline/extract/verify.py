@@ -15,6 +15,7 @@ from cache_pipeline.cache.manifest import CameraEntry
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.store import Place
 from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.demos.remote import is_there
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.encoders.frozen import FrozenEncoder
@@ -201,8 +202,8 @@ def _frozen(encoder: ImageEncoder, entry: CameraEntry, device: str) -> FrozenEnc
 def _source(cache: FeatureCache, datasets: Sequence[str | Path] | None) -> Dataset:
     if not datasets and (dataset := recorded_dataset(cache.manifest)) is not None:
         return dataset
-    paths = [Path(path) for path in datasets] if datasets else [Path(s.path) for s in cache.manifest.files]
-    gone = [path for path in paths if not path.exists()]
+    paths = list(datasets) if datasets else [source.path for source in cache.manifest.files]
+    gone = [path for path in paths if not is_there(path)]
     if gone:
         raise DatasetError(f"{gone[0]}, the source of {cache.path}, is missing; name the file with --dataset FILE")
     return Dataset.open(

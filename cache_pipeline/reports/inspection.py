@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+from cache_pipeline.demos.remote import has_dataset, local_path
 from cache_pipeline.errors import CheckpointError, DatasetError
 from cache_pipeline.files import Location
 
@@ -57,7 +58,7 @@ def inspect_path(path: Location) -> Inspection:
     from cache_pipeline.demos.layouts.registry import is_dataset
 
     if isinstance(path, str):
-        return _inspect_cache(path)
+        return _inspect_dataset(Path(path)) if has_dataset(path) else _inspect_cache(path)
     if path.is_dir():
         if any((path / name).exists() for name in ("run.json", "checkpoint.json")):
             return _inspect_run(path)
@@ -76,7 +77,7 @@ def _inspect_dataset(path: Path) -> Inspection:
     from cache_pipeline.demos.summary import inspect_dataset
 
     try:
-        dataset = inspect_dataset((path,))
+        dataset = inspect_dataset((local_path(path),))
     except DatasetError as error:
         if not is_dataset(path):
             raise

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.demos.remote import is_there
 from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.image_encoder import ImageEncoder
@@ -253,7 +254,7 @@ def _compared_cache(config: FinetuneConfig, session: Session, base: RunRecord, f
     """Opens the cache to compare with live features; returns the reason if there is none."""
     data, before = session.data, base.data
     if config.cache is not None:
-        gone = [str(path) for path in config.datasets or data.files if not Path(path).is_file()]
+        gone = [str(path) for path in config.datasets or data.files if not is_there(path)]
         return f"{gone[0]} does not exist" if gone else data
     if before.cache is None or before.fingerprint is None:
         return f"{folder} was not trained from a cache"

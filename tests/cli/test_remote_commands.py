@@ -76,6 +76,42 @@ def test_fine_tune_a_run_of_it(cache, tmp_path):
     assert live["steps"] == 1
 
 
+@pytest.fixture(scope="module")
+def remote_dataset(cache, dataset, tmp_path_factory):
+    """URL of a dataset."""
+    from obstore.store import from_url
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CACHE_PIPELINE_HOME", str(tmp_path_factory.mktemp("home")))
+        from_url(f"s3://{BUCKET}", client_options={"allow_http": True}).put("sets/demos.hdf5", dataset.read_bytes())
+        yield f"s3://{BUCKET}/sets/demos.hdf5"
+
+
+def test_a_dataset_by_url(remote_dataset, dataset, tmp_path):
+    made = [
+        run("extract-features", place, "--out", tmp_path / name, *ENCODER, *more)["fingerprint"]
+        for name, place, more in (
+            ("here.zarr", dataset, ()),
+            ("there.zarr", remote_dataset, ()),
+            ("workers.zarr", remote_dataset, ("--workers", 2)),
+        )
+    ]
+    assert made[0] == made[1] == made[2]
+    there = tmp_path / "there.zarr"
+    assert run("inspect", remote_dataset)["sound"]
+    assert run("inspect", there)["files"] == [remote_dataset]
+    assert run("verify", there, "--rows", 8, *ENCODER)["ok"]
+    assert run("extract-features", remote_dataset, "--out", there, *ENCODER, "--dry-run")["units"] == 0
+    out = tmp_path / "run"
+    run("train", *ENCODER, "--from-cache", there, "--dataset", remote_dataset, "--out", out, "--steps", 2)
+    assert json.loads((out / "run.json").read_text())["data"]["datasets"] == [remote_dataset]
+    live = run("finetune", "--live-encoder", "--checkpoint", out, "--out", tmp_path / "live", "--steps", 1, *ENCODER)
+    assert live["steps"] == 1
+    frozen = run("train", *ENCODER, "--dataset", remote_dataset, "--out", tmp_path / "frozen", "--steps", 1)
+    assert frozen["steps"] == 1
+    assert run("report", out, *ENCODER)
+
+
 def test_a_wrong_place_is_one_line(cache):
     result = CliRunner().invoke(app, ["inspect", "s3://nowhere/lift.zarr"])
     assert result.exit_code == 1

@@ -175,15 +175,21 @@ class FileStamp(NamedTuple):
         sizes and times.
         """
         if path.is_dir():
-            return cls(path.absolute(), *_folder_state(path))
+            return cls(path.absolute(), *_local_state(path))
         stat = path.stat()
         return cls(path.absolute(), stat.st_size, stat.st_mtime_ns)
 
 
-def _folder_state(path: Path) -> tuple[int, int]:
-    """Returns the total size of the files that hold a dataset, and a digest of their names, sizes and times."""
-    files = sorted(file for part in FOLDERS for file in (path / part).rglob("*") if file.is_file())
-    states = [(str(file.relative_to(path)), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+def _local_state(path: Path) -> tuple[int, int]:
+    files = [file for part in FOLDERS for file in (path / part).rglob("*") if file.is_file()]
+    return folder_state(
+        [(file.relative_to(path).as_posix(), (stat := file.stat()).st_size, stat.st_mtime_ns) for file in files]
+    )
+
+
+def folder_state(files: Sequence[tuple[str, int, int]]) -> tuple[int, int]:
+    """Returns the total size of the files that hold a dataset, and a digest of their (name, size, time)."""
+    states = sorted(files, key=lambda state: state[0].split("/"))
     listing = "\n".join(f"{name}\0{size}\0{time}" for name, size, time in states)
     return sum(size for _, size, _ in states), int(digest(listing.encode("utf-8", "surrogateescape"))[:14], 16)
 

@@ -16,6 +16,7 @@ from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.stillness import still_cameras
 from cache_pipeline.demos.choice import Choice, choose_from
 from cache_pipeline.demos.dataset import Dataset
+from cache_pipeline.demos.remote import recorded_path
 from cache_pipeline.demos.split import Split, keep_together
 from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.errors import ConfigError
@@ -89,7 +90,7 @@ class RunData(NamedTuple):
         return DataRecord(
             cache=None if self.cache is None else absolute(self.cache.path),
             fingerprint=None if self.cache is None else self.cache.fingerprint,
-            datasets=tuple(str(path.resolve()) for path in self.files),
+            datasets=tuple(map(recorded_path, self.files)),
             files=self.sources,
             train=tuple(demos[: self.rows.n_train]),
             valid=tuple(demos[self.rows.n_train :]),
