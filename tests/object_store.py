@@ -8,8 +8,9 @@ import random
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,7 +63,8 @@ def _handler(server: tuple[str, int], faults: Faults) -> type[BaseHTTPRequestHan
             length = answer.getheader("Content-Length") if self.command == "HEAD" else str(len(data))
             self.send_header("Content-Length", length or "0")
             self.end_headers()
-            self.wfile.write(data)
+            with suppress(ConnectionError):  # the client was killed
+                self.wfile.write(data)
 
         do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = forward
 
@@ -96,3 +98,21 @@ def s3_server() -> Iterator[tuple[str, Faults]]:
         proxy.shutdown()
         proxy.server_close()
         server.stop()
+
+
+def upload(local: Path, url: str) -> None:
+    """Puts a file, or all files of a folder in place of what is there; the environment names the server."""
+    import obstore
+    from obstore.store import from_url
+
+    key = url.removeprefix(f"s3://{BUCKET}/")
+    store = from_url(f"s3://{BUCKET}", client_options={"allow_http": True})
+    if local.is_file():
+        obstore.put(store, key, local.read_bytes())
+        return
+    for page in obstore.list(store, key):
+        for found in page:
+            obstore.delete(store, found["path"])
+    for file in local.rglob("*"):
+        if file.is_file():
+            obstore.put(store, f"{key}/{file.relative_to(local)}", file.read_bytes())

@@ -73,10 +73,15 @@ def probe(
 
 def bench(
     cases: Annotated[
-        list[str] | None, typer.Argument(help="encode, extract, load, train, finetune or frontier; all by default.")
+        list[str] | None,
+        typer.Argument(help="encode, extract, load, train, stream, finetune, frontier; default: all."),
     ] = None,
     dataset: Annotated[
         Path | None, typer.Option("--dataset", help="A robomimic HDF5 file; the sample by default.")
+    ] = None,
+    store: Annotated[
+        str | None,
+        typer.Option("--store", help="Where the case stream has a cache, such as a URL; it is removed at the end."),
     ] = None,
     rgb_model_name: o.RgbModelName = "resnet18",
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Windows per training step.")] = 64,
@@ -94,6 +99,7 @@ def bench(
     result = run_bench(
         tuple(cases or ()),
         dataset=dataset,
+        store=store,
         rgb_model_name=rgb_model_name,
         batch_size=batch_size,
         seconds=seconds,

@@ -118,6 +118,7 @@ SAMPLES: dict[str, list[str]] = {
     "shard_rows": ["--shard-rows", "64"],
     "share_rgb_model": ["--share-rgb-model"],
     "source": ["--source", "streamed"],
+    "store": ["--store", "scratch.zarr"],
     "steps": ["--steps", "30"],
     "store_dtype": ["--store-dtype", "float32"],
     "unfreeze": ["--unfreeze", "layer4"],

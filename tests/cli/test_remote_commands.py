@@ -5,7 +5,7 @@ import json
 import pytest
 from cache_fakes import TINY
 from fakes import make_dataset
-from object_store import BUCKET, KEYS, s3_server
+from object_store import BUCKET, KEYS, s3_server, upload
 from typer.testing import CliRunner
 
 from cache_pipeline.cli import app
@@ -79,12 +79,11 @@ def test_fine_tune_a_run_of_it(cache, tmp_path):
 @pytest.fixture(scope="module")
 def remote_dataset(cache, dataset, tmp_path_factory):
     """URL of a dataset."""
-    from obstore.store import from_url
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CACHE_PIPELINE_HOME", str(tmp_path_factory.mktemp("home")))
-        from_url(f"s3://{BUCKET}", client_options={"allow_http": True}).put("sets/demos.hdf5", dataset.read_bytes())
-        yield f"s3://{BUCKET}/sets/demos.hdf5"
+        url = f"s3://{BUCKET}/sets/demos.hdf5"
+        upload(dataset, url)
+        yield url
 
 
 def test_a_dataset_by_url(remote_dataset, dataset, tmp_path):

@@ -7,7 +7,7 @@ import pytest
 from cache_fakes import CAMERA, TINY, change_pixel, extract, outputs
 from fakes import make_dataset
 from lerobot_fakes import make_lerobot
-from object_store import BUCKET, KEYS, s3_server
+from object_store import BUCKET, KEYS, s3_server, upload
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos import remote
@@ -45,23 +45,6 @@ def faults(server, monkeypatch, tmp_path):
 @pytest.fixture
 def url(faults, request):
     return f"s3://{BUCKET}/{request.node.name.replace('[', '_').replace(']', '')}/demos.hdf5"
-
-
-def upload(local: Path, url: str) -> None:
-    import obstore
-    from obstore.store import from_url
-
-    bucket, key = f"s3://{BUCKET}", url.removeprefix(f"s3://{BUCKET}/")
-    store = from_url(bucket, client_options={"allow_http": True})
-    if local.is_file():
-        obstore.put(store, key, local.read_bytes())
-        return
-    for page in obstore.list(store, key):
-        for found in page:
-            obstore.delete(store, found["path"])
-    for file in local.rglob("*"):
-        if file.is_file():
-            obstore.put(store, f"{key}/{file.relative_to(local)}", file.read_bytes())
 
 
 def fetched(faults) -> int:

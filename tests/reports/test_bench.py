@@ -23,6 +23,7 @@ def dataset(tmp_path_factory):
     [
         (bench_encoding.extract, 2, True),
         (bench_training.train, 3, True),
+        (bench_training.stream, 1, False),
         (bench_training.finetune, 2, False),
         (bench_training.frontier, 2, False),
     ],
@@ -40,6 +41,33 @@ def test_a_case_measures_ours_beside_its_peer(dataset, tmp_path, monkeypatch, ca
         assert row.peer > 0
         assert row.peer_name
         assert (row.limit is not None) is limits
+
+
+def test_streaming_is_measured_at_another_place_too(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_training, "side_by_side", in_this_process)
+    store = tmp_path / "store" / "stream.zarr"
+    small = BenchSetup(
+        dataset=dataset, folder=tmp_path, store=str(store), batch_size=2, seconds=0.001, frames=32, cached_steps=2
+    )
+    found = bench_training.stream(small)
+    assert [row.case.partition("cache from ")[2] for row in found] == ["a folder, steps/s", f"{store}, steps/s"]
+    assert not store.exists() or not list(store.iterdir())
+    store.mkdir(exist_ok=True)
+    (store / "mine.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="there is something at"):
+        bench_training.stream(small)
+    assert (store / "mine.txt").read_text() == "mine"
+    with pytest.raises(ConfigError, match="bench stream --store"):
+        run_bench(
+            ("load",),
+            dataset=dataset,
+            store=str(store),
+            rgb_model_name="resnet18",
+            batch_size=2,
+            seconds=0.001,
+            out=None,
+            device="cpu",
+        )
 
 
 def test_loading_is_measured_on_a_dataset_that_is_too_small_for_the_large_cache(dataset, tmp_path, monkeypatch):

@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 import ranks
 import torch
+from object_store import BUCKET, KEYS, s3_server, upload
 from safetensors.torch import load_file
 from training_runs import config, losses
 
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.runs.summary import inspect_run
-from cache_pipeline.training.config import FinetuneConfig, SavingConfig, TrainConfig
+from cache_pipeline.training.config import FinetuneConfig, SavingConfig, SourceName, TrainConfig
 from cache_pipeline.training.data.sampler import Sampler
 from cache_pipeline.training.finetune import finetune
 from cache_pipeline.training.train import train
@@ -44,6 +45,20 @@ def test_two_processes_train_with_the_loss_curve_of_one(alone: Path, cache: Path
     assert inspect_run(tmp_path / "two").valid_action_mse == pytest.approx(
         inspect_run(alone).valid_action_mse, rel=1e-4
     )
+
+
+@pytest.mark.parametrize("source", ["resident", "streamed"])
+def test_two_processes_train_from_one_object_store(
+    alone: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: SourceName
+) -> None:
+    with s3_server() as (endpoint, _):
+        for name, value in {**KEYS, "AWS_ENDPOINT_URL": endpoint}.items():
+            monkeypatch.setenv(name, value)
+        url = f"s3://{BUCKET}/lift.zarr"
+        upload(cache, url)
+        options = replace(noisy(tmp_path / "two", cache), cache=url, source=source, order="full")
+        two("train", options)
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(alone), rtol=1e-5)
 
 
 def test_a_run_of_one_process_goes_on_with_two(alone: Path, cache: Path, tmp_path: Path) -> None:

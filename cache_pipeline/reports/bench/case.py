@@ -41,6 +41,8 @@ class BenchSetup:
     dataset: Path
     folder: Path
     """A temporary folder, removed at the end."""
+    store: str | None = None
+    """A URL or a folder for the cache of the case ``stream``, beside the one in ``folder``."""
     rgb_model_name: str = "resnet18"
     batch_size: int = 64
     seconds: float = 10.0

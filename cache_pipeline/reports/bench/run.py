@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from cache_pipeline.errors import ConfigError, available
+from cache_pipeline.errors import ConfigError, OptionError, available
 from cache_pipeline.files import FileKind, check_output, finite, output_file, read_json, write_json
 from cache_pipeline.progress import logger
 from cache_pipeline.reports.bench.case import BenchRow, BenchSetup
@@ -62,6 +62,7 @@ def run_bench(
     cases: tuple[str, ...],
     *,
     dataset: Path | None,
+    store: str | None = None,
     rgb_model_name: str,
     batch_size: int,
     seconds: float,
@@ -73,6 +74,8 @@ def run_bench(
     from cache_pipeline.encoders.device import resolve_device
 
     chosen = _choose(cases)
+    if store is not None and "stream" not in chosen:
+        raise OptionError("--store is for the case stream; type: bench stream --store URL")
     if out is not None:
         check_output(out, BENCH_JSON, overwrite=overwrite)
     resolved = str(resolve_device(device))
@@ -81,6 +84,7 @@ def run_bench(
         setup = BenchSetup(
             dataset=dataset if dataset is not None else sample_dataset(),
             folder=Path(folder),
+            store=store,
             rgb_model_name=rgb_model_name,
             batch_size=batch_size,
             seconds=seconds,
@@ -125,6 +129,7 @@ def _choose(cases: tuple[str, ...]) -> dict[str, Callable[[BenchSetup], list[Ben
         "extract": bench_encoding.extract,
         "load": bench_encoding.load,
         "train": bench_training.train,
+        "stream": bench_training.stream,
         "finetune": bench_training.finetune,
         "frontier": bench_training.frontier,
     }

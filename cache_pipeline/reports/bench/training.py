@@ -12,12 +12,16 @@ from typing import Any
 
 import torch
 
+from cache_pipeline.cache.folder import remove_cache
+from cache_pipeline.cache.reader import FeatureCache
+from cache_pipeline.cache.store import real_store
 from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.encoders.preprocess import Preprocess
-from cache_pipeline.errors import install_command
+from cache_pipeline.errors import ConfigError, install_command
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.pipeline import extract_features
+from cache_pipeline.files import absolute, location
 from cache_pipeline.memory import retained_memory
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.progress import logger
@@ -26,6 +30,7 @@ from cache_pipeline.reports.bench.measure import Prepare, Work, side_by_side
 from cache_pipeline.reports.bench.peers import PEER_NAME, RobomimicImages
 from cache_pipeline.runs.checkpoint import find_checkpoint
 from cache_pipeline.training.config import FinetuneConfig, OptimConfig, TrainConfig
+from cache_pipeline.training.data.streamed import POOLS_IN_MEMORY
 from cache_pipeline.training.finetune import open_finetuning
 from cache_pipeline.training.session import Session
 from cache_pipeline.training.train import open_training
@@ -36,6 +41,7 @@ OBS_HORIZON, ACTION_HORIZON = 2, 8
 UNLIMITED = 10**9
 FRONTIER_NAME = "the same run with frames in memory: the frozen part on the fast path, layer4 learning"
 PRECISIONS = {"fp32": "fp32", "auto": "its default precision"}
+MEMORY_NAME = "the same loop with the features in memory"
 LIVE_NAME = "the same loop with the frozen encoder live, frames in memory, {precision}"
 
 
@@ -62,6 +68,37 @@ def train(setup: BenchSetup) -> list[BenchRow]:
             limit=rates["bare"],
         )
         for name, description in peers.items()
+    ]
+
+
+def stream(setup: BenchSetup) -> list[BenchRow]:
+    """Measures steps/s on a streamed cache in a folder, and at ``setup.store``; peer: the features in memory.
+
+    Raises:
+        ConfigError: there is something at ``setup.store``.
+    """
+    places = {"a folder": absolute(setup.folder / "stream.zarr")}
+    if setup.store is not None:
+        store = real_store(location(setup.store))
+        if next(store.sizes(), None) is not None:
+            raise ConfigError(f"there is something at {setup.store}; name a place with nothing, which is removed again")
+        places[setup.store] = absolute(location(setup.store))
+    try:
+        for place in places.values():
+            extract = ExtractConfig(
+                datasets=(setup.dataset,), out=location(place), encoders=_spec(setup), device=setup.device
+            )
+            extract_features(extract, progress=False)
+        work: dict[str, Prepare] = {name: partial(_streamed, setup, place) for name, place in places.items()}
+        work["memory"] = partial(_cached, setup, setup.folder / "stream.zarr")
+        rates = side_by_side(work, setup.seconds)
+    finally:
+        if setup.store is not None:
+            remove_cache(store)
+    case = f"train {setup.rgb_model_name}, batch {setup.batch_size}, streamed in pools of a quarter of the cache from"
+    return [
+        BenchRow(case=f"{case} {name}, steps/s", ours=rates[name], peer=rates["memory"], peer_name=MEMORY_NAME)
+        for name in places
     ]
 
 
@@ -108,6 +145,14 @@ def frontier(setup: BenchSetup) -> list[BenchRow]:
 
 def _cached(setup: BenchSetup, cache: Path) -> Work:
     session = _open(setup, cache=cache)
+    return _steps(session.learner, _batches(session), setup.cached_steps)
+
+
+def _streamed(setup: BenchSetup, place: str) -> Work:
+    cache = FeatureCache(location(place))
+    session = _open(
+        setup, cache=location(place), source="streamed", max_memory=max(1, POOLS_IN_MEMORY * cache.nbytes() // 4)
+    )
     return _steps(session.learner, _batches(session), setup.cached_steps)
 
 
