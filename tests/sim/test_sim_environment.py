@@ -131,6 +131,7 @@ def test_an_action_of_wrong_shape_or_nan_is_refused(env: Environment, action: np
         ({"env_name": "Lfit"}, "did you mean Lift"),
         ({"type": 2}, "not a robosuite task"),
         ({"env_kwargs": {"robots": "Panda", "sped": 1}}, "does not take: sped"),
+        ({"env_name": "PickPlaceCan", "env_kwargs": {"robots": "Panda", "sped": 1}}, "does not take: sped"),
     ],
 )
 def test_a_task_that_cannot_be_built_is_named(recorded: dict, change: dict, message: str) -> None:
