@@ -9,11 +9,14 @@ import typer
 
 from cache_pipeline.cli import options as o
 from cache_pipeline.options import names
+from cache_pipeline.sim.tasks import TASK_NAMES
 
 
 def collect(
     out: Annotated[Path, typer.Option("--out", help="The HDF5 file to write.")],
-    task: Annotated[str, typer.Option("--task", help="robosuite task with a scripted policy: Lift.")] = "Lift",
+    task: Annotated[
+        str, typer.Option("--task", help=f"robosuite task with a scripted expert: {', '.join(TASK_NAMES)}.")
+    ] = "Lift",
     demos: Annotated[int, typer.Option("--demos", min=1, help="Successful demos to collect.")] = 100,
     image_size: Annotated[int, typer.Option("--image-size", min=8, help="Height and width in pixels.")] = 84,
     cameras: o.Cameras = None,

@@ -192,7 +192,7 @@ def _task_kwargs(task_class: type, recorded: Mapping[str, Any], *, offscreen: bo
         hard_reset=False,
         renderer="mujoco",
     )
-    unknown = sorted(set(kwargs) - set(inspect.signature(task_class).parameters))
+    unknown = sorted(set(kwargs) - _arguments(task_class))
     if unknown:
         raise ConfigError(
             f"env_args has env_kwargs that robosuite's {task_class.__name__} does not take: {', '.join(unknown)}; "
@@ -202,6 +202,17 @@ def _task_kwargs(task_class: type, recorded: Mapping[str, Any], *, offscreen: bo
     if isinstance(controller, dict):
         kwargs["controller_configs"] = _controller(controller, kwargs.get("robots", "Panda"))
     return kwargs
+
+
+def _arguments(task_class: type) -> set[str]:
+    """Returns the names of the class's arguments. PickPlaceCan and others pass **kwargs on to their parent."""
+    names: set[str] = set()
+    for parent in task_class.__mro__:
+        parameters = inspect.signature(parent).parameters
+        names.update(parameters)
+        if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
 
 
 def _controller(config: dict[str, Any], robots: str | list[str]) -> dict[str, Any]:

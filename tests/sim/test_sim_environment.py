@@ -17,7 +17,7 @@ from cache_pipeline.sim.collect import CollectConfig, collect
 from cache_pipeline.sim.environment import Environment
 from cache_pipeline.sim.opengl import find_opengl_backend
 from cache_pipeline.sim.rollout import RolloutConfig, rollout
-from cache_pipeline.sim.tasks.lift import Phase, lift_action, lift_phase
+from cache_pipeline.sim.tasks.lift import LIFT
 
 pytestmark = pytest.mark.sim
 SAMPLE = Path(__file__).parents[2] / "data" / "lift_sample.hdf5"
@@ -131,6 +131,7 @@ def test_an_action_of_wrong_shape_or_nan_is_refused(env: Environment, action: np
         ({"env_name": "Lfit"}, "did you mean Lift"),
         ({"type": 2}, "not a robosuite task"),
         ({"env_kwargs": {"robots": "Panda", "sped": 1}}, "does not take: sped"),
+        ({"env_name": "PickPlaceCan", "env_kwargs": {"robots": "Panda", "sped": 1}}, "does not take: sped"),
     ],
 )
 def test_a_task_that_cannot_be_built_is_named(recorded: dict, change: dict, message: str) -> None:
@@ -179,13 +180,12 @@ class Expert:
 
     def __init__(self, recorded: dict) -> None:
         self.env_args, self.render_flags = recorded["env_args"], recorded["render_flags"]
-        self.phase = Phase()
+        self.expert = LIFT.expert()
 
     def act(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
         assert obs["agentview_image"].shape == (1, 2, 24, 24, 3)
         now = {key: obs[key][0, -1].double().numpy() for key in self.low_dim}
-        self.phase = lift_phase(now, self.phase)
-        return torch.from_numpy(lift_action(now, self.phase))[None, None]
+        return torch.from_numpy(self.expert.act(now, np.zeros(3)))[None, None]
 
 
 def test_the_expert_succeeds_in_a_rollout_and_is_filmed(recorded: dict, tmp_path: Path) -> None:
