@@ -12,14 +12,9 @@ import pytest
 
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.sim import collect as module
-from cache_pipeline.sim.collect import (
-    CollectConfig,
-    CollectError,
-    RecordedDemo,
-    collect,
-    write_demo,
-    write_masks,
-)
+from cache_pipeline.sim.collect import CollectError, collect, write_masks
+from cache_pipeline.sim.collect_config import CollectConfig
+from cache_pipeline.sim.demo_file import RecordedDemo, write_demo
 from cache_pipeline.sim.tasks.task import LOW_DIM_KEYS
 
 SAMPLE = Path(__file__).parents[2] / "data" / "lift_sample.hdf5"
@@ -137,7 +132,7 @@ def test_an_expert_that_never_succeeds_ends_with_an_error_and_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_up(monkeypatch, lambda attempt: False)
-    with pytest.raises(CollectError, match="only 0 of 10 episodes of Lift succeeded"):
+    with pytest.raises(CollectError, match="only 0 of 10 attempts of Lift succeeded"):
         collect(CollectConfig(out=tmp_path / "x.hdf5", demos=2), progress=False)
     assert list(tmp_path.iterdir()) == []
 
