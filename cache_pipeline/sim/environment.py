@@ -163,13 +163,24 @@ class Environment:
         self._task.sim.forward()
         return self._obs(self._task._get_observations(force_update=True))
 
+    def compile_again(self) -> None:
+        """Compiles the present model from its XML, which rounds numbers to 6 digits.
+
+        Models that are restored come from XML, but for one that is the present one already. After this call all do, so
+        an image of a state does not depend on the models that were restored before.
+        """
+        self._compile(self.model_xml())
+
     def _load_model(self, model_xml: str) -> None:
         """Makes a recorded model the present one; a model that is the present one already is not compiled again."""
         if model_xml == self.model_xml():
             self._task.deterministic_reset = True  # else the task would draw new poses
             self._task.reset()
             self._task.deterministic_reset = False
-            return
+        else:
+            self._compile(model_xml)
+
+    def _compile(self, model_xml: str) -> None:
         recorded = self._task.edit_model_xml(model_xml)
         model = fitted_model(recorded, self._task.edit_model_xml(self._installed_xml))
         self._task.reset_from_xml_string(model)

@@ -20,6 +20,7 @@ from typing import Any, Protocol
 
 from cache_pipeline.errors import CachePipelineError
 from cache_pipeline.isolation import end_child, how_it_ended
+from cache_pipeline.sim.opengl import never_import_torch
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -178,6 +179,7 @@ def serve() -> None:
     """The worker: makes the units that come through the pipe, until it is closed."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # they concern the parent, which closes the pipe when it ends
+    never_import_torch()
     connection = Connection(int(sys.argv[1]))
     try:
         work, level = connection.recv()

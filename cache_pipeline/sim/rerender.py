@@ -56,11 +56,12 @@ class RerenderResult(NamedTuple):
 
 
 class SourceDemo(NamedTuple):
-    """One demo of the source: its name, its number of steps, and its obs that are images."""
+    """One demo of the source: its name, its number of steps, its obs that are images, and the digest of its model."""
 
     name: str
     steps: int
     images: tuple[str, ...]
+    model: str
 
 
 def rerender(config: RerenderConfig, *, progress: bool = True) -> RerenderResult:
@@ -85,7 +86,6 @@ def rerender(config: RerenderConfig, *, progress: bool = True) -> RerenderResult
     flags = {**(recorded.render_flags or FAST_RENDER_FLAGS), **config.render_flags}
     load_robosuite()
     _tell_of_images(config, demos)
-    work = Rendering(config, recorded.env_args, flags, Path())
     identity = make_identity(config, recorded.env_args, flags)
     with parted_file(
         config.out, DATASET, identity, "demo", overwrite=config.overwrite, sources=(config.source,)
@@ -93,7 +93,8 @@ def rerender(config: RerenderConfig, *, progress: bool = True) -> RerenderResult
         with ExitStack() as stack:
             bar = stack.enter_context(Progress("render", len(demos), "demos")) if progress else None
             states = States(config.source, demos, parts, bar)
-            make_units(work._replace(folder=parts.folder), states, config.workers)
+            several = len({demo.model for demo in demos}) > 1
+            make_units(Rendering(config, recorded.env_args, flags, several, parts.folder), states, config.workers)
         attributes = new_attributes(config, recorded.env_args, flags, states.fitted_model)
         with damage_as_error(config.source):
             isolated(_write, config.source, parts, [demo.name for demo in demos], config.cameras, attributes)
@@ -186,7 +187,7 @@ def _scan_demo(path: Path, name: str, group: Any) -> SourceDemo:
         for key, item in found.items()
         if _is_image(item)
     ]
-    return SourceDemo(name, len(states), tuple(images))
+    return SourceDemo(name, len(states), tuple(images), digest(_model_xml(group).encode()))
 
 
 def _is_image(item: Any) -> bool:
@@ -197,9 +198,12 @@ def _read_states(path: Path, name: str) -> tuple[NDArray[np.float64], str | None
     """Reads states and model of a demo. Runs in the child process."""
     with open_file(path) as file:
         demo = file["data"][name]
-        model = demo.attrs.get("model_file")
-        text = model.decode() if isinstance(model, bytes) else model
-        return np.asarray(demo["states"][()], dtype=np.float64), text
+        return np.asarray(demo["states"][()], dtype=np.float64), _model_xml(demo) or None
+
+
+def _model_xml(demo: h5py.Group) -> str:
+    model = demo.attrs.get("model_file", "")
+    return model.decode() if isinstance(model, bytes) else str(model)
 
 
 class StatesOfDemo(NamedTuple):
@@ -263,16 +267,23 @@ def _read_part(path: Path) -> PartInfo | None:
 
 
 class Rendering(NamedTuple):
-    """Renders demos and writes the images of each as a part in a folder."""
+    """Renders demos and writes the images of each as a part in a folder.
+
+    Attributes:
+        several_models: whether the demos were recorded in more than one model.
+    """
 
     config: RerenderConfig
     env_args: dict[str, Any]
     flags: dict[str, bool]
+    several_models: bool
     folder: Path
 
     @contextmanager
     def open(self) -> Iterator[Callable[[StatesOfDemo], bool]]:
         with Environment.from_env_args(self.env_args, self.config.sizes, self.flags) as env:
+            if self.several_models:
+                env.compile_again()
             yield partial(self.render, env)
 
     def render(self, env: Environment, unit: StatesOfDemo) -> bool:
