@@ -104,16 +104,26 @@ make_units(Squares(Path(sys.argv[1]), seconds=60.0), Counted(2), 2)
 """
 
 
-def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
+def test_workers_end_with_their_parent(tmp_path: Path, end: signal.Signals) -> None:
     paths = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
-    parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path)], env={**os.environ, "PYTHONPATH": paths})
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path)],
+        env={**os.environ, "PYTHONPATH": paths},
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
     workers = set()
     while len(workers) < 2:
         assert parent.poll() is None
         workers = {path.read_text() for path in tmp_path.iterdir()} - {""}
         time.sleep(0.05)
-    parent.kill()
-    parent.wait()
+    if end == signal.SIGINT:
+        os.killpg(parent.pid, end)  # Ctrl-C reaches the workers too
+    else:
+        parent.send_signal(end)
+    said = parent.communicate()[1].decode()
+    assert said.count("Traceback") == (end == signal.SIGINT), "a worker has a traceback of its own"
     deadline = time.monotonic() + 10
     while any(_lives(int(worker)) for worker in workers):
         assert time.monotonic() < deadline

@@ -153,6 +153,22 @@ def test_states_and_models_of_another_task_are_refused(env: Environment, low_dim
         env.restore(np.zeros(32), other)
 
 
+def test_the_model_of_an_episode_has_the_poses_that_the_task_drew(folder: Path, low_dim: Path) -> None:
+    """Door moves the frame of the door, which has no joint, so no state holds its place."""
+    recorded = read_env_args(low_dim)
+    with Environment.from_env_args({**recorded.env_args, "env_name": "Door"}, {}) as env:
+        first, model = env.reset(1), env.model_xml()
+        state = env.state()
+        second = env.reset(2)
+        assert np.abs(first["object"] - second["object"]).max() > 1e-3
+        assert env.model_xml() != model
+        for _ in range(2):
+            np.testing.assert_allclose(env.restore(state, model)["object"], first["object"], atol=1e-6)
+        assert not env.fitted
+        assert env.model_xml() == model
+        np.testing.assert_allclose(env.reset(2)["object"], second["object"], atol=1e-6)
+
+
 def test_an_unknown_camera_is_named_and_nothing_is_left(low_dim: Path, tmp_path: Path) -> None:
     config = RerenderConfig(source=low_dim, out=tmp_path / "x.hdf5", cameras=("agentvew_image",))
     with pytest.raises(ConfigError, match="did you mean agentview_image"):
