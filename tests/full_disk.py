@@ -25,6 +25,7 @@ from cache_pipeline.reports import quickstart
 from cache_pipeline.reports.bench import run as bench
 from cache_pipeline.runs.checkpoint import has_checkpoint
 from cache_pipeline.sim import collect as collecting
+from cache_pipeline.sim.collect_config import CollectConfig
 from cache_pipeline.sim.rollout import RolloutConfig, RolloutResult, keep, settings_of
 from cache_pipeline.sim.video import write_video
 
@@ -174,7 +175,7 @@ def small_collect(out: Path, overwrite: bool) -> None:
         patch.setattr(collecting, "make_env_args", lambda config: {"env_name": config.task})
         patch.setattr(collecting.Environment, "from_env_args", lambda *args: NoEnvironment())
         patch.setattr(collecting, "record_demo", lambda env, config, attempt: demo)
-        config = collecting.CollectConfig(out=out, cameras=(CAMERA,), demos=2, overwrite=overwrite)
+        config = CollectConfig(out=out, cameras=(CAMERA,), demos=2, overwrite=overwrite)
         collecting.collect(config, progress=False)
 
 

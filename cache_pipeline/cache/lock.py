@@ -1,4 +1,4 @@
-"""Locks a local folder for one writer, or for several that write one cache together.
+"""Locks a local folder or file for one writer, or a folder for several processes that write one cache together.
 
 The system releases the lock when the last process that has it dies. An object store has no locks: there, writing the
 manifest is what only one of two writers can do (``manifest.py``).
@@ -6,13 +6,15 @@ manifest is what only one of two writers can do (``manifest.py``).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
+import logging
 import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,10 @@ from cache_pipeline.cache.store_protocol import Store
 from cache_pipeline.errors import CacheLockedError, CachePipelineError, ConfigError
 from cache_pipeline.files import lives, resolved
 
+logger = logging.getLogger("cache_pipeline")
+
+# Error numbers of file systems that are mounted without locks.
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 PAUSE_S = 0.05
 DEAD_HOLDER_S = 60.0
 """Time for the worker processes of a dead holder to end. They share its lock, and may still be importing torch."""
@@ -49,7 +55,7 @@ def lock_descriptor(store: Store) -> int | None:
 
 @contextmanager
 def writer_lock(path: str | Path, refusal: type[CachePipelineError] = CacheLockedError) -> Iterator[Path]:
-    """Holds the writer lock of the folder at ``path``; yields its real path, which the caller uses from then on.
+    """Holds the writer lock of the folder or file at ``path``; yields its real path, for use from then on.
 
     Args:
         refusal: the error type to raise if another live process holds the lock; the message names that process.
@@ -67,6 +73,21 @@ def writer_lock(path: str | Path, refusal: type[CachePipelineError] = CacheLocke
         _held.pop(real, None)
         file.unlink(missing_ok=True)
         os.close(descriptor)
+
+
+def lock_if_possible(path: Path, refusal: type[CachePipelineError], held: ExitStack) -> None:
+    """Holds the writer lock of ``path`` until ``held`` is closed; warns on a file system without locks.
+
+    Raises:
+        refusal: another live process holds the lock.
+        OSError: the parent folder cannot be written.
+    """
+    try:
+        held.enter_context(writer_lock(path, refusal))
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        logger.warning("%s is on a file system without locks: make sure that no other process writes it", path)
 
 
 @contextmanager

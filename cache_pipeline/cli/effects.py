@@ -19,6 +19,7 @@ from cache_pipeline.cli.terminal import DELETED_FOLDER, folder_is_deleted
 from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.errors import ConfigError, OptionError
 from cache_pipeline.options import GROUPS, LARGEST, check_text
+from cache_pipeline.sim.collect_config import CollectConfig, RerenderConfig
 from cache_pipeline.training.config import OWN_POLICY_OPTIONS, TrainConfig
 
 Values = Mapping[str, Any]
@@ -36,6 +37,7 @@ NETWORK = ("rgb_model_name", "pretrained_encoder", "weights", "weights_prefix")
 PREPROCESSING = ("imagenet_norm", "image_mean", "image_std", "resize_shape", "crop_shape", "flip")
 OWN_POLICIES = tuple(parameter_names(TrainConfig, OWN_POLICY_OPTIONS))
 VIEWS = tuple(parameter_names(ViewSpec))
+SCRIPTED = tuple(parameter_names(CollectConfig) - parameter_names(RerenderConfig))
 ENGINES = ("workers", "part", "finish", "engine", "ray_address")
 
 
@@ -135,6 +137,14 @@ RULES: dict[str, tuple[Rule, ...]] = {
     # ``cache inspect`` has the same name and draws nothing.
     "inspect": (Rule(("overwrite",), lambda v: not v.get("views"), "no file is written without --views FILE"),),
     "probe": (Rule(("overwrite",), lambda v: not v["out"], "no file is written without --out FILE"),),
+    "collect": (
+        Rule(
+            SCRIPTED,
+            lambda v: v["from_states"],
+            "--from-states renders the demos of a file and simulates none",
+        ),
+        Rule(("env_args",), lambda v: not v["from_states"], "the task describes the environment of new demos"),
+    ),
     "rollout": (Rule(("videos", "overwrite"), lambda v: not v["video"], "no video is written without --video FOLDER"),),
 }
 

@@ -80,7 +80,10 @@ def was_typed(ctx: Any, name: str) -> bool:
 
 
 def generated(*configs: Any) -> Callable[[Command], Command]:
-    """Adds an option for each field of the configs to a command, which gets them as ``given``."""
+    """Adds an option for each field of the configs to a command, which gets them as ``given``.
+
+    Configs may share fields of a common base.
+    """
 
     def decorate(function: Command) -> Command:
         own = [
@@ -88,7 +91,7 @@ def generated(*configs: Any) -> Callable[[Command], Command]:
             for parameter in inspect.signature(function, eval_str=True).parameters.values()
             if parameter.name != "given"
         ]
-        made = [made for config in configs for made in _parameters(config)]
+        made = {made.name: made for config in configs for made in _parameters(config)}.values()
         names = [parameter.name for parameter in own]
         context = Parameter("ctx", typer.Context, inspect.Parameter.empty)
 

@@ -8,32 +8,35 @@ from typing import Annotated, Any
 import typer
 
 from cache_pipeline.cli import options as o
-from cache_pipeline.options import names
-from cache_pipeline.sim.tasks import TASK_NAMES
+from cache_pipeline.cli.generated import Given, generated
+from cache_pipeline.options import DATA
+from cache_pipeline.sim.collect_config import CollectConfig, RerenderConfig
 
 
+@generated(CollectConfig, RerenderConfig)
 def collect(
-    out: Annotated[Path, typer.Option("--out", help="The HDF5 file to write.")],
-    task: Annotated[
-        str, typer.Option("--task", help=f"robosuite task with a scripted expert: {', '.join(TASK_NAMES)}.")
-    ] = "Lift",
-    demos: Annotated[int, typer.Option("--demos", min=1, help="Successful demos to collect.")] = 100,
-    image_size: Annotated[int, typer.Option("--image-size", min=8, help="Height and width in pixels.")] = 84,
-    cameras: o.Cameras = None,
-    seed: o.Seed = 0,
-    overwrite: o.Overwrite = False,
+    given: Given,
+    from_states: Annotated[
+        Path | None,
+        typer.Option(
+            "--from-states",
+            help="Render the recorded states of this robomimic file instead.",
+            metavar="FILE",
+            rich_help_panel=DATA,
+        ),
+    ] = None,
     json: o.Json = False,
 ) -> None:
-    """Write scripted robosuite demos in robomimic's layout."""
-    from cache_pipeline.sim.collect import CollectConfig
-    from cache_pipeline.sim.collect import collect as run
+    """Write scripted robosuite demos in robomimic's layout, or a dataset's states as images (--from-states)."""
+    result: Any
+    if from_states is None:
+        from cache_pipeline.sim.collect import collect as run
 
-    chosen = names(cameras) if cameras is not None else None
-    extra: dict[str, Any] = {} if chosen is None else {"cameras": chosen}
-    config = CollectConfig(
-        out=out, task=task, demos=demos, image_size=image_size, seed=seed, overwrite=overwrite, **extra
-    )
-    result = run(config, progress=True)
+        result = run(given.config(CollectConfig))
+    else:
+        from cache_pipeline.sim.rerender import rerender
+
+        result = rerender(given.config(RerenderConfig, source=from_states))
     o.emit(json, result.to_json(), result.lines())
 
 

@@ -6,7 +6,6 @@ is written to a hidden folder beside it, also marked, and is moved to its path w
 
 from __future__ import annotations
 
-import errno
 import logging
 import os
 import re
@@ -17,7 +16,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from cache_pipeline.cache.lock import writer_lock
+from cache_pipeline.cache.lock import lock_if_possible
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.encoders.saving import save_encoder
 from cache_pipeline.errors import CheckpointError, RunLockedError, described
@@ -41,8 +40,6 @@ MARKER = "unfinished.json"
 MARK = "a run folder that is being written or replaced"
 UNFINISHED: Literal["unfinished"] = "unfinished"
 REPLACED: Literal["replaced"] = "replaced"
-# Error numbers of file systems that are mounted without locks.
-NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 # Files that rollout and report add to a run.
 ROLLOUTS, REPORT = "rollouts", "report.html"
 
@@ -132,7 +129,7 @@ def run_folder(out: Path, *, resume: bool, overwrite: bool, writes: bool = True)
     with ExitStack() as held:
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            _lock(place, held)
+            lock_if_possible(place, RunLockedError, held)
             _put_in_order(place)
             for file in (RUN_JSON, CSV_NAME, f"{CHECKPOINTS}/{INDEX}"):
                 remove_partial(place / file)
@@ -144,15 +141,6 @@ def run_folder(out: Path, *, resume: bool, overwrite: bool, writes: bool = True)
         folder = RunFolder(place, unsaved=unsaved)
         held.callback(folder.give_up)
         yield folder
-
-
-def _lock(place: Path, held: ExitStack) -> None:
-    try:
-        held.enter_context(writer_lock(place, RunLockedError))
-    except OSError as error:
-        if error.errno not in NO_LOCKS:
-            raise
-        logger.warning("%s is on a file system without locks: make sure that no other process writes this run", place)
 
 
 def is_run(path: Path) -> bool:

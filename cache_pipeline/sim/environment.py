@@ -15,6 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.errors import ConfigError, available
+from cache_pipeline.sim.collect_config import IMAGE_SUFFIX
+from cache_pipeline.sim.model_xml import fitted_model, with_poses
 from cache_pipeline.sim.opengl import load_robosuite
 
 logger = logging.getLogger("cache_pipeline")
@@ -22,9 +24,6 @@ logger = logging.getLogger("cache_pipeline")
 Obs = dict[str, NDArray]
 ROBOSUITE_ENV_TYPE = 1
 """robomimic's number for robosuite in ``env_args["type"]``."""
-IMAGE_SUFFIX = "_image"
-FAST_RENDER_FLAGS = {"shadow": False, "reflection": False}
-"""Flags that are off by default: software rendering is then about three times as fast."""
 
 
 class Step(NamedTuple):
@@ -42,6 +41,11 @@ class Environment:
     The obs of an episode depend only on the seed and the actions.
     The model is built once, because building leaks memory in robosuite. Sizes that a task draws while building, such as
     Lift's cube of 40 to 44 mm, come from ``MODEL_SEED`` in every episode.
+
+    Attributes:
+        cameras: rgb obs key → (H, W).
+        render_flags: MuJoCo scene flags that differ from MuJoCo's defaults.
+        fitted: whether the present model is one of another robosuite release, fitted to the installed one.
     """
 
     MODEL_SEED = 0
@@ -51,7 +55,9 @@ class Environment:
     ) -> None:
         """Wraps a robosuite task; most callers use ``from_env_args``."""
         self._task = task
-        self._model_xml = _last_model_xml(task)
+        self._installed_xml = self._model_xml = _last_model_xml(task)
+        self._built_poses = _poses(task)
+        self.fitted = False
         self.cameras = dict(cameras)
         self.render_flags = dict(render_flags or {})
         self._scene_flags = {_scene_flag(name): bool(on) for name, on in self.render_flags.items()}
@@ -74,6 +80,7 @@ class Environment:
 
         Args:
             env_args: robomimic's {"env_name", "type", "env_kwargs"}; controllers of robosuite before 1.5 are converted.
+                "model_file", if given, is the XML of the model: images rendered again from states have one.
             cameras: rgb obs key → (H, W); empty: nothing is rendered.
             render_flags: MuJoCo scene flags that differ from the defaults, such as {"shadow": False}.
 
@@ -93,7 +100,10 @@ class Environment:
         _warn_of_another_release(env_args.get("env_version"), robosuite.__version__)
         task_class = robosuite.environments.base.REGISTERED_ENVS[name]
         kwargs = _task_kwargs(task_class, env_args.get("env_kwargs", {}), offscreen=bool(cameras))
-        return cls(robosuite.make(name, **kwargs, seed=cls.MODEL_SEED), cameras, render_flags)
+        env = cls(robosuite.make(name, **kwargs, seed=cls.MODEL_SEED), cameras, render_flags)
+        if "model_file" in env_args:
+            env._load_model(env_args["model_file"])
+        return env
 
     @property
     def action_dim(self) -> int:
@@ -111,7 +121,8 @@ class Environment:
         if action.shape != self.action_low.shape or not np.isfinite(action).all():
             raise ConfigError(f"the task takes {self.action_dim} finite numbers as an action, not {action.tolist()}")
         raw, reward, _, _ = self._task.step(np.clip(action, self.action_low, self.action_high))
-        return Step(self._obs(raw), float(reward), self.success())
+        success = self.success()  # before the images, which bring poses up to date
+        return Step(self._obs(raw), float(reward), success)
 
     def success(self) -> bool:
         """Whether robosuite reports success."""
@@ -123,21 +134,58 @@ class Environment:
         return np.array(self._task.sim.get_state().flatten())
 
     def model_xml(self) -> str:
-        """Returns the XML for a demo's ``model_file``; paths start at ``robosuite/``, which robosuite resolves."""
-        return self._model_xml
+        """Returns the XML for a demo's ``model_file``; paths start at ``robosuite/``, which robosuite resolves.
+
+        Poses that the task drew for bodies without a joint, such as Door's frame, are those of the episode.
+        """
+        poses = _poses(self._task)
+        moved = {name: pose for name, pose in poses.items() if pose != self._built_poses[name]}
+        return with_poses(self._model_xml, moved) if moved else self._model_xml
 
     def restore(self, state: NDArray, model_xml: str | None = None) -> Obs:
         """Sets a recorded state, in the recorded model if given, and returns its obs.
 
         The controllers are reset: recorded actions that are replayed from this state drift by millimetres.
+
+        Raises:
+            ConfigError: the state or the model is that of another task or robot.
         """
         if model_xml is not None:
-            self._task.reset_from_xml_string(self._task.edit_model_xml(model_xml))
-            self._model_xml = model_xml
+            self._load_model(model_xml)
+        state = np.asarray(state, dtype=np.float64)
+        if state.shape != (size := self.state().shape):
+            raise ConfigError(
+                f"the model of {type(self._task).__name__} takes states of {size[0]} numbers, not of shape "
+                f"{state.shape}; env_args must name the task and the robot of the states"
+            )
         self._task.sim.reset()
-        self._task.sim.set_state_from_flattened(np.asarray(state, dtype=np.float64))
+        self._task.sim.set_state_from_flattened(state)
         self._task.sim.forward()
         return self._obs(self._task._get_observations(force_update=True))
+
+    def compile_again(self) -> None:
+        """Compiles the present model from its XML, which rounds numbers to 6 digits.
+
+        Models that are restored come from XML, but for one that is the present one already. After this call all do, so
+        an image of a state does not depend on the models that were restored before.
+        """
+        self._compile(self.model_xml())
+
+    def _load_model(self, model_xml: str) -> None:
+        """Makes a recorded model the present one; a model that is the present one already is not compiled again."""
+        if model_xml == self.model_xml():
+            self._task.deterministic_reset = True  # else the task would draw new poses
+            self._task.reset()
+            self._task.deterministic_reset = False
+        else:
+            self._compile(model_xml)
+
+    def _compile(self, model_xml: str) -> None:
+        recorded = self._task.edit_model_xml(model_xml)
+        model = fitted_model(recorded, self._task.edit_model_xml(self._installed_xml))
+        self._task.reset_from_xml_string(model)
+        self._model_xml, self._built_poses = model_xml, _poses(self._task)
+        self.fitted = model != recorded
 
     def close(self) -> None:
         """Frees the simulation and its OpenGL context."""
@@ -152,6 +200,8 @@ class Environment:
         self.close()
 
     def _obs(self, raw: Mapping[str, Any]) -> Obs:
+        if self.cameras:
+            self._update_poses()
         obs = {camera: self._image(camera, *size) for camera, size in self.cameras.items()}
         if "object-state" in raw:
             obs["object"] = np.array(raw["object-state"], dtype=np.float64)
@@ -161,6 +211,15 @@ class Environment:
                 if key.startswith(prefix) and not key.endswith(("proprio-state", IMAGE_SUFFIX)):
                     obs[key] = np.array(value, dtype=np.float64)
         return obs
+
+    def _update_poses(self) -> None:
+        """Computes poses from the state. After a step they are those of 2 ms before, and so would be the images."""
+        import mujoco
+
+        model, data = self._task.sim.model._model, self._task.sim.data._data
+        mujoco.mj_kinematics(model, data)
+        mujoco.mj_comPos(model, data)
+        mujoco.mj_camlight(model, data)
 
     def _image(self, camera: str, height: int, width: int) -> NDArray[np.uint8]:
         context = self._task.sim._render_context_offscreen
@@ -232,6 +291,15 @@ def _last_model_xml(task: Any) -> str:
         path = Path(folder) / "model.xml"
         mujoco.mj_saveLastXML(str(path), task.sim.model._model)
         return path.read_text(encoding="utf-8").replace(f"{Path(robosuite.__file__).parents[1]}/", "")
+
+
+def _poses(task: Any) -> dict[str, tuple[float, ...]]:
+    """Returns body → its position and quaternion in the body that holds it."""
+    model = task.sim.model
+    return {
+        name: (*model.body_pos[index].tolist(), *model.body_quat[index].tolist())
+        for index, name in enumerate(model.body_names)
+    }
 
 
 def _check_cameras(cameras: Mapping[str, tuple[int, int]], names: tuple[str, ...]) -> None:

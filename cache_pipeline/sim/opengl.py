@@ -18,6 +18,7 @@ from cache_pipeline.errors import CachePipelineError, MissingExtraError, install
 PROBE_TIMEOUT_S = 60
 _PROBE = "import mujoco; context = mujoco.GLContext(16, 16); context.make_current(); context.free()"
 _INSTALL = "install one with: apt-get install libosmesa6"
+_torch_may_follow = True
 
 
 class OpenGLBackend(NamedTuple):
@@ -68,7 +69,7 @@ def load_robosuite() -> ModuleType:
         os.environ["MUJOCO_GL"] = backend.name
         os.environ.update(_egl_device())
     # torchvision crashes the process if its libraries are loaded after mujoco's.
-    if importlib.util.find_spec("torchvision") is not None:
+    if _torch_may_follow and importlib.util.find_spec("torchvision") is not None:
         import torchvision  # noqa: F401
     logging.getLogger("robosuite_logs").addFilter(_errors_only)
     with warnings.catch_warnings():
@@ -77,6 +78,12 @@ def load_robosuite() -> ModuleType:
         warnings.simplefilter("ignore", SyntaxWarning)
         import robosuite
     return robosuite
+
+
+def never_import_torch() -> None:
+    """Declares that this process never imports torch, so ``load_robosuite`` need not do it first: 7 s and 700 MB."""
+    global _torch_may_follow
+    _torch_may_follow = False
 
 
 def _errors_only(record: logging.LogRecord) -> bool:

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from cache_pipeline.errors import ConfigError
-from cache_pipeline.sim.collect import CollectConfig, collect
+from cache_pipeline.sim.collect import collect
+from cache_pipeline.sim.collect_config import CollectConfig
 from cache_pipeline.sim.environment import Environment
 from cache_pipeline.sim.opengl import find_opengl_backend
 from cache_pipeline.sim.rollout import RolloutConfig, rollout
