@@ -7,17 +7,19 @@ order are the same for a cache and for its source files.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.table import demo_files, names
-from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.split import Split, split_demos
 from cache_pipeline.demos.windows import Windows, WindowSpec, make_windows
 from cache_pipeline.errors import ConfigError, available
+
+if TYPE_CHECKING:
+    from cache_pipeline.demos.dataset import Dataset
 
 
 class RunRows(NamedTuple):
