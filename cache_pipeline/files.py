@@ -65,7 +65,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.{secrets.token_hex(2)}.{os.getpid()}.partial")
     try:
         yield partial
-        _sync(partial, os.O_RDWR)
+        sync_file(partial)
         os.replace(partial, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -295,12 +295,17 @@ def numbered(path: Path) -> Iterator[Path]:
     yield from (path.with_name(f"{path.stem}_{number}{path.suffix}") for number in count(2))
 
 
-def sync_folder(path: Path) -> None:
+def sync_folder(path: str | Path) -> None:
     """Syncs a folder's list of names to the disk."""
     _sync(path, os.O_RDONLY)
 
 
-def _sync(path: Path, flags: int) -> None:
+def sync_file(path: str | Path) -> None:
+    """Syncs the contents of a file to the disk."""
+    _sync(path, os.O_RDWR)
+
+
+def _sync(path: str | Path, flags: int) -> None:
     descriptor = os.open(path, flags)
     try:
         os.fsync(descriptor)

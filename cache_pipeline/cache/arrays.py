@@ -21,7 +21,7 @@ from cache_pipeline.cache.shards import open_shard, uncompressed_layout, write_s
 from cache_pipeline.cache.store import Place, exists, is_remote, store_at
 from cache_pipeline.cache.store_protocol import Stamp
 from cache_pipeline.errors import CorruptCacheError
-from cache_pipeline.files import DIGEST_BYTES
+from cache_pipeline.files import DIGEST_BYTES, sync_file, sync_folder
 
 READ_THREADS = max(1, min(8, os.cpu_count() or 1))
 THREADED_BYTES = 2 << 20  # smaller reads run in the calling thread, which is faster than starting threads
@@ -181,7 +181,9 @@ class StoredArray:
         rows = slice(block * self.shard_rows, (block + 1) * self.shard_rows)
         self._array[(view or 0, rows) if self._has_views else rows] = values
         if not is_remote(self.store):
-            _sync_file(os.path.join(self.store.place, self._shard(block, view or 0)))
+            file = os.path.join(self.store.place, self._shard(block, view or 0))
+            sync_file(file)
+            sync_folder(os.path.dirname(file))
         return None
 
     def _pieces(self, spans: Sequence[tuple[int, int]], view: int, out: NDArray[Any]) -> Iterator[_Piece]:
@@ -287,12 +289,3 @@ def _in_threads(read: Callable[[Item], None], items: Sequence[Item], size: int) 
         return
     with ThreadPoolExecutor(min(READ_THREADS, len(items))) as pool:
         list(pool.map(read, items))
-
-
-def _sync_file(file: str) -> None:
-    for path, flags in ((file, os.O_RDWR), (os.path.dirname(file), os.O_RDONLY)):
-        descriptor = os.open(path, flags)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -103,6 +103,9 @@ class CameraEntry(NamedTuple):
         weights = {key: item for key, item in self.identity.get("weights", {}).items() if key != "source"}
         return {**self.identity, "weights": weights}
 
+    def to_json(self) -> dict[str, Any]:
+        return {**self._asdict(), "feature_shape": list(self.feature_shape), "image_shape": list(self.image_shape)}
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -204,17 +207,7 @@ class Manifest:
             "n_rows": self.n_rows,
             "batch_size": self.batch_size,
             "dtype": self.dtype,
-            "cameras": {
-                name: {
-                    "feature_shape": list(entry.feature_shape),
-                    "image_shape": list(entry.image_shape),
-                    "views": entry.views,
-                    "identity": entry.identity,
-                    "view_spec": entry.view_spec,
-                    "measured": entry.measured,
-                }
-                for name, entry in self.cameras.items()
-            },
+            "cameras": {name: entry.to_json() for name, entry in self.cameras.items()},
             "low_dim": {key: list(shape) for key, shape in self.low_dim.items()},
             "action_dim": self.action_dim,
             "files": [source.to_json() for source in self.files],

@@ -56,17 +56,7 @@ class CacheSummary(NamedTuple):
         manifest = value.pop("manifest")
         if manifest is None:
             return value
-        cameras = {
-            name: {
-                "feature_shape": list(entry.feature_shape),
-                "image_shape": list(entry.image_shape),
-                "views": entry.views,
-                "identity": entry.identity,
-                "view_spec": entry.view_spec,
-                "measured": entry.measured,
-            }
-            for name, entry in manifest.cameras.items()
-        }
+        cameras = {name: entry.to_json() for name, entry in manifest.cameras.items()}
         return {
             **value,
             "fingerprint": manifest.fingerprint,

@@ -139,6 +139,11 @@ class ImageEncoder(nn.Module):
         return isinstance(self.net, ResNet)
 
     @property
+    def layers(self) -> dict[str, nn.Module]:
+        """Name → child of the network, for the children that have parameters: each can be unfrozen by its name."""
+        return {name: child for name, child in self.net.named_children() if any(True for _ in child.parameters())}
+
+    @property
     def out_dim(self) -> int:
         """Width D of the pooled feature."""
         if isinstance(self.net, ResNet):

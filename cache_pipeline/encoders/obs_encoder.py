@@ -272,11 +272,11 @@ class MultiImageObsEncoder(nn.Module):
             EncoderError: an encoder has no such layer.
         """
         for encoder in self.key_model_map.distinct():
-            children = {name: child for name, child in encoder.net.named_children() if list(child.parameters())}
-            for layer in children if layers is None else layers:
-                if layer not in children:
-                    raise EncoderError(f"{encoder.architecture} has no layer {layer!r}; {available(children, layer)}")
-                children[layer].requires_grad_(True)
+            for layer in layers or ():
+                if layer not in encoder.layers:
+                    known = available(encoder.layers, layer)
+                    raise EncoderError(f"{encoder.architecture} has no layer {layer!r}; {known}")
+                encoder.layers[layer].requires_grad_(True)
             if layers is None:
                 encoder.requires_grad_(True)
         self.train(self.training)
@@ -316,10 +316,8 @@ class MultiImageObsEncoder(nn.Module):
             raise EncoderError(f"random_crop needs a crop_shape for {bare[0]}, such as (76, 76) for 84×84 frames")
 
     def _add_camera(self, camera: str, pooling: str) -> int:
-        encoder, size = (
-            self.key_model_map[camera],
-            self.preprocessing[camera].output_shape(*self.shapes.cameras[camera]),
-        )
+        encoder = self.key_model_map[camera]
+        size = self.preprocessing[camera].output_shape(*self.shapes.cameras[camera])
         self.feature_shapes[camera] = encoder.feature_shape(*size)
         if pooling == "avg":
             return encoder.head_shape(*size, pooled=True)[0]
@@ -368,11 +366,8 @@ def _build(
         return {
             camera: _one(model, options) for camera, model in _per_camera("rgb_model_name", models, cameras).items()
         }
-    if shared or not cameras:
-        encoder = _one(models, options)
-        return dict.fromkeys(cameras, encoder)
     first = _one(models, options)
-    return {camera: first if index == 0 else copy.deepcopy(first) for index, camera in enumerate(cameras)}
+    return {camera: copy.deepcopy(first) if index and not shared else first for index, camera in enumerate(cameras)}
 
 
 def _one(model: Any, options: Mapping[str, Any]) -> ImageEncoder:

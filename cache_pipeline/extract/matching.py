@@ -7,7 +7,8 @@ renamed files and demos are recognised.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -113,26 +114,25 @@ def camera_frame_digests(dataset: Dataset, demo: int, camera: str) -> NDArray[np
     return np.concatenate(pieces) if pieces else np.zeros((0, DIGEST_BYTES), np.uint8)
 
 
-class _Contents:
-    """Digests of a dataset's demos, each computed once."""
+def demo_digests(dataset: Dataset, demo: int, cameras: Iterable[str]) -> dict[str, str]:
+    """Returns the digests of a demo: array or camera → digest; reads all frames of the cameras."""
+    rows = {name: array_digest(values) for name, values in dataset.rows(demo).items()}
+    return {**rows, **{camera: array_digest(camera_frame_digests(dataset, demo, camera)) for camera in cameras}}
 
-    def __init__(self, dataset: Dataset, manifest: Manifest) -> None:
-        self._dataset = dataset
-        self._cameras = [camera for camera in manifest.cameras if camera in dataset.cameras]
-        self._taken: dict[int, dict[str, str]] = {}
 
-    def equal(self, demo: int, recorded: Mapping[str, str]) -> bool:
-        if self._dataset.demos[demo].length == 0:
-            return False
-        taken = self._digests(demo)
-        return all(taken[name] == recorded[name] for name in taken if name in recorded)
+Equal = Callable[[int, Mapping[str, str]], bool]
+"""Whether a demo of a dataset has the contents that a cache recorded."""
 
-    def _digests(self, demo: int) -> dict[str, str]:
-        if demo not in self._taken:
-            rows = {name: array_digest(values) for name, values in self._dataset.rows(demo).items()}
-            frames = {c: array_digest(camera_frame_digests(self._dataset, demo, c)) for c in self._cameras}
-            self._taken[demo] = {**rows, **frames}
-        return self._taken[demo]
+
+def _comparison(dataset: Dataset, manifest: Manifest) -> Equal:
+    cameras = [camera for camera in manifest.cameras if camera in dataset.cameras]
+    digests = cache(lambda demo: demo_digests(dataset, demo, cameras))
+
+    def equal(demo: int, recorded: Mapping[str, str]) -> bool:
+        found = digests(demo) if dataset.demos[demo].length else None
+        return found is not None and all(found[name] == recorded[name] for name in found if name in recorded)
+
+    return equal
 
 
 def match_demos(manifest: Manifest | None, dataset: Dataset, *, deep: bool = False) -> Matching:
@@ -146,16 +146,16 @@ def match_demos(manifest: Manifest | None, dataset: Dataset, *, deep: bool = Fal
     if manifest is None:
         names = tuple(demo.name for demo in dataset.demos)
         return Matching((None,) * len(names), names, (), ())
-    contents = _Contents(dataset, manifest)
+    equal = _comparison(dataset, manifest)
     kept: list[int | None] = [None] * len(dataset.demos)
     changed: set[int] = set()
     for demo, old, trusted in _same_place(manifest, dataset):
         same_length = dataset.demos[demo].length == manifest.demos[old].length
-        if same_length and ((trusted and not deep) or contents.equal(demo, manifest.demos[old].digests)):
+        if same_length and ((trusted and not deep) or equal(demo, manifest.demos[old].digests)):
             kept[demo] = old
         else:
             changed.add(demo)
-    _match_by_content(manifest, dataset, contents, kept)
+    _match_by_content(manifest, dataset, equal, kept)
     return _describe(manifest, dataset, kept, changed)
 
 
@@ -172,7 +172,7 @@ def _same_place(manifest: Manifest, dataset: Dataset) -> Iterator[tuple[int, int
             yield number, index, source == old
 
 
-def _match_by_content(manifest: Manifest, dataset: Dataset, contents: _Contents, kept: list[int | None]) -> None:
+def _match_by_content(manifest: Manifest, dataset: Dataset, equal: Equal, kept: list[int | None]) -> None:
     free: dict[int, list[int]] = {}
     for index in sorted(set(range(len(manifest.demos))) - set(kept)):
         free.setdefault(manifest.demos[index].length, []).append(index)
@@ -180,7 +180,7 @@ def _match_by_content(manifest: Manifest, dataset: Dataset, contents: _Contents,
         candidates = free.get(dataset.demos[demo].length, []) if found is None else []
         same_name = [i for i in candidates if manifest.demos[i].name == dataset.demos[demo].name]
         for index in [*same_name, *(i for i in candidates if i not in same_name)]:
-            if contents.equal(demo, manifest.demos[index].digests):
+            if equal(demo, manifest.demos[index].digests):
                 kept[demo] = index
                 candidates.remove(index)
                 break

@@ -13,7 +13,7 @@ from cache_pipeline.cache.table import DemoRows
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.split import Split
 from cache_pipeline.errors import CheckpointError
-from cache_pipeline.extract.matching import array_digest, camera_frame_digests, source_records
+from cache_pipeline.extract.matching import demo_digests, source_records
 from cache_pipeline.files import json_digest
 from cache_pipeline.runs.record import DataRecord, DemoRecord, Digests
 
@@ -73,12 +73,8 @@ class Contents:
 
     def _read(self, number: int) -> Digests:
         assert isinstance(self._data, Dataset)
-        rows = self._data.rows(number)
-        found: Digests = {name: array_digest(rows[name]) if name in rows else None for name in self._rows}
-        for camera in self._cameras:
-            there = camera in self._data.cameras
-            found[camera] = array_digest(camera_frame_digests(self._data, number, camera)) if there else None
-        return found
+        found = demo_digests(self._data, number, [camera for camera in self._cameras if camera in self._data.cameras])
+        return {name: found.get(name) for name in (*self._rows, *self._cameras)}
 
 
 def recorded_contents(recorded: DataRecord) -> Known:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from safetensors import SafetensorError, safe_open
 
 from cache_pipeline.errors import CheckpointError, described
-from cache_pipeline.files import digest, remove, sync_folder
+from cache_pipeline.files import digest, remove, sync_file, sync_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,8 +21,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
     from cache_pipeline.encoders.saving import save_tensors
 
     save_tensors({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, path)
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    sync_file(path)
     return digest(path.read_bytes())
 
 

@@ -108,6 +108,12 @@ class SavingConfig:
         check(self)
 
 
+Steps = Annotated[
+    int, Option("Optimiser steps; with --resume more steps extend a run.", OPTIMISATION, least=1, most=MOST_STEPS)
+]
+PeakRate = Annotated[float, Option("Peak learning rate of projection and policy.", OPTIMISATION, above=0)]
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """Fields that ``train`` and ``finetune`` share."""
@@ -133,14 +139,17 @@ class RunConfig:
         bool,
         Option("One encoder for all cameras, or one each.", ENCODER, "--share-rgb-model/--no-share-rgb-model"),
     ] = False
-    steps: Annotated[
-        int, Option("Optimiser steps; with --resume more steps extend a run.", OPTIMISATION, least=1, most=MOST_STEPS)
-    ] = 4000
-    batch_size: Annotated[int | None, Option("Windows per step.", OPTIMISATION, least=1)] = None
-    lr: Annotated[float, Option("Peak learning rate of projection and policy.", OPTIMISATION, above=0)] = 1e-3
-    encoder_lr: Annotated[
-        float | None, Option("Peak learning rate of an encoder that learns.", OPTIMISATION, above=0)
+    steps: Steps = 4000
+    batch_size: Annotated[
+        int | None, Option("Windows per step; 64, or what the robomimic config says.", OPTIMISATION, least=1)
     ] = None
+    lr: PeakRate = 1e-3
+    encoder_lr: Annotated[
+        float | None,
+        Option("Peak learning rate of the encoder; 1e-5, less where features vary little.", OPTIMISATION, above=0),
+    ] = None
+    """By default 1e-5, reduced in proportion if features vary by less than their mean: there the same weight update
+    changes a feature more, in units of its variation."""
     source: Annotated[
         SourceName, Option("auto, resident, streamed or live.", RUNNING, choices=get_args(SourceName), typed=str)
     ] = "auto"
@@ -186,6 +195,8 @@ class RunConfig:
         given = (self.datasets,) if isinstance(self.datasets, str | Path) else self.datasets
         object.__setattr__(self, "datasets", tuple(Path(path) for path in given))
         check(self)
+        if self.cache is None and self.source in ("resident", "streamed"):
+            raise OptionError(f"source {self.source} reads a cache: give --from-cache CACHE")
         if self.order == "block" and (self.cache is None or self.source == "live"):
             raise OptionError("order block is for reading a cache in pieces; leave it out with live encoding")
         if self.resume and self.overwrite:
@@ -250,9 +261,6 @@ class TrainConfig(RunConfig):
         ),
     ] = field(default_factory=dict)
     robomimic_config: Annotated[Path | None, Option("A robomimic JSON config; trains its algorithm.", POLICY)] = None
-    batch_size: Annotated[
-        int | None, Option("Windows per step; 64, or what the robomimic config says.", OPTIMISATION, least=1)
-    ] = None
     emb_dim: Annotated[int, Option("Width of the projection of one obs step.", POLICY, least=1, most=65536)] = 256
     obs_horizon: Annotated[
         int | None, Option("Obs steps that the policy sees (frame_stack); 2 for ours.", POLICY, least=1, most=1000)
@@ -298,8 +306,6 @@ class TrainConfig(RunConfig):
             raise ConfigError("nothing to train on; give --from-cache CACHE, or --dataset FILE for live encoding")
         if self.cache is not None and self.source == "live" and not self.datasets:
             raise ConfigError("source live reads frames from HDF5: give --dataset FILE")
-        if self.cache is None and self.source in ("resident", "streamed"):
-            raise OptionError(f"source {self.source} reads a cache: give --from-cache CACHE")
         self._check_encoder_options()
 
     @property
@@ -399,17 +405,9 @@ class FinetuneConfig(RunConfig):
         ),
     ] = "frozen"
     """Whether BatchNorm in unfrozen layers keeps its statistics or updates them from the batches."""
-    steps: Annotated[
-        int, Option("Optimiser steps; with --resume more steps extend a run.", OPTIMISATION, least=1, most=MOST_STEPS)
-    ] = 2000
+    steps: Steps = 2000
     batch_size: Annotated[int, Option("Windows per step.", OPTIMISATION, least=1)] = 64
-    lr: Annotated[float, Option("Peak learning rate of projection and policy.", OPTIMISATION, above=0)] = 1e-4
-    encoder_lr: Annotated[
-        float | None,
-        Option("Peak learning rate of the encoder; 1e-5, less where features vary little.", OPTIMISATION, above=0),
-    ] = None
-    """By default 1e-5, reduced in proportion if features vary by less than their mean: there the same weight update
-    changes a feature more, in units of its variation."""
+    lr: PeakRate = 1e-4
     augment: Annotated[bool, Option("Random crop and colour jitter of frames.", POLICY)] = False
     """Random crop and colour jitter of live frames on the device, the same within a window."""
     accumulate: Annotated[int, Option("Parts into which a batch is split to save memory.", RUNNING, least=1)] = 1
@@ -422,8 +420,6 @@ class FinetuneConfig(RunConfig):
         super().__post_init__()
         if self.batch_size % self.accumulate:
             raise ConfigError(f"accumulate {self.accumulate} does not divide batch_size {self.batch_size}")
-        if self.cache is None and self.source in ("resident", "streamed"):
-            raise OptionError(f"source {self.source} reads a frontier cache: give --from-cache CACHE")
         if self.cache is not None and self.source == "live":
             raise OptionError(
                 "source live encodes every frame and does not read --from-cache; give only --live-encoder"

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor
 
 from cache_pipeline.training.data.sampler import Plan
 from cache_pipeline.training.data.source import Source
-from cache_pipeline.training.update.learner import ActingPolicy
 
 BATCH = 256
 
@@ -24,23 +23,16 @@ class ActionError(NamedTuple):
         mse: mean over all action dimensions.
         mse_per_dim: (A,) error of each dimension.
         mean_action_mse: error of always predicting the mean action of the train split, over the same windows.
-        mean_action_mse_per_dim: (A,) that error for each dimension.
-        windows: number of windows measured.
     """
 
     mse: float
     mse_per_dim: tuple[float, ...]
     mean_action_mse: float
-    mean_action_mse_per_dim: tuple[float, ...]
-    windows: int
-
-    def to_json(self) -> dict[str, Any]:
-        return self._asdict()
 
 
 @torch.no_grad()
 def evaluate(
-    policy: ActingPolicy,
+    predict: Callable[[dict[str, Tensor], torch.Generator], Tensor],
     source: Source,
     windows: int,
     mean_action: NDArray[np.float32],
@@ -49,7 +41,7 @@ def evaluate(
     most: int = 4096,
     seed: int = 0,
 ) -> ActionError:
-    """Measures ``policy.act`` on the held-out split of ``source``.
+    """Measures the actions that ``predict`` gives for the obs of the held-out split of ``source``.
 
     Args:
         windows: number of held-out windows; above ``most`` an evenly spaced subset is measured.
@@ -62,7 +54,7 @@ def evaluate(
     count = torch.zeros((), dtype=torch.float64, device=device)
     for batch in source.batches(_plans(windows, most), valid=True):
         weight = batch.mask.unsqueeze(-1)
-        predicted = policy.act(batch.obs, generator)
+        predicted = predict(batch.obs, generator)
         for row, guess in enumerate((predicted, mean)):
             error[row] += ((guess - batch.actions).square() * weight).sum((0, 1), dtype=torch.float64)
         count += batch.mask.sum()
@@ -71,8 +63,6 @@ def evaluate(
         mse=float(np.mean(ours)),
         mse_per_dim=ours,
         mean_action_mse=float(np.mean(baseline)),
-        mean_action_mse_per_dim=baseline,
-        windows=min(windows, most),
     )
 
 

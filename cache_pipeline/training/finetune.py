@@ -216,7 +216,7 @@ def _check_options(
     check_layers(policy, unfreezing)
     check_freeze(policy, unfreezing, config.freeze)
     last = tuple(layer for item in unfreezing for layer in item.layers)
-    if config.augment and config.cache and above_cut(policy, last, cut):
+    if config.augment and config.cache and above_cut(policy.encoders.values(), last, cut):
         raise OptionError(
             f"--augment has no effect: all that learns is above the cut of {config.cache}, so no frames are read; "
             "give --live-encoder instead of --from-cache"

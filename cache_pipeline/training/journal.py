@@ -50,6 +50,11 @@ class Journal:
 
     Args:
         folder, log: outputs for checkpoints and metrics; None in a process that does not write.
+
+    Attributes:
+        carried: progress up to the last row of metrics.
+        metrics: the latest value of each metric.
+        checkpoint: the last one that was saved.
     """
 
     def __init__(self, session: Session, folder: CheckpointFolder | None, log: MetricsLog | None) -> None:
@@ -57,14 +62,10 @@ class Journal:
         self._learner, self._saving, self._steps = session.learner, session.config.saving, session.config.steps
         self._losses: list[Tensor] = []
         resumed = session.resumed
-        self._carried = Carried() if resumed is None else Carried.of(resumed)
+        self.carried = Carried() if resumed is None else Carried.of(resumed)
         self.metrics: dict[str, Any] = {} if resumed is None else dict(resumed.metrics)
-        self._begun, self._since = time.perf_counter(), self._carried.step
+        self._begun, self._since = time.perf_counter(), self.carried.step
         self.checkpoint = None if resumed is None else resumed.path
-
-    @property
-    def carried(self) -> Carried:
-        return self._carried
 
     def record(self, step: int, loss: Tensor, *, stopping: bool) -> None:
         """Records the loss of update ``step``, counted from 1; then logs, measures and saves if due."""
@@ -91,7 +92,7 @@ class Journal:
                 self.checkpoint = self._save(self._folder, 0, error)
 
     def _save(self, folder: CheckpointFolder, step: int, error: float | None) -> Path:
-        return folder.save(step, self._learner.state(), self.metrics, self._carried._asdict(), error)
+        return folder.save(step, self._learner.state(), self.metrics, self.carried._asdict(), error)
 
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and step % every == 0
@@ -103,11 +104,11 @@ class Journal:
             kept = "" if self._folder is None else f"; {self._folder.kept()}"
             raise ConfigError(f"the loss is {loss} at step {step}{kept}; lower --lr, or check the actions with inspect")
         now = time.perf_counter()
-        seconds = self._carried.seconds + now - self._begun
+        seconds = self.carried.seconds + now - self._begun
         rate = (step - self._since) / max(now - self._begun, 1e-9)
         self._begun, self._since = now, step
-        first = loss if self._carried.first_loss is None else self._carried.first_loss
-        self._carried = Carried(step, seconds, first, loss)
+        first = loss if self.carried.first_loss is None else self.carried.first_loss
+        self.carried = Carried(step, seconds, first, loss)
         values = {"training/loss": loss, **self._learner.rates(), "time/seconds": seconds, "time/steps_per_s": rate}
         self.metrics.update(values)
         self._write(step, values)
@@ -130,7 +131,7 @@ class Journal:
         values = {"validation/action_mse": error.mse, "validation/mean_action_mse": error.mean_action_mse}
         self.metrics.update(values, **{PER_DIM: list(error.mse_per_dim)})
         self._write(step, values)
-        loss = "" if self._carried.final_loss is None else f"loss {self._carried.final_loss:.4g}, "
+        loss = "" if self.carried.final_loss is None else f"loss {self.carried.final_loss:.4g}, "
         logger.info(
             "step %d: %sheld-out action error %.4g (mean action %.4g)", step, loss, error.mse, error.mean_action_mse
         )

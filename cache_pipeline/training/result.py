@@ -9,8 +9,7 @@ from cache_pipeline.errors import counted
 from cache_pipeline.runs.checkpoint import CHECKPOINTS, Best
 from cache_pipeline.runs.metrics import of_mean_action
 from cache_pipeline.training.data.source import source_in_words
-from cache_pipeline.training.journal import START_ERROR
-from cache_pipeline.training.loop import LoopResult
+from cache_pipeline.training.journal import START_ERROR, Journal
 
 
 class TrainResult(NamedTuple):
@@ -19,7 +18,8 @@ class TrainResult(NamedTuple):
     Losses are the policy's own, in normalised action units; ``final_loss`` is the mean since the last logged row.
     The two action errors are mean squared errors in the units of the dataset over the same held-out windows.
     ``mean_action_mse`` is the error of always predicting the mean action of the train split. Both are None without
-    held-out demos. ``notes`` are lines of advice for a terminal; the JSON omits them.
+    held-out demos. ``seconds`` and ``steps_per_s`` cover training steps, not measuring or saving. ``notes`` are lines
+    of advice for a terminal; the JSON omits them.
     """
 
     run: Path
@@ -40,25 +40,23 @@ class TrainResult(NamedTuple):
 
     @classmethod
     def of(
-        cls,
-        run: Path,
-        loop: LoopResult,
-        metrics: dict[str, Any],
-        best: Best | None = None,
-        notes: tuple[str, ...] = (),
+        cls, run: Path, journal: Journal, source: str, best: Best | None = None, notes: tuple[str, ...] = ()
     ) -> TrainResult:
-        """Builds the result from a finished loop, its last measurement and its best checkpoint."""
+        """Builds the result from the journal of a finished run, the names of its sources and its best checkpoint."""
+        carried, metrics = journal.carried, journal.metrics
+        assert carried.first_loss is not None
+        assert carried.final_loss is not None
         return cls(
             run=run,
-            steps=loop.step,
-            seconds=loop.seconds,
-            steps_per_s=loop.steps_per_s,
-            first_loss=loop.first_loss,
-            final_loss=loop.final_loss,
+            steps=carried.step,
+            seconds=carried.seconds,
+            steps_per_s=carried.step / max(carried.seconds, 1e-9),
+            first_loss=carried.first_loss,
+            final_loss=carried.final_loss,
             valid_action_mse=metrics.get("validation/action_mse"),
             mean_action_mse=metrics.get("validation/mean_action_mse"),
-            source=loop.source,
-            checkpoint=loop.checkpoint,
+            source=source,
+            checkpoint=run if journal.checkpoint is None else journal.checkpoint,
             start_action_mse=metrics.get(START_ERROR),
             best_action_mse=None if best is None else best.valid_action_mse,
             best_step=None if best is None else best.step,

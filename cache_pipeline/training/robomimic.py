@@ -33,7 +33,7 @@ logger = logging.getLogger("cache_pipeline")
 
 # Obs keys of a dataset contain no slash, so these names cannot clash with one.
 REWARDS, DONES = "/rewards", "/dones"
-STATISTICS_ROWS = 4096
+ROWS_AT_ONCE = 4096
 SCALE_FLOOR = 1e-6
 """Actions that vary less are not scaled."""
 
@@ -116,8 +116,8 @@ def fit_robomimic(policy: RobomimicPolicy, rows: RunRows, source: Source) -> Non
     if not policy.mean:
         return
     total = {key: np.zeros((2, *shape)) for key, shape in policy.shapes.items()}
-    for start in range(0, rows.train_rows, STATISTICS_ROWS):
-        part = np.arange(start, min(rows.train_rows, start + STATISTICS_ROWS))
+    for start in range(0, rows.train_rows, ROWS_AT_ONCE):
+        part = np.arange(start, min(rows.train_rows, start + ROWS_AT_ONCE))
         features = {camera: values.double().numpy() for camera, values in source.features_of(part).items()}
         for key, shape in policy.shapes.items():
             values = features[key] if key in features else rows.low_dim[key][part].astype(np.float64)
@@ -143,23 +143,6 @@ def _fit_actions(policy: RobomimicPolicy, rows: RunRows) -> None:
     policy.action_scale.copy_(torch.from_numpy(np.where(scale > SCALE_FLOOR, scale, 1.0)))
 
 
-class HeldOutPolicy:
-    """Wraps a robomimic policy for the held-out action error: each window starts with a fresh policy state."""
-
-    def __init__(self, policy: RobomimicPolicy) -> None:
-        self.robomimic = policy
-
-    def act(self, obs: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
-        """Predicts actions (B,T,A), as ``RobomimicPolicy.predict``."""
-        return self.robomimic.predict(obs, generator)
-
-    def eval(self) -> None:
-        self.robomimic.eval()
-
-    def train(self) -> None:
-        self.robomimic.train()
-
-
 class RobomimicLearner:
     """Updates a robomimic algorithm through its ``train_on_batch``, with its own optimisers and schedules.
 
@@ -179,10 +162,6 @@ class RobomimicLearner:
         with self._forked():
             torch.manual_seed(seed)
             self._random = self._random_state()
-
-    @property
-    def policy(self) -> HeldOutPolicy:
-        return HeldOutPolicy(self._policy)
 
     def step(self, batch: Batch, number: int) -> Tensor:
         """Makes update ``number``, counted from 0; returns the sum of the losses as a scalar on the device."""

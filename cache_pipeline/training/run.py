@@ -64,10 +64,10 @@ def _complete(folder: RunFolder, session: Session, ranks: Ranks, *, progress: bo
             checkpoints = CheckpointFolder(folder.path, saving.keep_best, folder.saved)
             log = opened.enter_context(MetricsLog(folder.path, step, session.config.wandb, folder.place))
         journal = Journal(session, checkpoints, log)
-        result = run_loop(journal, session, run=folder.place, progress=progress)
+        source = run_loop(journal, session, run=folder.place, progress=progress)
     if checkpoints is None:
-        return TrainResult.of(folder.place, result, journal.metrics)
-    return TrainResult.of(folder.place, result, journal.metrics, checkpoints.best, plateau_notes(folder.place))
+        return TrainResult.of(folder.place, journal, source)
+    return TrainResult.of(folder.place, journal, source, checkpoints.best, plateau_notes(folder.place))
 
 
 def _write(folder: RunFolder, session: Session) -> None:

@@ -10,11 +10,11 @@ import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
-from cache_pipeline.encoders.frozen import FrozenEncoder, frozen_encoders
+from cache_pipeline.encoders.frozen import frozen_encoders
 from cache_pipeline.encoders.image_encoder import ImageEncoder
 from cache_pipeline.errors import CheckpointError, counted
 from cache_pipeline.policies.robomimic.policy import RobomimicPolicy
@@ -23,14 +23,14 @@ from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.runs.checkpoint import Checkpoint
 from cache_pipeline.runs.record import RunRecord, this_process
 from cache_pipeline.training.config import FinetuneConfig, TrainConfig
-from cache_pipeline.training.data.run_data import (
-    RunData,
-)
+from cache_pipeline.training.data.run_data import RunData
 from cache_pipeline.training.data.sampler import Sampler
 from cache_pipeline.training.data.source import Source, Splits
 from cache_pipeline.training.data.sources import SourcePlan, Sources, plan_source
 from cache_pipeline.training.evaluate import ActionError, evaluate
+from cache_pipeline.training.robomimic import RobomimicLearner
 from cache_pipeline.training.update.distributed import current_ranks
+from cache_pipeline.training.update.learner import PolicyLearner
 from cache_pipeline.training.update.unfreezing import Unfreezing, above_cut, frozen_cut, unfreeze
 
 logger = logging.getLogger("cache_pipeline")
@@ -51,6 +51,9 @@ FREE_TO_CHANGE = {
     "wandb",
     "steps",
 }
+
+
+Learner = PolicyLearner | RobomimicLearner
 
 
 class Phase(NamedTuple):
@@ -82,7 +85,7 @@ class Session:
     policy: VisuomotorPolicy | RobomimicPolicy
     splits: Splits
     sources: Sources
-    learner: Any
+    learner: Learner
     sampler: Sampler
     unfreezing: tuple[Unfreezing, ...] = ()
     resumed: Checkpoint | None = None
@@ -101,36 +104,35 @@ class Session:
         return [Phase(item.step, stop, item.layers) for item, stop in zip(begins, stops, strict=True)]
 
     def enter(self, phase: Phase) -> Source:
-        """Unfreezes the layers of a phase, and opens the source for its steps."""
+        """Unfreezes the layers of a phase, and opens the source for its steps.
+
+        Frames are read if layers below the run's cut learn. The cut of the policy is then moved below the lowest layer
+        that learns, and the fast path computes what lies below it.
+        """
         self.unfreeze(phase.layers, phase.start)
-        return self.source_at(phase.start)
+        learning = tuple(layer for item in self.unfreezing if item.step <= phase.start for layer in item.layers)
+        policy, cut = self.policy, self.record.policy.cut
+        encoders = list(policy.encoders.values())
+        live = self.sources.plan.source == "live" or not above_cut(encoders, learning, cut)
+        frozen = frozen_cut(encoders, learning, cut) if live else None
+        source = self.sources.open(live=live)
+        if isinstance(policy, VisuomotorPolicy):
+            policy.obs_encoder.cut_at(frozen or cut)
+        precision = self.record.precision or "auto"
+        policy.frozen_trunks = (
+            {} if frozen is None else frozen_encoders(policy.encoders, policy.preprocessing, self.device, precision)
+        )
+        return source
 
     def unfreeze(self, layers: tuple[str, ...], step: int) -> None:
         """Unfreezes layers of the encoder from ``step`` on."""
         if layers:
             assert isinstance(self.policy, VisuomotorPolicy)
+            assert isinstance(self.learner, PolicyLearner)
             freeze = self.config.freeze if isinstance(self.config, FinetuneConfig) else None
             self.learner.learn("encoder", unfreeze(self.policy, layers, freeze), step)
             names, report = ", ".join(layers), self.policy.obs_encoder.parameter_report()
             logger.info("encoder layers trained from step %d on: %s; %s", step, names, report)
-
-    def source_at(self, step: int) -> Source:
-        """Opens the source for a step. With live frames, frozen layers run on the fast path."""
-        policy, cut = self.policy, self.record.policy.cut
-        live, frozen = self.sources.plan.source == "live", cut
-        learning = tuple(layer for item in self.unfreezing if item.step <= step for layer in item.layers)
-        if learning:
-            assert isinstance(policy, VisuomotorPolicy)
-            live, frozen = live or not above_cut(policy, learning, cut), frozen_cut(policy, learning) or ""
-        source = self.sources.open(live=live)
-        if isinstance(policy, VisuomotorPolicy):
-            policy.obs_encoder.cut_at(frozen if live and frozen else cut)
-        policy.frozen_trunks = self._frozen_trunks() if live and frozen else {}
-        return source
-
-    def _frozen_trunks(self) -> dict[str, FrozenEncoder]:
-        precision = self.record.precision or "auto"
-        return frozen_encoders(self.policy.encoders, self.policy.preprocessing, self.device, precision)
 
     @property
     def measurable(self) -> bool:
@@ -139,13 +141,15 @@ class Session:
 
     def measure(self) -> ActionError:
         """Measures the held-out action error of the current policy."""
-        valid, source, policy = self.splits[1], self.sources.current, self.learner.policy
+        valid, source, policy = self.splits[1], self.sources.current, self.policy
         assert valid is not None
         assert source is not None
         most = self.config.saving.eval_windows
+        # robomimic's policies keep a state while acting; in a window they start afresh.
+        predict = policy.predict if isinstance(policy, RobomimicPolicy) else policy.act
         policy.eval()
         try:
-            return evaluate(policy, source, len(valid), self.data.mean_action, device=self.device, most=most)
+            return evaluate(predict, source, len(valid), self.data.mean_action, device=self.device, most=most)
         finally:
             policy.train()
 
@@ -157,7 +161,7 @@ class Trainee(NamedTuple):
     encoders: Mapping[str, ImageEncoder]
     policy: VisuomotorPolicy | RobomimicPolicy
     splits: Splits
-    learner: Any
+    learner: Learner
     batch_size: int
 
 

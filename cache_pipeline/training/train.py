@@ -34,7 +34,6 @@ from cache_pipeline.training.config import TrainConfig
 from cache_pipeline.training.data.run_data import (
     DemoChoice,
     RunData,
-    check_cameras,
     features_precision,
     open_cache_data,
     open_dataset_data,
@@ -86,7 +85,8 @@ def open_training(config: TrainConfig, run: Path) -> Session:
     bridge = robomimic_config(config) if config.robomimic else None
     before = read_record(run) if config.resume else None
     data = _open_data(config if bridge is None else _with_keys(config, bridge), before, run)
-    check_cameras(data.cameras)
+    if not data.cameras:
+        raise ConfigError("no cameras are chosen; name at least one with --cameras")
     tell_choice(data)
     if before is not None:
         check_resumed(before, run, config, data)
@@ -94,7 +94,6 @@ def open_training(config: TrainConfig, run: Path) -> Session:
     else:
         spec, encoders = _new_policy(config, bridge, data)
     trainee = (_own_trainee if bridge is None else _robomimic_trainee)(config, spec, encoders, data, device)
-    live = data.cache is None or config.source == "live"
     session = assemble(
         config,
         device,
@@ -102,13 +101,13 @@ def open_training(config: TrainConfig, run: Path) -> Session:
         trainee,
         before,
         frames=lambda: data,
-        precision=resolve_precision(config.precision, device) if live else features_precision(data),
+        precision=resolve_precision(config.precision, device) if config.live else features_precision(data),
         views=_views(config, data),
         unfreezing=() if config.freeze_encoder else (Unfreezing(0, (ALL,)),),
     )
     if before is not None:
         return continued(session, read_checkpoint(find_checkpoint(run, latest=True)[1]))
-    source = session.sources.open(live=live)
+    source = session.sources.open(live=config.live)
     if isinstance(trainee.policy, RobomimicPolicy):
         fit_robomimic(trainee.policy, data.rows, source)
     else:

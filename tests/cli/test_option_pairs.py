@@ -373,7 +373,7 @@ def _allowed(words, name, beside):
         ("finetune --checkpoint r --live-encoder --from-cache c", "--live-encoder has no effect: --from-cache reads"),
         ("finetune --checkpoint r --live-encoder --unfreeze all --unfreeze-schedule all@3", "--unfreeze has no effect"),
         ("finetune --checkpoint r --from-cache c --source live", "give only --live-encoder"),
-        ("finetune --checkpoint r --live-encoder --source streamed", "source streamed reads a frontier cache"),
+        ("finetune --checkpoint r --live-encoder --source streamed", "source streamed reads a cache"),
         ("verify c --integrity --rows 3", "--rows has no effect: --integrity reads"),
         ("verify c --integrity --dataset d", "--dataset has no effect"),
         ("bench encode load --batch-size 8", "--batch-size has no effect: only train"),

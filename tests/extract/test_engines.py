@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 from cache_fakes import CAMERA, OVERFLOWING, SLOW, extract, outputs
-from fakes import make_dataset
 
 from cache_pipeline.cache.integrity import check_integrity
 from cache_pipeline.cache.manifest import MANIFEST
@@ -17,24 +16,6 @@ from cache_pipeline.errors import UnitsFailedError
 from cache_pipeline.extract import processes
 
 TESTS = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("engines") / "demos.hdf5", lengths=(17, 30, 9, 21))
-
-
-@pytest.fixture(scope="module")
-def whole(dataset, tmp_path_factory):
-    """What one process makes."""
-    out = tmp_path_factory.mktemp("whole") / "whole.zarr"
-    extract(out, dataset, views=2)
-    return outputs(out)
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "cache.zarr"
 
 
 @pytest.fixture

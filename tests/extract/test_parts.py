@@ -5,7 +5,6 @@ import time
 
 import pytest
 from cache_fakes import CAMERA, SLOW, config, extract, outputs
-from fakes import make_dataset
 from typer.testing import CliRunner
 
 from cache_pipeline.cache.compact import compact
@@ -19,23 +18,6 @@ from cache_pipeline.extract.parts import Part, part_of_job
 from cache_pipeline.extract.prepare import prepare
 
 SLURM = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_MIN": "5", "SLURM_ARRAY_TASK_COUNT": "4"}
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("parts") / "demos.hdf5", lengths=(17, 30, 9, 21))
-
-
-@pytest.fixture(scope="module")
-def whole(dataset, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "whole.zarr"
-    extract(out, dataset, views=2)
-    return outputs(out)
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "cache.zarr"
 
 
 @pytest.mark.parametrize("order", [(1, 2, 3), (3, 1, 2)])

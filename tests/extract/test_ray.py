@@ -8,7 +8,6 @@ import time
 
 import pytest
 from cache_fakes import CAMERA, OVERFLOWING, SLOW, extract, outputs
-from fakes import make_dataset
 
 from cache_pipeline.cache.integrity import check_integrity
 from cache_pipeline.cache.manifest import MANIFEST
@@ -28,26 +27,15 @@ def cluster():
     ray.shutdown()
 
 
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("ray") / "demos.hdf5", lengths=(17, 30, 9, 21))
-
-
-@pytest.fixture
-def out(tmp_path):
-    return tmp_path / "cache.zarr"
-
-
-def test_ray_gives_the_cache_of_one_process(cluster, dataset, out):
-    extract(out.with_name("whole.zarr"), dataset, views=2)
+def test_ray_gives_the_cache_of_one_process(cluster, dataset, out, whole):
     result = extract(out, dataset, views=2, engine="ray", workers=2)
-    assert outputs(out) == outputs(out.with_name("whole.zarr"))
+    assert outputs(out) == whole
     assert check_integrity(out).ok
     assert min(result.read_s, result.encode_s, result.write_s) > 0
     assert extract(out, dataset, views=2, engine="ray").units_encoded == 0
 
 
-def test_a_killed_actor_is_started_again_by_ray(cluster, dataset, out, monkeypatch):
+def test_a_killed_actor_is_started_again_by_ray(cluster, dataset, out, whole, monkeypatch):
     take, killed = ray_actors._Pool._take, []
 
     def kill_first(self, *args):
@@ -57,10 +45,9 @@ def test_a_killed_actor_is_started_again_by_ray(cluster, dataset, out, monkeypat
             cluster.kill(self._actors[0], no_restart=False)
 
     monkeypatch.setattr(ray_actors._Pool, "_take", kill_first)
-    extract(out.with_name("whole.zarr"), dataset, views=2)
     extract(out, dataset, views=2, engine="ray", workers=1)
     assert killed
-    assert outputs(out) == outputs(out.with_name("whole.zarr"))
+    assert outputs(out) == whole
 
 
 def test_a_unit_that_fails_three_times_is_named_and_the_others_are_done(cluster, dataset, out):

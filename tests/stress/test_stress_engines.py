@@ -10,7 +10,6 @@ import time
 
 import pytest
 from cache_fakes import extract, outputs
-from fakes import make_dataset
 from killed import CONTEXT
 
 from cache_pipeline.cache.integrity import check_integrity
@@ -20,18 +19,6 @@ from cache_pipeline.extract import processes
 pytestmark = [pytest.mark.stress, pytest.mark.timeout(7200), pytest.mark.filterwarnings("default")]
 
 KILLS = int(os.environ.get("STRESS_ENGINE_KILLS", "20"))
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    return make_dataset(tmp_path_factory.mktemp("stress") / "demos.hdf5", lengths=(17, 30, 9, 21))
-
-
-@pytest.fixture(scope="module")
-def whole(dataset, tmp_path_factory):
-    out = tmp_path_factory.mktemp("whole") / "whole.zarr"
-    extract(out, dataset, views=2)
-    return outputs(out)
 
 
 def run(out, dataset, options):

@@ -359,8 +359,7 @@ def test_augmented_fine_tuning_needs_no_crop_and_changes_what_is_learned(base: P
     ],
 )
 def test_what_lies_below_all_that_learns_is_frozen(base: Path, layers: tuple[str, ...], cut: str | None) -> None:
-    policy = load_policy(base)
-    assert frozen_cut(policy, layers) == cut
+    assert frozen_cut(load_policy(base).encoders.values(), layers, "avgpool") == cut
 
 
 def test_a_frozen_trunk_gives_the_loss_and_the_gradient_of_the_whole_encoder(base: Path, dataset: Path) -> None:

@@ -10,7 +10,7 @@ from cache_pipeline.errors import ConfigError
 from cache_pipeline.policies.batch import Batch, masked_mean
 from cache_pipeline.policies.draws import Draws, normal
 from cache_pipeline.training.update.distributed import ALONE
-from cache_pipeline.training.update.gradients import BatchGradient, cut
+from cache_pipeline.training.update.gradients import BatchGradient, parts_of
 
 
 class Shifted(nn.Module):
@@ -63,7 +63,7 @@ def test_a_window_that_does_not_fit_by_itself_is_refused() -> None:
 
 def test_parts_cover_every_window_once() -> None:
     for count in range(1, 8):
-        parts = list(cut(batch(), count))
+        parts = parts_of(5, count)
         assert [part.start for part in parts[1:]] == [part.stop for part in parts[:-1]]
         assert (parts[0].start, parts[-1].stop) == (0, 5)
         assert len(parts) <= count

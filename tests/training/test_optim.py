@@ -9,9 +9,9 @@ from torch import nn
 
 from cache_pipeline.errors import CheckpointError
 from cache_pipeline.training.config import OptimConfig
-from cache_pipeline.training.update.optimizer import AveragedWeights, Optimizer, Part, schedule
+from cache_pipeline.training.update.optimizer import AveragedWeights, Component, Optimizer, schedule
 
-RATES: dict[Part, float] = {"policy": 0.1, "encoder": 0.01}
+RATES: dict[Component, float] = {"policy": 0.1, "encoder": 0.01}
 
 
 def stepped(model: nn.Module, max_norm: float | None) -> list[torch.Tensor]:

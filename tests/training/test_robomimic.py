@@ -156,7 +156,7 @@ def test_batches_equal_those_of_sequence_dataset_over_the_exported_features(
     )
     items = [reference[index] for index in range(len(reference))]
     assert len(items) == windows
-    policy = session.learner.policy.robomimic  # type: ignore[attr-defined]
+    policy = session.policy
     groups = ("obs", "next_obs") if name == "iql" else ("obs",)
     for group in groups:
         assert set(ours[group]) == set(keys)
@@ -174,7 +174,7 @@ def test_normalisation_equals_that_of_sequence_dataset(cache: Path, tmp_path: Pa
     from robomimic.utils.dataset import SequenceDataset
 
     session = open_training(config(tmp_path / "run", cache, small(tmp_path / "mine.json", "bc")), tmp_path / "run")
-    policy = session.learner.policy.robomimic  # type: ignore[attr-defined]
+    policy = session.policy
     keys = {**{key: key for key in LOW_DIM}, **{camera: feature_key(camera) for camera in CAMERAS}}
     export_robomimic(cache, tmp_path / "features.hdf5")
     obs_utils.initialize_obs_modality_mapping_from_dict({"low_dim": list(keys.values())})
@@ -365,7 +365,7 @@ def test_rl_without_rewards_is_refused_before_any_work(tmp_path: Path) -> None:
 def test_maps_below_the_pooling_enter_flat(frontier: Path, tmp_path: Path) -> None:
     session = open_training(config(tmp_path / "run", frontier, small(tmp_path / "mine.json", "bc")), tmp_path / "run")
     shape = FeatureCache(frontier).cameras[CAMERAS[0]].feature_shape
-    policy = session.learner.policy.robomimic  # type: ignore[attr-defined]
+    policy = session.policy
     assert len(shape) == 3
     assert policy.shapes[CAMERAS[0]] == (int(np.prod(shape)),)
     batch = next(session.enter(session.phases()[0]).batches(session.sampler.plans(0, 1)))

@@ -151,7 +151,7 @@ def test_a_step_in_bfloat16_computes_all_layers_in_it_and_acting_in_float32(
     for copies in (True, False):
         monkeypatch.setattr(gradients, "uses_copies", lambda policy, copies=copies: copies)
         session = open_training(config(tmp_path / "run", cache, precision="bf16"), tmp_path / "run")
-        policy, doing = session.learner.policy, "loss"
+        policy, doing = session.policy, "loss"
 
         def note(module: Any, args: Any, output: torch.Tensor) -> None:
             seen[doing].add(output.dtype)  # noqa: B023
@@ -174,7 +174,7 @@ def test_the_flags_of_a_precision_hold_in_the_forward_and_backward_pass(
     """As on CUDA: the flags are the process's, whatever device computes."""
     session = open_training(config(tmp_path / "run", cache), tmp_path / "run")
     learner, seen = session.learner, {}
-    policy = learner.policy
+    policy = session.policy
     policy.precision = choice
     on_cuda = precision.computing_in
     for module in ("cache_pipeline.training.update.learner", "cache_pipeline.policies.visuomotor"):

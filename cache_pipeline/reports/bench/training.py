@@ -32,7 +32,7 @@ from cache_pipeline.runs.checkpoint import find_checkpoint
 from cache_pipeline.training.config import FinetuneConfig, OptimConfig, TrainConfig
 from cache_pipeline.training.data.streamed import POOLS_IN_MEMORY
 from cache_pipeline.training.finetune import open_finetuning
-from cache_pipeline.training.session import Session
+from cache_pipeline.training.session import Learner, Session
 from cache_pipeline.training.train import open_training
 from cache_pipeline.training.train import train as train_run
 from cache_pipeline.training.update.learner import PolicyLearner
@@ -180,6 +180,7 @@ def _robomimic(setup: BenchSetup, *, frozen: bool) -> Work:
         device=torch.device(setup.device),
     )
     if not frozen:
+        assert isinstance(session.learner, PolicyLearner)
         session.learner.learn("encoder", ((f"peer.{name}", value) for name, value in peer.named_parameters()))
     return _updates(session.learner, peer.batches(), setup.live_steps)
 
@@ -230,13 +231,13 @@ def _batches(session: Session) -> Iterator[Batch]:
     return session.enter(session.phases()[0]).batches(session.sampler.plans(0, UNLIMITED))
 
 
-def _steps(learner: PolicyLearner, batches: Iterator[Batch], steps: int) -> Work:
+def _steps(learner: Learner, batches: Iterator[Batch], steps: int) -> Work:
     """Runs ``steps`` updates at a time, with retained memory as in the training loop."""
     with retained_memory():
         yield from _updates(learner, batches, steps)
 
 
-def _updates(learner: PolicyLearner, batches: Iterator[Batch], steps: int) -> Work:
+def _updates(learner: Learner, batches: Iterator[Batch], steps: int) -> Work:
     for start in count(0, steps):
         for number in range(start, start + steps):
             loss = learner.step(next(batches), number)

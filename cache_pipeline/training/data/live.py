@@ -40,11 +40,11 @@ class DemoFrames(NamedTuple):
         return sum(self.dataset.demos[demo].length for demo in self.demos)
 
     def read(self, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
-        """Reads the frames (n,H,W,3) of ``rows`` (n,), which may repeat."""
+        """Reads the frames (…,H,W,3) of ``rows`` (…), which may repeat."""
         held, inverse = np.unique(rows, return_inverse=True)
         cuts = np.flatnonzero((np.diff(held) > 1) | (np.diff(self._place(held)) > 0)) + 1
         runs = [(int(run[0]), len(run)) for run in np.split(held, cuts) if len(run)]
-        return self.dataset.gather(camera, [self._segment(*run) for run in runs])[inverse.ravel()]
+        return self.dataset.gather(camera, [self._segment(*run) for run in runs])[inverse.reshape(rows.shape)]
 
     def load(self, camera: str, device: torch.device) -> Tensor:
         """Loads all frames, (N,H,W,3) uint8, to the device, part by part."""
@@ -105,8 +105,7 @@ class LiveSource:
         split = self._splits[int(valid)]
         assert split is not None
         for plan, frames in self._frames.batches(plans, split):
-            rows, actions, mask = split.gather(plan)
-            yield Batch({**frames, **split.low_dim(rows)}, actions, mask)
+            yield split.batch(plan, frames)
 
     def frames_of(self, camera: str, rows: NDArray[np.int64]) -> NDArray[np.uint8]:
         """Returns the frames (n,H,W,3) of packed rows (n,)."""
@@ -151,11 +150,4 @@ class _ReadAheadFrames:
 
     def _read(self, plan: Plan, split: SplitRows) -> dict[str, Tensor]:
         rows = split.obs_rows[plan.windows]
-        return {
-            camera: _unflatten(torch.from_numpy(self._source.read(camera, rows.ravel())), rows.shape)
-            for camera in self._cameras
-        }
-
-
-def _unflatten(values: Tensor, shape: Sequence[int]) -> Tensor:
-    return values.view(*shape, *values.shape[1:])
+        return {camera: torch.from_numpy(self._source.read(camera, rows)) for camera in self._cameras}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-SHARE = 0.5
+HALF = 0.5
 CGROUP, OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 # Data are loaded through a buffer of this fraction of their size, within these bounds in bytes.
 PIECES = 32
@@ -21,13 +21,13 @@ def memory_budget(device: torch.device, max_memory: int | None) -> int:
     if max_memory is not None:
         return max_memory
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * SHARE)
+        return int(torch.cuda.mem_get_info(device)[0] * HALF)
     return host_budget()
 
 
 def host_budget() -> int:
     """Returns half of the free host memory in bytes, divided by the ``torchrun`` processes on this machine."""
-    return int(_free_host_memory() * SHARE) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return int(_free_host_memory() * HALF) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def fits(needed: int, budget: int) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from cache_pipeline.policies.batch import Batch
 from cache_pipeline.training.data.memory import piece_rows
 from cache_pipeline.training.data.sampler import Plan
-from cache_pipeline.training.data.source import CachedRows, Splits, take_rows
+from cache_pipeline.training.data.source import CachedRows, Splits, take_rows, view_rows
 
 
 class ResidentSource:
@@ -27,19 +27,16 @@ class ResidentSource:
 
     def __init__(self, rows: CachedRows, splits: Splits, device: torch.device) -> None:
         self._splits, self._device = splits, device
-        self._n, self._views = len(rows.numbers), rows.views
+        self._n = len(rows.numbers)
         self._features = {camera: _load(rows, camera, device) for camera in rows.cameras}
 
     def batches(self, plans: Iterable[Plan], *, valid: bool = False) -> Generator[Batch, None, None]:
         split = self._splits[int(valid)]
         assert split is not None
         for plan in plans:
-            rows, actions, mask = split.gather(plan)
-            places = rows
-            if self._views > 1 and plan.views.any():
-                places = rows + torch.from_numpy(plan.views * self._n).to(self._device, non_blocking=True)[:, None]
+            places = torch.from_numpy(view_rows(plan, split.obs_rows, self._n)).to(self._device, non_blocking=True)
             features = {camera: take_rows(values, places).float() for camera, values in self._features.items()}
-            yield Batch({**features, **split.low_dim(rows)}, actions, mask)
+            yield split.batch(plan, features)
 
     def features_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
         chosen = torch.from_numpy(rows).to(self._device)

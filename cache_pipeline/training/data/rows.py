@@ -7,24 +7,19 @@ order are the same for a cache and for its source files.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.table import demo_files, names
 from cache_pipeline.demos.split import Split, split_demos
 from cache_pipeline.demos.windows import Windows, WindowSpec, make_windows
 from cache_pipeline.errors import ConfigError, available
 
-
-class _DemoList(Protocol):
-    @property
-    def demos(self) -> Sequence[Any]: ...
-    @property
-    def masks(self) -> dict[str, tuple[int, ...]]: ...
-    @property
-    def absent(self) -> dict[str, tuple[str, ...]]: ...
+if TYPE_CHECKING:
+    from cache_pipeline.demos.dataset import Dataset
 
 
 class RunRows(NamedTuple):
@@ -59,7 +54,7 @@ class RunRows(NamedTuple):
         return make_windows(starts[chosen], self.lengths[chosen], spec) if len(starts[chosen]) else None
 
 
-def chosen_split(data: _DemoList, filter_key: str | None, valid_key: str | None, seed: int) -> Split:
+def chosen_split(data: FeatureCache | Dataset, filter_key: str | None, valid_key: str | None, seed: int) -> Split:
     """Splits the demos of a cache or dataset; raises DatasetError as ``split_demos`` does."""
     several = len({demo.file for demo in data.demos}) > 1
     names = [f"{demo.name} of file {demo.file}" if several else demo.name for demo in data.demos]
@@ -84,15 +79,15 @@ def choose_keys(asked: Sequence[str] | None, there: Sequence[str], what: str) ->
     return tuple(dict.fromkeys(asked))
 
 
-def cache_row_numbers(cache: Any, split: Split) -> NDArray[np.int64]:
+def cache_row_numbers(cache: FeatureCache, split: Split) -> NDArray[np.int64]:
     """Returns (N,) the cache row of every packed row."""
     chosen = np.array([*split.train, *split.valid], np.int64)
     starts, counts = cache.starts[chosen], cache.lengths[chosen]
     return np.arange(counts.sum()) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
 
 
-def rows_of_cache(cache: Any, split: Split, low_dim_keys: Sequence[str]) -> RunRows:
-    """Reads the rows of a FeatureCache."""
+def rows_of_cache(cache: FeatureCache, split: Split, low_dim_keys: Sequence[str]) -> RunRows:
+    """Reads the rows of a cache."""
     chosen = [*split.train, *split.valid]
     numbers = cache_row_numbers(cache, split)
     files, called = demo_files(cache.demos).tolist(), names(cache.demos)
@@ -107,8 +102,8 @@ def rows_of_cache(cache: Any, split: Split, low_dim_keys: Sequence[str]) -> RunR
     )
 
 
-def rows_of_dataset(dataset: Any, split: Split, low_dim_keys: Sequence[str]) -> RunRows:
-    """Reads the rows of a Dataset."""
+def rows_of_dataset(dataset: Dataset, split: Split, low_dim_keys: Sequence[str]) -> RunRows:
+    """Reads the rows of a dataset."""
     numbers = (*split.train, *split.valid)
     read = [dataset.rows(number) for number in numbers]
 

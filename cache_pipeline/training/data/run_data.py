@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -217,9 +217,3 @@ def _split(data: Any, names: DemoChoice, contents: Contents, shapes: DataShapes)
     for warning in split.warnings:
         logger.warning("%s", warning)
     return split, contents.digests((*split.train, *split.valid))
-
-
-def check_cameras(cameras: Mapping[str, Any]) -> None:
-    """Raises ConfigError if no camera is chosen, since nothing would be encoded."""
-    if not cameras:
-        raise ConfigError("no cameras are chosen; name at least one with --cameras")

@@ -56,7 +56,7 @@ class Sampler:
 
     Args:
         windows: number of windows in the train split.
-        batch_size: B.
+        batch_size: B, over all processes.
         seed: of the order and of the views.
         views: number of views to draw from; 1 means the clean one alone. In block order one view is drawn per block.
         blocks: sizes of the block order; None for a full shuffle.
@@ -66,23 +66,15 @@ class Sampler:
         self, windows: int, batch_size: int, seed: int, *, views: int = 1, blocks: BlockOrder | None = None
     ) -> None:
         assert windows > 0
-        self._n, self._batch, self._seed, self._views, self._blocks = windows, batch_size, seed, views, blocks
+        self.batch_size = batch_size
+        self._n, self._seed, self._views, self._blocks = windows, seed, views, blocks
         self._epochs: dict[int, _Epoch] = {}
-
-    @property
-    def batch_size(self) -> int:
-        """B, over all processes."""
-        return self._batch
-
-    @property
-    def pools_per_epoch(self) -> int:
-        return 1 if self._blocks is None else -(-self._n // self._pool_windows)
 
     def plan(self, step: int) -> Plan:
         """Returns the samples of ``step``."""
-        first = step * self._batch
+        first = step * self.batch_size
         windows, views = [], []
-        at, stop = first, first + self._batch
+        at, stop = first, first + self.batch_size
         while at < stop:
             epoch, offset = divmod(at, self._n)
             take = slice(offset, min(self._n, offset + stop - at))
@@ -91,7 +83,7 @@ class Sampler:
             views.append(drawn.views[take])
             at += take.stop - take.start
         epoch, offset = divmod(first, self._n)
-        pool = epoch * self.pools_per_epoch + (offset // self._pool_windows if self._blocks else 0)
+        pool = epoch * -(-self._n // self._pool_windows) + offset // self._pool_windows
         return Plan(step, np.concatenate(windows), np.concatenate(views), pool)
 
     def plans(self, start: int, stop: int) -> Iterator[Plan]:
@@ -100,8 +92,7 @@ class Sampler:
 
     @property
     def _pool_windows(self) -> int:
-        assert self._blocks is not None
-        return self._blocks.pool // self._blocks.block * self._blocks.block
+        return self._n if self._blocks is None else self._blocks.pool // self._blocks.block * self._blocks.block
 
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:

@@ -1,4 +1,4 @@
-"""Shared code of all sources: turns the plan of a step into its batch, and gathers all but the features."""
+"""Shared code of all sources: turns the plan of a step into its batch, of which a source gives the features."""
 
 from __future__ import annotations
 
@@ -30,20 +30,6 @@ class Source(Protocol):
     def features_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
         """Returns clean features at the cut for packed rows, ``{camera: (n, …)}`` on the CPU, for statistics."""
         ...
-
-
-class Gathered(NamedTuple):
-    """A batch without its obs.
-
-    Attributes:
-        obs_rows: (B,To) packed rows whose obs belong to the batch.
-        actions: (B,Ta,A).
-        mask: (B,Ta).
-    """
-
-    obs_rows: Tensor
-    actions: Tensor
-    mask: Tensor
 
 
 class CachedRows(NamedTuple):
@@ -80,29 +66,19 @@ class SplitRows:
         self._action_rows = torch.from_numpy(windows.action_rows).to(device)
         self._mask = torch.from_numpy(windows.action_mask).to(device)
         self._actions = torch.from_numpy(rows.actions).to(device)
-        self._shapes = {key: values.shape[1:] for key, values in rows.low_dim.items()}
-        self._widths = [int(np.prod(shape, dtype=np.int64)) for shape in self._shapes.values()]
-        flat = [values.reshape(len(values), -1) for values in rows.low_dim.values()]
-        self._low_dim = torch.from_numpy(np.concatenate(flat, axis=1)).to(device) if flat else None
+        self._low_dim = {key: torch.from_numpy(values).to(device) for key, values in rows.low_dim.items()}
         self._device = device
 
     def __len__(self) -> int:
         return len(self.obs_rows)
 
-    def gather(self, plan: Plan) -> Gathered:
-        """Gathers the batch of a plan without its obs."""
+    def batch(self, plan: Plan, features: dict[str, Tensor]) -> Batch:
+        """Returns the batch of a plan: ``features``, and the low-dim obs, actions and mask of its windows."""
         windows = torch.from_numpy(plan.windows).to(self._device, non_blocking=True)
-        obs_rows = self._obs_rows.index_select(0, windows)
+        rows = self._obs_rows.index_select(0, windows)
+        low_dim = {key: take_rows(values, rows) for key, values in self._low_dim.items()}
         actions = take_rows(self._actions, self._action_rows.index_select(0, windows))
-        return Gathered(obs_rows, actions, self._mask.index_select(0, windows))
-
-    def low_dim(self, rows: Tensor) -> dict[str, Tensor]:
-        """Key → low-dim obs (B,To,…) of packed rows (B,To)."""
-        if self._low_dim is None:
-            return {}
-        parts = torch.split(take_rows(self._low_dim, rows), self._widths, dim=-1)
-        shapes = self._shapes.items()
-        return {key: part.reshape(*rows.shape, *shape) for (key, shape), part in zip(shapes, parts, strict=True)}
+        return Batch({**features, **low_dim}, actions, self._mask.index_select(0, windows))
 
 
 def take_rows(values: Tensor, rows: Tensor) -> Tensor:

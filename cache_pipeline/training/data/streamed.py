@@ -55,16 +55,12 @@ class StreamedSource:
             while (pool := coming.result()) is not None:
                 coming = reader.submit(self._read_next, groups, split)
                 for plan, places in zip(pool.plans, pool.places, strict=True):
-                    yield self._batch(split, plan, places, pool.features)
+                    features = {camera: take_rows(values, places).float() for camera, values in pool.features.items()}
+                    yield split.batch(plan, features)
                 del pool
 
     def features_of(self, rows: NDArray[np.int64]) -> dict[str, Tensor]:
         return {camera: torch.from_numpy(self._cache.features(camera, self._numbers[rows])) for camera in self._cameras}
-
-    def _batch(self, split: SplitRows, plan: Plan, places: Tensor, features: dict[str, Tensor]) -> Batch:
-        rows, actions, mask = split.gather(plan)
-        obs = {camera: take_rows(values, places).float() for camera, values in features.items()}
-        return Batch({**obs, **split.low_dim(rows)}, actions, mask)
 
     def _group(self, plans: Iterable[Plan], split: SplitRows) -> Iterator[list[Plan]]:
         """Groups consecutive plans of one pool; splits where their rows would exceed the pool's size."""

@@ -6,7 +6,6 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import reduce
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +17,6 @@ from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.training.update.distributed import Ranks
 
 logger = logging.getLogger("cache_pipeline")
-
-
-class Part(NamedTuple):
-    """Windows ``start`` to ``stop`` of a batch."""
-
-    batch: Batch
-    start: int
-    stop: int
 
 
 class BatchGradient:
@@ -78,30 +69,29 @@ class BatchGradient:
         losses = []
         try:
             with nullcontext() if self._weights is None else self._weights.applied():
-                for part in cut(batch, self.parts):
+                for part in parts_of(len(batch.actions), self.parts):
                     self._generator.set_state(state)
-                    losses.append(self._add(part, len(batch.actions), kept))
+                    losses.append(self._add(batch, part, kept))
         except torch.OutOfMemoryError:
             return None
         return reduce(torch.add, losses)
 
-    def _add(self, part: Part, size: int, kept: Tensor) -> Tensor:
-        """Adds the gradient of a part of a batch of ``size`` windows; its share of the loss, detached.
+    def _add(self, batch: Batch, part: slice, kept: Tensor) -> Tensor:
+        """Adds the gradient of a part of this process's share; returns its part of the loss, detached.
 
         Args:
             kept: number of unmasked action steps in the whole batch.
         """
-        loss = self._policy.loss(part.batch, self._share(part, size))
+        size, windows = len(batch.actions), batch.select(part)
+        before = self._ranks.rank * size
+        draws = Share(self._generator, before + part.start, before + part.stop, self._ranks.world * size)
+        loss = self._policy.loss(windows, draws)
         if self.parts > 1 or self._ranks.world > 1:
-            loss = loss * (part.batch.mask.sum() / kept)
+            loss = loss * (windows.mask.sum() / kept)
         torch.autograd.backward(self._scaled(loss))
         if self._weights is not None:
             self._weights.hand_over()
         return loss.detach()
-
-    def _share(self, part: Part, size: int) -> Share:
-        before = self._ranks.rank * size
-        return Share(self._generator, before + part.start, before + part.stop, self._ranks.world * size)
 
     def _shrink(self, size: int, parameters: Collection[nn.Parameter]) -> None:
         if self.parts >= size:
@@ -171,13 +161,7 @@ class LowPrecisionWeights:
             setattr(layer, name, parameter)
 
 
-def cut(batch: Batch, count: int) -> Iterator[Part]:
-    """``count`` parts of a batch, as equal as can be; fewer if it has fewer windows."""
-    size = len(batch.actions)
-    if count == 1:
-        yield Part(batch, 0, size)
-        return
+def parts_of(size: int, count: int) -> list[slice]:
+    """Divides ``size`` windows into ``count`` parts, as equal as can be; fewer parts if there are fewer windows."""
     length = -(-size // count)
-    for start in range(0, size, length):
-        stop = min(size, start + length)
-        yield Part(batch.select(slice(start, stop)), start, stop)
+    return [slice(start, min(size, start + length)) for start in range(0, size, length)]

@@ -1,10 +1,9 @@
-"""Learners: the training loop's interface to a policy and its optimiser, and the learner of flow, mlp and gmm."""
+"""Trains flow, mlp and gmm: the policy with its optimiser, its averaged weights and its random numbers."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,46 +16,9 @@ from cache_pipeline.runs.checkpoint import State
 from cache_pipeline.training.config import OptimConfig
 from cache_pipeline.training.update.distributed import current_ranks
 from cache_pipeline.training.update.gradients import BatchGradient
-from cache_pipeline.training.update.optimizer import AveragedWeights, Optimizer, Part
+from cache_pipeline.training.update.optimizer import AveragedWeights, Component, Optimizer
 
 GENERATOR = "generator"
-
-
-class ActingPolicy(Protocol):
-    """A policy that can be measured and rolled out."""
-
-    def act(self, obs: dict[str, Tensor], generator: torch.Generator | None = None) -> Tensor: ...
-
-    def eval(self) -> Any: ...
-
-    def train(self) -> Any: ...
-
-
-class Learner(Protocol):
-    """One trainable policy with its optimiser."""
-
-    def step(self, batch: Batch, number: int) -> Tensor:
-        """Makes update ``number``, counted from 0; the loss as a scalar on the device, detached."""
-        ...
-
-    def rates(self) -> dict[str, float]:
-        """Column of metrics.csv → the learning rate of the last update."""
-        ...
-
-    def averaged(self) -> Any:
-        """A context in which ``policy`` acts with the weights that rollouts will use."""
-        ...
-
-    @property
-    def policy(self) -> ActingPolicy: ...
-
-    def state(self) -> State:
-        """Returns the tensors of a checkpoint; they change with further steps."""
-        ...
-
-    def load(self, state: State) -> None:
-        """Loads the value of ``state``; raises CheckpointError if it does not fit."""
-        ...
 
 
 class PolicyLearner:
@@ -64,7 +26,7 @@ class PolicyLearner:
 
     Args:
         policy: the policy to train, with its precision set.
-        rates: peak learning rate of each part.
+        rates: peak learning rate of each component.
         steps: length of the schedule.
         seed: of the noise in the loss.
         accumulate: number of parts of a batch; it grows when memory runs out.
@@ -75,7 +37,7 @@ class PolicyLearner:
         policy: VisuomotorPolicy,
         optim: OptimConfig,
         *,
-        rates: Mapping[Part, float],
+        rates: Mapping[Component, float],
         steps: int,
         seed: int,
         device: torch.device,
@@ -90,25 +52,17 @@ class PolicyLearner:
         )
         self.learn("policy", policy.policy_parameters())
 
-    @property
-    def policy(self) -> VisuomotorPolicy:
-        return self._policy
-
-    @property
-    def generator(self) -> torch.Generator:
-        """The source of the loss's noise."""
-        return self._generator
-
-    def learn(self, part: Part, parameters: Iterable[tuple[str, nn.Parameter]], start: int = 0) -> None:
-        """Trains parameters from step ``start`` on, with the learning rate of ``part``."""
+    def learn(self, component: Component, parameters: Iterable[tuple[str, nn.Parameter]], start: int = 0) -> None:
+        """Trains parameters from step ``start`` on, with the learning rate of ``component``."""
         parameters = list(parameters)
         for _, parameter in parameters:
             parameter.requires_grad_(True)
-        self._optimizer.add(part, parameters, start)
+        self._optimizer.add(component, parameters, start)
         if self._average is not None:
             self._average.add(self._optimizer.parameters)
 
     def step(self, batch: Batch, number: int) -> Tensor:
+        """Makes update ``number``, counted from 0; returns the loss as a scalar on the device, detached."""
         with computing_in(self._policy.precision, self._device):
             loss = self._gradient(batch, self._optimizer.parameters.values())
         self._optimizer.step(number)
@@ -117,21 +71,25 @@ class PolicyLearner:
         return loss
 
     def rates(self) -> dict[str, float]:
+        """Returns column of metrics.csv → the learning rate of the last update."""
         names = {"policy": "training/lr", "encoder": "training/encoder_lr"}
-        return {names[part]: rate for part, rate in self._optimizer.current_rates().items()}
+        return {names[component]: rate for component, rate in self._optimizer.current_rates().items()}
 
     @contextmanager
     def averaged(self) -> Iterator[None]:
+        """Within, the policy has the averaged weights, with which it acts after training."""
         with self._average.applied() if self._average is not None else nullcontext():
             yield
 
     def state(self) -> State:
+        """Returns the tensors of a checkpoint; they change with further steps."""
         average = {} if self._average is None else self._average.tensors()
         return State(
             self._policy.tensors(), average, {**self._optimizer.tensors(), GENERATOR: self._generator.get_state()}
         )
 
     def load(self, state: State) -> None:
+        """Loads the value of ``state``; raises CheckpointError if it does not fit."""
         self._policy.load_tensors(state.model)
         if self._average is not None:
             self._average.load(state.ema)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from cache_pipeline.errors import CheckpointError
 from cache_pipeline.training.config import OptimConfig
 
-Part = Literal["policy", "encoder"]
+Component = Literal["policy", "encoder"]
 FUSED = ("cpu", "cuda")
 SCALE, GROWTH = "scaler/scale", "scaler/growth_tracker"
 RATE = "peak_rate/"
@@ -25,7 +25,7 @@ class Optimizer:
     In float16 the loss is scaled by ``torch.amp.GradScaler``, so that small gradients do not vanish.
 
     Args:
-        rates: peak learning rate of each part.
+        rates: peak learning rate of each component.
         steps: length of the schedule.
         precision: of the forward and backward pass.
     """
@@ -33,7 +33,7 @@ class Optimizer:
     def __init__(
         self,
         config: OptimConfig,
-        rates: Mapping[Part, float],
+        rates: Mapping[Component, float],
         steps: int,
         *,
         device: torch.device | None = None,
@@ -43,10 +43,11 @@ class Optimizer:
         self._warmup = min(config.warmup_steps, steps // 10)
         self._device = torch.device("cpu") if device is None else device
         self._scaler = torch.amp.GradScaler(self._device.type, enabled=precision == "fp16")
-        self._adamw: torch.optim.AdamW | None = None
+        self._adamw = torch.optim.AdamW([{"params": []}], fused=self._device.type in FUSED)
+        self._adamw.param_groups.clear()
         self.parameters: dict[str, nn.Parameter] = {}
 
-    def add(self, part: Part, parameters: Iterable[tuple[str, nn.Parameter]], start: int = 0) -> None:
+    def add(self, component: Component, parameters: Iterable[tuple[str, nn.Parameter]], start: int = 0) -> None:
         """Trains parameters from step ``start`` on; parameters that are already trained are unchanged.
 
         Their learning rate has a warm-up of its own from there: Adam's first steps are as large as the rate, however
@@ -59,17 +60,13 @@ class Optimizer:
             chosen = [parameter for parameter in fresh.values() if (parameter.dim() > 1) is decayed]
             decay = self._config.weight_decay if decayed else 0.0
             if chosen:
-                self._add_group({"params": chosen, "weight_decay": decay, "part": part, "start": start})
+                self._adamw.add_param_group(
+                    {"params": chosen, "weight_decay": decay, "component": component, "start": start}
+                )
 
-    def share(self, number: int, start: int = 0) -> float:
-        """Of the peak learning rate at step ``number``, counted from 0, of parameters trained from ``start`` on."""
-        share = schedule(number, self._steps, self._warmup, self._config.min_lr_ratio)
-        return share if start == 0 or self._warmup == 0 else share * min(1.0, (number - start + 1) / self._warmup)
-
-    def current_rates(self) -> dict[Part, float]:
-        """The learning rate of each part that is trained, as of the last step."""
-        groups = [] if self._adamw is None else self._adamw.param_groups
-        return {group["part"]: group["lr"] for group in reversed(groups)}
+    def current_rates(self) -> dict[Component, float]:
+        """The learning rate of each component that is trained, as of the last step."""
+        return {group["component"]: group["lr"] for group in reversed(self._adamw.param_groups)}
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss whose gradient :meth:`step` expects: ``loss`` itself but for float16."""
@@ -77,9 +74,11 @@ class Optimizer:
 
     def step(self, number: int) -> None:
         """Makes update ``number``, counted from 0; gradients are clipped before, and dropped after."""
-        assert self._adamw is not None
+        factor = schedule(number, self._steps, self._warmup, self._config.min_lr_ratio)
         for group in self._adamw.param_groups:
-            group["lr"] = self._rates[group["part"]] * self.share(number, group["start"])
+            late = group["start"] > 0 and self._warmup > 0
+            warmup = min(1.0, (number - group["start"] + 1) / self._warmup) if late else 1.0
+            group["lr"] = self._rates[group["component"]] * (factor * warmup)
         self._scaler.unscale_(self._adamw)
         if self._config.grad_clip is not None:
             self._clip(self._config.grad_clip)
@@ -88,14 +87,13 @@ class Optimizer:
         self._adamw.zero_grad(set_to_none=True)
 
     def tensors(self) -> dict[str, Tensor]:
-        """``<moment>/<parameter name>``, ``peak_rate/<part>`` and the state of the loss scale → tensor."""
-        state = {} if self._adamw is None else self._adamw.state
+        """``<moment>/<parameter name>``, ``peak_rate/<component>`` and the state of the loss scale → tensor."""
         found = {
             f"{moment}/{name}": value
             for name, parameter in self.parameters.items()
-            for moment, value in state.get(parameter, {}).items()
+            for moment, value in self._adamw.state.get(parameter, {}).items()
         }
-        found |= {f"{RATE}{part}": torch.tensor(rate, dtype=torch.float64) for part, rate in self._rates.items()}
+        found |= {f"{RATE}{name}": torch.tensor(rate, dtype=torch.float64) for name, rate in self._rates.items()}
         if self._scaler.is_enabled():
             scaler = self._scaler.state_dict()
             found |= {SCALE: torch.tensor(scaler["scale"]), GROWTH: torch.tensor(scaler["_growth_tracker"])}
@@ -103,10 +101,10 @@ class Optimizer:
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         """Loads the value of ``tensors`` for the parameters in training; raises CheckpointError on a mismatch."""
-        for part in self._rates:
-            if f"{RATE}{part}" not in tensors:
+        for component in self._rates:
+            if f"{RATE}{component}" not in tensors:
                 raise CheckpointError("the checkpoint is of an earlier version and cannot be resumed; start a new run")
-            self._rates[part] = float(tensors[f"{RATE}{part}"])
+            self._rates[component] = float(tensors[f"{RATE}{component}"])
         for name, parameter in self.parameters.items():
             if f"step/{name}" in tensors:
                 self._load_state(name, parameter, tensors)
@@ -122,14 +120,7 @@ class Optimizer:
         if self._device.type != "cpu" or not norm <= max_norm:
             nn.utils.clip_grads_with_norm_(learning, max_norm, norm)
 
-    def _add_group(self, group: dict[str, object]) -> None:
-        if self._adamw is None:
-            self._adamw = torch.optim.AdamW([group], fused=self._device.type in FUSED)
-        else:
-            self._adamw.add_param_group(group)
-
     def _load_state(self, name: str, parameter: nn.Parameter, tensors: Mapping[str, Tensor]) -> None:
-        assert self._adamw is not None
         # In the parameter's memory format, as a fused update needs it.
         state = {moment: torch.zeros_like(parameter) for moment in ("exp_avg", "exp_avg_sq")}
         state["step"] = torch.zeros((), device=parameter.device if self._device.type in FUSED else None)
@@ -142,7 +133,7 @@ class Optimizer:
 
 
 def schedule(step: int, steps: int, warmup: int, floor: float) -> float:
-    """Share of the peak learning rate at ``step``: a linear rise, then a cosine down to ``floor``."""
+    """Factor of the peak learning rate at ``step``: a linear rise, then a cosine down to ``floor``."""
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from fnmatch import fnmatch
 from typing import NamedTuple
 
@@ -58,13 +58,12 @@ def _names(text: str) -> tuple[str, ...]:
 def check_layers(policy: VisuomotorPolicy, unfreezing: tuple[Unfreezing, ...]) -> None:
     """Raises ConfigError for a layer that the encoder does not have."""
     for encoder in policy.obs_encoder.key_model_map.distinct():
-        layers = _layers(encoder)
-        for item in unfreezing:
-            for layer in item.layers:
-                if layer != ALL and layer not in layers:
-                    raise ConfigError(
-                        f"{encoder.architecture} has no layer {layer!r} to unfreeze; {available((ALL, *layers), layer)}"
-                    )
+        known = (ALL, *encoder.layers)
+        for layer in (layer for item in unfreezing for layer in item.layers):
+            if layer not in known:
+                raise ConfigError(
+                    f"{encoder.architecture} has no layer {layer!r} to unfreeze; {available(known, layer)}"
+                )
 
 
 def check_freeze(policy: VisuomotorPolicy, unfreezing: tuple[Unfreezing, ...], freeze: str | None) -> None:
@@ -84,21 +83,18 @@ def check_freeze(policy: VisuomotorPolicy, unfreezing: tuple[Unfreezing, ...], f
         raise OptionError(f"--freeze {freeze} leaves nothing of the encoder to learn; take train --from-cache for that")
 
 
-def above_cut(policy: VisuomotorPolicy, layers: tuple[str, ...], cut: str) -> bool:
+def above_cut(encoders: Iterable[ImageEncoder], layers: tuple[str, ...], cut: str) -> bool:
     """Whether features cached at ``cut`` stay valid while ``layers`` learn: all of them are above the cut."""
-    encoders = policy.obs_encoder.key_model_map.distinct()
-    return all(encoder.is_resnet and set(layers) <= set(head_stages(cut)) for encoder in encoders)
+    return not layers or all(encoder.is_resnet and set(layers) <= set(head_stages(cut)) for encoder in encoders)
 
 
-def frozen_cut(policy: VisuomotorPolicy, layers: tuple[str, ...]) -> str | None:
-    """The highest cut below which nothing learns while ``layers`` do; None if there is none."""
-    encoders = policy.obs_encoder.key_model_map.distinct()
-    if not all(encoder.is_resnet for encoder in encoders):
-        return encoders[0].cut if not layers and len({encoder.cut for encoder in encoders}) == 1 else None
-    if ALL in layers:
-        return None
+def frozen_cut(encoders: Iterable[ImageEncoder], layers: tuple[str, ...], cut: str) -> str | None:
+    """Returns the highest cut below which nothing learns while ``layers`` do: ``cut`` if no layer learns, None if the
+    lowest one does."""
     if not layers:
-        return CUTS[0]
+        return cut
+    if ALL in layers or not all(encoder.is_resnet for encoder in encoders):
+        return None
     below = STAGES[: min(STAGES.index(layer) for layer in layers)]
     return below[-1] if below and below[-1] in CUTS else None
 
@@ -108,8 +104,7 @@ def unfreeze(
 ) -> Iterator[tuple[str, nn.Parameter]]:
     """Unfreezes ``layers`` except parameters that match a pattern of ``freeze``; returns all that learn."""
     for encoder in policy.obs_encoder.key_model_map.distinct():
-        children = dict(encoder.net.named_children())
-        for module in [encoder] if ALL in layers else [children[layer] for layer in layers]:
+        for module in [encoder] if ALL in layers else [encoder.layers[layer] for layer in layers]:
             module.requires_grad_(True)
     patterns = _names(freeze) if freeze else ()
     for name, parameter in policy.encoder_parameters():
@@ -123,7 +118,3 @@ def unfreeze(
 def _inner(name: str) -> str:
     """A parameter's name within its encoder."""
     return name.split(".net.", 1)[-1]
-
-
-def _layers(encoder: ImageEncoder) -> list[str]:
-    return [name for name, child in encoder.net.named_children() if any(True for _ in child.parameters())]

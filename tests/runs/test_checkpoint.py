@@ -206,7 +206,7 @@ def test_values_that_are_not_finite_are_never_saved(
 def test_a_measurement_that_is_not_finite_is_one_line(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nothing = ActionError(float("nan"), (float("nan"),), 1.0, (1.0,), 1)
+    nothing = ActionError(float("nan"), (float("nan"),), 1.0)
     monkeypatch.setattr(session_module, "evaluate", lambda *args, **options: nothing)
     with pytest.raises(ConfigError, match="held-out action error is nan at step 3; no checkpoint was saved before"):
         train(config(tmp_path / "run", cache), progress=False)

@@ -116,7 +116,7 @@ def test_files_that_have_not_changed_are_not_read_to_be_known_again(
         raise AssertionError("frames are read")
 
     with monkeypatch.context() as patch:
-        patch.setattr(contents, "camera_frame_digests", fail)
+        patch.setattr(contents, "demo_digests", fail)
         train(replace(stopped, resume=True, steps=6), progress=False)
         with pytest.raises(AssertionError, match="frames are read"):
             train(replace(stopped, resume=True, deep=True), progress=False)
