@@ -53,7 +53,7 @@ def rollout(
     json: o.Json = False,
 ) -> None:
     """Run a policy in the environment that its dataset describes and count successes."""
-    from cache_pipeline.sim.rollout import RolloutConfig
+    from cache_pipeline.sim.config import RolloutConfig
     from cache_pipeline.sim.rollout import rollout as roll
 
     config = RolloutConfig(

@@ -29,7 +29,7 @@ from cache_pipeline.runs.metrics import fraction_of_mean_action, of_mean_action,
 from cache_pipeline.runs.policy import load_policy
 from cache_pipeline.runs.record import RunRecord, read_record
 from cache_pipeline.runs.summary import inspect_run
-from cache_pipeline.sim.rollout import ROLLOUTS
+from cache_pipeline.sim.results import ROLLOUTS
 from cache_pipeline.text import listed, shortened
 
 SHOWN_FRAMES = 6

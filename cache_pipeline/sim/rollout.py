@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.cache.manifest import ACTIONS
 from cache_pipeline.errors import CachePipelineError, ConfigError, counted, described
-from cache_pipeline.files import FileKind, check_output, digest, finite, numbered, output_file, read_json, write_json
-from cache_pipeline.progress import Progress, logger
+from cache_pipeline.files import check_output
+from cache_pipeline.progress import Progress
+from cache_pipeline.sim.config import RolloutConfig
 from cache_pipeline.sim.env_args import EnvArgs, read_env_args
 from cache_pipeline.sim.environment import Environment, Obs, Step
 from cache_pipeline.sim.history import ObsHistory
+from cache_pipeline.sim.results import ROLLOUT_JSON, Episode, RolloutResult, keep, result_file, settings_of, summarise
 from cache_pipeline.sim.video import side_by_side, video_format, write_video
 
 if TYPE_CHECKING:
@@ -29,15 +29,6 @@ if TYPE_CHECKING:
 DEFAULT_HORIZON = 400
 """Default steps of an episode, as for most tasks of robomimic; the config or ``env_args`` override it."""
 DEFAULT_FPS = 20
-ROLLOUTS = "rollouts"
-
-
-def _is_result(path: Path) -> bool:
-    value = read_json(path)
-    return isinstance(value, dict) and {"episodes", "successes", "records"} <= set(value)
-
-
-ROLLOUT_JSON = FileKind("a result that rollout wrote", _is_result)
 
 
 class ActingPolicy(Protocol):
@@ -77,78 +68,6 @@ class Simulation(Protocol):
     def reset(self, seed: int) -> Obs: ...
 
     def step(self, action: NDArray) -> Step: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """Options of ``rollout``."""
-
-    run: Path
-    """A run folder or one of its checkpoints."""
-    episodes: int = 20
-    seed: int = 0
-    """The initial state of episode i depends only on (seed, i)."""
-    horizon: int | None = None
-    """Largest number of steps of an episode; default: the horizon of ``env_args``, else 400."""
-    action_steps: int | None = None
-    """Actions of each chunk that are executed before the policy runs again; default: half of the chunk."""
-    video: Path | None = None
-    """Folder for one video per episode, the cameras side by side."""
-    videos: int = 3
-    """Number of episodes that are filmed, from the first one on."""
-    overwrite: bool = False
-    """Replace existing videos."""
-    env_args: Path | None = None
-    """JSON file or dataset with ``env_args``; overrides those of the run's dataset."""
-    encoder: str | None = None
-    """Factory of the run's custom encoder, ``file.py:factory``. A factory runs only if it is named here."""
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("episodes", "horizon", "action_steps", "videos"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; give at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; give 0 or more")
-
-
-class Episode(NamedTuple):
-    """Result of one episode."""
-
-    seed: int
-    success: bool
-    steps: int
-    seconds: float
-    video: str | None = None
-
-
-class RolloutResult(NamedTuple):
-    """Success rate of a policy; ``ci95`` is its 95 % Wilson interval."""
-
-    episodes: int
-    successes: int
-    success_rate: float
-    ci95: tuple[float, float]
-    seconds: float
-    records: tuple[Episode, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **self._asdict(),
-            "ci95": list(self.ci95),
-            "records": [episode._asdict() for episode in self.records],
-        }
-
-    def lines(self) -> list[str]:
-        """Returns the result as lines for a terminal."""
-        low, high = self.ci95
-        rate = f"{self.success_rate:.0%} (95% interval {low:.0%} to {high:.0%})"
-        videos = [f"video: {episode.video}" for episode in self.records if episode.video]
-        return [
-            f"success: {self.successes} of {counted(self.episodes, 'episode')}, {rate}, in {self.seconds:.0f} s",
-            *videos,
-        ]
 
 
 def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolicy | None = None) -> RolloutResult:
@@ -223,46 +142,6 @@ def _finished_videos_told(records: Sequence[Episode], folder: Path | None) -> It
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"no result was saved, and {stay}; {again}") from None
         raise CachePipelineError(f"{described(error, again)}; {stay}") from error
-
-
-def keep(result: RolloutResult, config: RolloutConfig, settings: Mapping[str, Any]) -> Path:
-    """Writes the result and its settings to ``RUN/rollouts/``, where ``report`` reads them."""
-    path = result_file(config, settings)
-    with output_file(path, ROLLOUT_JSON, overwrite=True) as partial:
-        write_json(partial, finite({**result.to_json(), "settings": dict(settings)}))
-    logger.info("result: %s", path)
-    return path
-
-
-def settings_of(config: RolloutConfig) -> dict[str, Any]:
-    """Returns what decides the result of a rollout, beside the seed and the number of episodes."""
-    from cache_pipeline.runs.checkpoint import find_checkpoint
-
-    return {
-        "checkpoint": find_checkpoint(config.run)[1].resolve().name,
-        "horizon": config.horizon,
-        "action_steps": config.action_steps,
-        "env_args": None if config.env_args is None else digest(repr(read_env_args(config.env_args)).encode()),
-    }
-
-
-def result_file(config: RolloutConfig, settings: Mapping[str, Any]) -> Path:
-    """Returns the path of the result file: ``seed_<seed>_<episodes>.json``, or ``…_2.json`` and so on.
-
-    A rollout with the same settings replaces its result; one with other settings gets the next free name.
-    """
-    from cache_pipeline.runs.checkpoint import find_checkpoint
-
-    first = find_checkpoint(config.run)[0] / ROLLOUTS / f"seed_{config.seed}_{config.episodes}.json"
-    return next(path for path in numbered(first) if not os.path.lexists(path) or _has(path, settings))
-
-
-def _has(path: Path, settings: Mapping[str, Any]) -> bool:
-    try:
-        value = read_json(path)
-    except (OSError, ValueError):
-        return False
-    return isinstance(value, dict) and value.get("settings") == settings
 
 
 def video_file(folder: Path, index: int, success: bool) -> Path:
@@ -362,28 +241,6 @@ def ask(policy: ActingPolicy, history: ObsHistory, device: str) -> NDArray[np.fl
 def episode_seed(seed: int, index: int) -> int:
     """Returns the environment's seed of episode ``index``."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-
-
-def summarise(records: list[Episode], seconds: float) -> RolloutResult:
-    """Computes the success rate of the episodes."""
-    successes = sum(record.success for record in records)
-    rate = successes / len(records)
-    return RolloutResult(
-        len(records), successes, rate, wilson_interval(successes, len(records)), seconds, tuple(records)
-    )
-
-
-def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
-    """Returns Wilson's score interval of a success rate (JASA 22, 1927), by default 95 %.
-
-    Unlike ±z·σ, it has a width above 0 for 0 successes.
-    """
-    assert 0 <= successes <= episodes, (successes, episodes)
-    rate = successes / episodes
-    centre = rate + z**2 / (2 * episodes)
-    spread = z * math.sqrt(rate * (1 - rate) / episodes + z**2 / (4 * episodes**2))
-    scale = 1 + z**2 / episodes
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
 
 
 @contextmanager

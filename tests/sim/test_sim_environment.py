@@ -14,9 +14,10 @@ import torch
 
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.sim.collect import CollectConfig, collect
+from cache_pipeline.sim.config import RolloutConfig
 from cache_pipeline.sim.environment import Environment
 from cache_pipeline.sim.opengl import find_opengl_backend
-from cache_pipeline.sim.rollout import RolloutConfig, rollout
+from cache_pipeline.sim.rollout import rollout
 from cache_pipeline.sim.tasks.lift import Phase, lift_action, lift_phase
 
 pytestmark = pytest.mark.sim

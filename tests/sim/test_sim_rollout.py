@@ -14,23 +14,18 @@ import torch
 
 from cache_pipeline.errors import CachePipelineError, ConfigError
 from cache_pipeline.sim import rollout as module
+from cache_pipeline.sim.config import RolloutConfig
 from cache_pipeline.sim.environment import Step
 from cache_pipeline.sim.history import ObsHistory
+from cache_pipeline.sim.results import Episode, keep, result_file, settings_of, summarise, wilson_interval
 from cache_pipeline.sim.rollout import (
-    Episode,
-    RolloutConfig,
     _seeded,
     ask,
     check_outputs,
     choose_environment,
     episode_seed,
-    keep,
-    result_file,
     rollout,
     run_episode,
-    settings_of,
-    summarise,
-    wilson_interval,
 )
 from cache_pipeline.sim.video import video_format
 
