@@ -13,6 +13,7 @@ LAYERS = {
     "text": -2,
     "errors": -1,  # below all, so that every other module may raise them
     "isolation": -1,
+    "factories": 0,
     "files": 0,
     "hdf5": 0,
     "memory": 0,

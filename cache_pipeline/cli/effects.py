@@ -135,7 +135,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
     # ``cache inspect`` has the same name and draws nothing.
     "inspect": (Rule(("overwrite",), lambda v: not v.get("views"), "no file is written without --views FILE"),),
     "probe": (Rule(("overwrite",), lambda v: not v["out"], "no file is written without --out FILE"),),
-    "rollout": (Rule(("videos", "overwrite"), lambda v: not v["video"], "no video is written without --video FOLDER"),),
+    "rollout": (
+        Rule(("videos", "overwrite"), lambda v: not v["video"], "no video is written without --video FOLDER"),
+        Rule(("env_args",), lambda v: v["env"], "--env makes the environment"),
+    ),
 }
 
 

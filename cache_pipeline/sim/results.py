@@ -99,6 +99,7 @@ def settings_of(config: RolloutConfig) -> dict[str, Any]:
     from cache_pipeline.runs.checkpoint import find_checkpoint
 
     return {
+        **({} if config.env is None else {"env": config.env}),
         "checkpoint": find_checkpoint(config.run)[1].resolve().name,
         "horizon": config.horizon,
         "action_steps": config.action_steps,

@@ -40,6 +40,7 @@ SAMPLES: dict[str, list[str]] = {
     "workers": ["--workers", "2"],
     "action_steps": ["--action-steps", "2"],
     "demos": ["--demos", "3"],
+    "env": ["--env", "envs.py:make"],
     "env_args": ["--env-args", "env.json"],
     "episodes": ["--episodes", "3"],
     "horizon": ["--horizon", "9"],
