@@ -47,6 +47,10 @@ class WorkerProcess:
             )
         self.connection = Connection(ours.detach())
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def end(self) -> int:
         """Ends the process, which follows from the closed pipe, and returns its exit code."""
         self.connection.close()

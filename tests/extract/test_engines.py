@@ -14,7 +14,7 @@ from fakes import make_dataset
 from cache_pipeline.cache.integrity import check_integrity
 from cache_pipeline.cache.manifest import MANIFEST
 from cache_pipeline.errors import UnitsFailedError
-from cache_pipeline.extract import processes
+from cache_pipeline.extract import lifeline, processes
 
 TESTS = Path(__file__).parents[1]
 
@@ -69,7 +69,7 @@ def test_the_units_of_a_killed_worker_are_made_by_others(dataset, out, whole, st
         done(self, worker, job)
         if not killed:
             killed.append(worker)
-            worker._process.kill()
+            os.kill(worker._process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(processes._Pool, "_on_done", kill_the_first)
     extract(out, dataset, views=2, workers=2)
@@ -93,7 +93,7 @@ def test_a_unit_that_fails_three_times_is_set_aside_and_named_and_the_others_are
 
 
 def test_a_worker_that_always_dies_ends_in_one_line(dataset, out, monkeypatch):
-    monkeypatch.setattr(processes, "_START", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(lifeline, "_START", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(UnitsFailedError, match=r"worker \d on cpu was killed, .* no worker is left; finished"):
         extract(out, dataset, workers=2)
     assert extract(out, dataset).units_encoded > 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -84,36 +83,3 @@ def played(
 
 def one(env: Any, policy: Any, **options: Any) -> Episode:
     return played([env], policy, **options)[0][0]
-
-
-class Walk:
-    """A point that actions move, with noise of the seed; small differences of actions grow tenfold at each step.
-
-    It is a gymnasium environment too. Success depends on the last bits of the actions.
-    """
-
-    action_space = None
-
-    def __init__(self, size: int = 8, length: int = 12, busy_s: float = 0.0) -> None:
-        self.size, self.length, self.busy_s = size, length, busy_s
-
-    def reset(self, *, seed: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        self.random = np.random.default_rng(seed)
-        self.place, self.steps = self.random.normal(size=3), 0
-        return self._obs(), {}
-
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        until = time.process_time() + self.busy_s
-        while time.process_time() < until:
-            pass
-        self.steps += 1
-        self.place = np.sin(100 * (self.place + action[:3]) + self.random.normal(size=3))
-        info = {"is_success": np.float32(self.place.sum() > 2.2)}
-        return self._obs(), 0.0, False, self.steps >= self.length, info
-
-    def _obs(self) -> dict[str, np.ndarray]:
-        shades = (127 * (1 + np.outer(np.ones(self.size), np.sin(self.place.sum() + np.arange(self.size))))).astype(
-            np.uint8
-        )
-        image = np.stack([shades, shades.T, shades], axis=-1)
-        return {"front_image": image, "wrist_image": image[::-1].copy(), "pose": self.place.astype(np.float32)}
