@@ -76,7 +76,7 @@ def test_the_units_of_a_killed_worker_are_made_by_others(dataset, out, whole, st
     assert outputs(out) == whole
     assert "was killed, perhaps for lack of memory; its" in caplog.text
     assert len(started) == 3
-    assert all(process.poll() is not None for process in started)
+    assert all(process._process.poll() is not None for process in started)
 
 
 def test_a_unit_that_fails_three_times_is_set_aside_and_named_and_the_others_are_done(dataset, out, caplog):
