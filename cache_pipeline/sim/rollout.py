@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 
@@ -23,10 +23,19 @@ from cache_pipeline.sim.video import video_format, write_video
 from cache_pipeline.sim.workers import opened
 
 if TYPE_CHECKING:
+    import torch
+
     from cache_pipeline.sim.acting import ActingPolicy
     from cache_pipeline.sim.episodes import Film
 
 DEFAULT_FPS = 20
+
+
+class Rollouts(Protocol):
+    """Runs the episodes of a config with the current weights of a policy."""
+
+    def __call__(self, told: Callable[[int, Episode], None] | None = None) -> RolloutResult:
+        """Calls ``told`` with the number and the result of each episode that has ended."""
 
 
 def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolicy | None = None) -> RolloutResult:
@@ -42,8 +51,7 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
         MissingExtraError, OpenGLError: the simulation cannot run on this machine.
         WorkerEndedError: the process of a simulation ended.
     """
-    from cache_pipeline.sim.acting import Actor, on_fast_path
-    from cache_pipeline.sim.episodes import Plan, run_episodes
+    from cache_pipeline.sim.acting import on_fast_path
 
     started = time.monotonic()
     device = _device(config.device)
@@ -53,28 +61,17 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
         from cache_pipeline.runs.policy import load_policy
 
         policy = on_fast_path(load_policy(config.run, device, encoder=config.encoder))
-    place = choose_environment(config, policy)
-    actor = Actor(policy, device)
-    if config.workers > 1 and actor.one_at_a_time:
-        raise ConfigError("the policy has one state for all episodes, so they run one after another; give 1 worker")
-    seeds = [episode_seed(config.seed, index) for index in range(config.episodes)]
-    plan = Plan(seeds, place.horizon, config.action_steps, 0 if config.video is None else config.videos)
     records: dict[int, Episode] = {}
     with ExitStack() as stack, _finished_videos_told(records, config.video):
-        places = stack.enter_context(opened(place.opening, actor.keys, min(config.workers, config.episodes)))
+        run = stack.enter_context(open_rollouts(config, policy, device))
         bar = stack.enter_context(Progress("rollout", config.episodes, "episodes")) if progress else None
 
-        def finished(index: int, episode: Episode, film: Film | None) -> None:
-            if film and config.video is not None:
-                file = video_file(config.video, index, episode.success)
-                written = write_video(file, film, place.fps, overwrite=config.overwrite)
-                episode = episode._replace(video=str(written))
+        def finished(index: int, episode: Episode) -> None:
             records[index] = episode
             if bar is not None:
                 bar.advance(successes=sum(record.success for record in records.values()))
 
-        run_episodes(places, actor, plan, finished)
-    result = summarise([records[index] for index in range(config.episodes)], time.monotonic() - started)
+        result = run(finished)._replace(seconds=time.monotonic() - started)
     if settings is not None:
         keep(result, config, settings)
     return result
@@ -116,6 +113,44 @@ def check_outputs(config: RolloutConfig) -> None:
         for success in (True, False):
             file = video_file(config.video, index, success).with_suffix(suffix)
             check_output(file, kind, overwrite=config.overwrite)
+
+
+@contextmanager
+def open_rollouts(
+    config: RolloutConfig, policy: ActingPolicy, device: str | torch.device, *, first: int = 0
+) -> Iterator[Rollouts]:
+    """Opens the environment of a policy; each call of the result runs the episodes of ``config``.
+
+    Args:
+        first: number of the first episode; the initial state of an episode depends on its number and the seed.
+    """
+    from cache_pipeline.sim.acting import Actor
+    from cache_pipeline.sim.episodes import Plan, run_episodes
+
+    place = choose_environment(config, policy)
+    actor = Actor(policy, device)
+    if config.workers > 1 and actor.one_at_a_time:
+        raise ConfigError("the policy has one state for all episodes, so they run one after another; give 1 worker")
+    seeds = [episode_seed(config.seed, first + index) for index in range(config.episodes)]
+    plan = Plan(seeds, place.horizon, config.action_steps, 0 if config.video is None else config.videos)
+    with opened(place.opening, actor.keys, min(config.workers, config.episodes)) as places:
+
+        def run(told: Callable[[int, Episode], None] | None = None) -> RolloutResult:
+            started, records = time.monotonic(), {}
+
+            def finished(index: int, episode: Episode, film: Film | None) -> None:
+                if film and config.video is not None:
+                    file = video_file(config.video, index, episode.success)
+                    written = write_video(file, film, place.fps, overwrite=config.overwrite)
+                    episode = episode._replace(video=str(written))
+                records[index] = episode
+                if told is not None:
+                    told(index, episode)
+
+            run_episodes(places, actor, plan, finished)
+            return summarise([records[index] for index in range(config.episodes)], time.monotonic() - started)
+
+        yield run
 
 
 class Where(NamedTuple):

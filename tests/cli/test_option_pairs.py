@@ -114,6 +114,8 @@ SAMPLES: dict[str, list[str]] = {
     "rgb_model_name": ["--rgb-model-name", "resnet34"],
     "robomimic_config": ["--robomimic-config", "theirs.json"],
     "rotation_6d": ["--rotation-6d", "3:6"],
+    "rollout_every": ["--rollout-every", "3"],
+    "rollout_episodes": ["--rollout-episodes", "3"],
     "save_every": ["--save-every", "3"],
     "seed": ["--seed", "5"],
     "shard_rows": ["--shard-rows", "64"],
