@@ -86,8 +86,11 @@ def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple
 
 
 def keep(result: RolloutResult, config: RolloutConfig, settings: Mapping[str, Any]) -> Path:
-    """Writes the result and its settings to ``RUN/rollouts/``, where ``report`` reads them."""
+    """Writes the result and its settings to ``RUN/rollouts/``, where ``report`` reads them; paths become absolute."""
     path = result_file(config, settings)
+    videos = {episode.video: os.path.abspath(episode.video) for episode in result.records if episode.video is not None}
+    records = [episode._replace(video=videos.get(episode.video or "")) for episode in result.records]
+    result = result._replace(records=tuple(records))
     with output_file(path, ROLLOUT_JSON, overwrite=True) as partial:
         write_json(partial, finite({**result.to_json(), "settings": dict(settings)}))
     logger.info("result: %s", path)
