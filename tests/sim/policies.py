@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,10 +15,10 @@ from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 
 SIZE = 8
 SHAPES = {"front_image": (SIZE, SIZE), "wrist_image": (SIZE, SIZE)}
-HEADS: dict[str, Callable[[int], torch.nn.Module]] = {
-    "flow": lambda cond: FlowPolicy(cond, 4, 3, FlowConfig(hidden=(64, 64))),
-    "gmm": lambda cond: GMMPolicy(cond, 4, 3, GMMConfig(hidden=(64, 64), low_noise_eval=False)),
-    "mlp": lambda cond: MLPPolicy(cond, 4, 3, MLPConfig(hidden=(64, 64))),
+HEADS: dict[str, Callable[[int, int], torch.nn.Module]] = {
+    "flow": lambda cond, dims: FlowPolicy(cond, 4, dims, FlowConfig(hidden=(64, 64))),
+    "gmm": lambda cond, dims: GMMPolicy(cond, 4, dims, GMMConfig(hidden=(64, 64), low_noise_eval=False)),
+    "mlp": lambda cond, dims: MLPPolicy(cond, 4, dims, MLPConfig(hidden=(64, 64))),
 }
 
 
@@ -31,11 +31,22 @@ class TinyNet(torch.nn.Module):
         return torch.relu(self.conv(images)).mean((2, 3))
 
 
-def policy_of(head: str, obs_horizon: int = 2) -> VisuomotorPolicy:
-    shape_meta: dict[str, Any] = {camera: {"shape": (SIZE, SIZE, 3), "type": "rgb"} for camera in SHAPES}
-    shape_meta["pose"] = {"shape": (3,), "type": "low_dim"}
+def policy_of(
+    head: str,
+    obs_horizon: int = 2,
+    *,
+    cameras: Mapping[str, tuple[int, int]] = SHAPES,
+    low_dim: Mapping[str, tuple[int, ...]] = {"pose": (3,)},
+    dims: int = 3,
+    net: torch.nn.Module | str | None = None,
+) -> VisuomotorPolicy:
+    """A policy of four actions with ``dims`` numbers each."""
+    shape_meta: dict[str, Any] = {camera: {"shape": (*size, 3), "type": "rgb"} for camera, size in cameras.items()}
+    shape_meta |= {key: {"shape": shape, "type": "low_dim"} for key, shape in low_dim.items()}
     with torch.random.fork_rng([]):
         torch.manual_seed(0)
-        encoder = MultiImageObsEncoder({"obs": shape_meta}, TinyNet(), emb_dim=32, verbose=False)
-        made = VisuomotorPolicy(encoder, HEADS[head](obs_horizon * 32), (obs_horizon, 4, 3), clip_actions=True)
+        encoder = MultiImageObsEncoder(
+            {"obs": shape_meta}, net or TinyNet(), emb_dim=32, pretrained=False, verbose=False
+        )
+        made = VisuomotorPolicy(encoder, HEADS[head](obs_horizon * 32, dims), (obs_horizon, 4, dims), clip_actions=True)
     return made.requires_grad_(False).eval()
