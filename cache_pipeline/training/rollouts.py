@@ -7,7 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from cache_pipeline.cache.manifest import ACTIONS
 from cache_pipeline.encoders.frozen import FrozenEncoder, frozen_encoders
+from cache_pipeline.errors import ConfigError
 from cache_pipeline.sim.config import RolloutConfig
 from cache_pipeline.sim.results import RolloutResult
 from cache_pipeline.sim.rollout import open_rollouts
@@ -29,6 +31,12 @@ def rollouts_of(session: Session, run: Path) -> Iterator[Callable[[], RolloutRes
     """
     policy: Any = session.policy
     data, config = session.record.data, session.config
+    if data.env_args is None or data.action_keys != ACTIONS:
+        lacking = "have no env_args" if data.env_args is None else f"give the actions {', '.join(data.action_keys)}"
+        raise ConfigError(
+            f"--rollout-every needs an environment, but the data {lacking}; leave it out, and measure the run with "
+            "rollout --env-args FILE or --env FILE.py:make"
+        )
     policy.env_args, policy.render_flags, policy.action_keys = data.env_args, data.render_flags, data.action_keys
     options = RolloutConfig(run=run, episodes=config.saving.rollout_episodes, seed=config.seed)
     fast: dict[str, FrozenEncoder] = {}

@@ -156,7 +156,7 @@ def test_a_checkpoint_without_rollouts_is_never_the_best_beside_one_with_them(
 def test_the_environment_is_opened_before_anything_is_written(tmp_path: Path) -> None:
     dataset = make_dataset(tmp_path / "data.hdf5", env_args=None, lengths=(9, 8))
     cache = extracted(dataset, tmp_path / "data.zarr")
-    with pytest.raises(ConfigError, match="has no env_args"):
+    with pytest.raises(ConfigError, match=r"--rollout-every needs an environment, but the data have no env_args"):
         train(config(tmp_path / "run", cache, saving=saving()), progress=False)
     assert not (tmp_path / "run").exists()
 
