@@ -77,11 +77,6 @@ class Page:
         """Adds a link to a file; ``path`` starts at the folder of the page."""
         self._blocks.append(f'<p><a href="{escape(quote(path, errors="surrogateescape"))}">{escape(text)}</a></p>')
 
-    def linked_picture(self, png: bytes, caption: str, path: str) -> None:
-        """Adds a picture with a link to a file below it."""
-        self.picture(png, caption)
-        self.link(caption, path)
-
     def html(self) -> str:
         head = f'<meta charset="utf-8">{VIEWPORT}{GENERATOR}<title>{escape(self._title)}</title><style>{STYLE}</style>'
         return (

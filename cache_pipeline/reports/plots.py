@@ -76,7 +76,8 @@ def success_rates(training: Sequence[Rate], later: Sequence[Rate]) -> bytes:
             spread = np.maximum([rate - low, high - rate], 0)
             style: dict[str, Any] = {"color": color, "linestyle": line, "marker": "o", "markersize": 4, "capsize": 3}
             axis.errorbar(step, rate, spread, label=label, **style)
-    axis.set(title="Success rate", xlabel="step", ylim=(-0.03, 1.03))
+    last = max(rate.step for rate in (*training, *later))
+    axis.set(title="Success rate", xlabel="step", ylim=(-0.03, 1.03), xlim=(-0.02 * last, 1.02 * max(last, 1)))
     axis.yaxis.set_major_formatter(lambda value, place: f"{value:.0%}")
     axis.legend(frameon=False, fontsize=8)
     return _png(figure)

@@ -122,6 +122,6 @@ def _video(page: Page, name: str, episode: _Episode, video: Path, out: Path) -> 
         frames = read_frames(video, STRIP_FRAMES)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         logger.info("%s is linked without a strip of frames: %s", video, error)
-        page.link(f"{caption}; play {video.name}", link)
-        return
-    page.linked_picture(plots.contact_sheet({caption: frames}), f"play {video.name}", link)
+    else:
+        page.picture(plots.contact_sheet({caption: frames}), caption)
+    page.link(f"{caption}; play {video.name}", link)

@@ -226,7 +226,8 @@ def test_success_is_drawn_over_steps_and_a_video_is_a_strip_beside_a_link(traine
     assert headings(page)[-3:] == ["Success in simulation", "Rollouts seed_0_3", "Command and versions"]
     assert "<b>25</b>steps of a success (median)" in text
     assert len(pictures(page)) == before + 2  # the curve and one strip
-    names = [f"play {video.name}", f"episode 1: failure after 9 steps; play {damaged.name}"]
+    names = [f"episode 0: success after 20 steps; play {video.name}"]
+    names += [f"episode 1: failure after 9 steps; play {damaged.name}"]
     assert [name for _, name in linked(page)] == names
     assert "data:video" not in text
     for (link, _), file in zip(linked(page), (video, damaged), strict=True):
