@@ -19,6 +19,7 @@ from typing import Any
 from cache_pipeline.errors import CachePipelineError
 from cache_pipeline.extract.lifeline import WorkerProcess, parent_connection
 from cache_pipeline.isolation import how_it_ended
+from cache_pipeline.sim import opengl
 from cache_pipeline.sim.simulation import Local, Opening, Play, Played, Reset, perform
 
 logger = logging.getLogger("cache_pipeline")
@@ -117,6 +118,7 @@ def serve() -> None:
     """The worker: does jobs until the pipe is closed."""
     connection = parent_connection()
     try:
+        opengl.may_load_torchvision = False
         opening, keys, level = connection.recv()
         logger.handlers[:], logger.propagate = [_Log(connection)], False
         logger.setLevel(level)
