@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from cache_pipeline.extract.pipeline import extract_features as extract_features
     from cache_pipeline.extract.verify import verify as verify
     from cache_pipeline.runs.policy import load_policy as load_policy
-    from cache_pipeline.sim.rollout import RolloutConfig as RolloutConfig
+    from cache_pipeline.sim.config import RolloutConfig as RolloutConfig
     from cache_pipeline.sim.rollout import rollout as rollout
     from cache_pipeline.training.config import FinetuneConfig as FinetuneConfig
     from cache_pipeline.training.config import TrainConfig as TrainConfig
@@ -56,7 +56,7 @@ _MODULES = {
     "ExtractConfig": "extract.config",
     "extract_features": "extract.pipeline",
     "verify": "extract.verify",
-    "RolloutConfig": "sim.rollout",
+    "RolloutConfig": "sim.config",
     "rollout": "sim.rollout",
     "load_policy": "runs.policy",
     "FinetuneConfig": "training.config",

@@ -26,7 +26,8 @@ from cache_pipeline.reports.bench import run as bench
 from cache_pipeline.runs.checkpoint import has_checkpoint
 from cache_pipeline.sim import collect as collecting
 from cache_pipeline.sim.collect_config import CollectConfig
-from cache_pipeline.sim.rollout import RolloutConfig, RolloutResult, keep, settings_of
+from cache_pipeline.sim.config import RolloutConfig
+from cache_pipeline.sim.results import RolloutResult, keep, settings_of
 from cache_pipeline.sim.video import write_video
 
 CPU = ["--encoder", str(TINY.factory), "--device", "cpu"]

@@ -45,6 +45,7 @@ def _robomimic(values: Values) -> bool:
     return values["robomimic_config"] is not None or values["policy"].startswith("robomimic:")
 
 
+ROLLOUTS = Rule(("rollout_episodes",), lambda v: not v["rollout_every"], "no rollouts are made without --rollout-every")
 NO_FILE = Rule(
     ("weights_prefix",), lambda v: not v["weights"], "it chooses among the ResNets of a file, which --weights names"
 )
@@ -111,6 +112,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             _robomimic,
             "robomimic's algorithms take it from the JSON of --robomimic-config",
         ),
+        ROLLOUTS,
         Rule(
             ("precision",),
             lambda v: _robomimic(v) and v["from_cache"] and v["precision"] not in ("auto", "fp32"),
@@ -124,6 +126,7 @@ RULES: dict[str, tuple[Rule, ...]] = {
             "--from-cache reads features from a cache as far as possible; give one of the two",
         ),
         Rule(VIEWS, lambda v: not v["augment"], "frames are changed with --augment only"),
+        ROLLOUTS,
         Rule(("unfreeze",), lambda v: v["unfreeze_schedule"], "--unfreeze-schedule sets layers and first steps"),
     ),
     "bench": (
@@ -145,7 +148,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
         ),
         Rule(("env_args",), lambda v: not v["from_states"], "the task describes the environment of new demos"),
     ),
-    "rollout": (Rule(("videos", "overwrite"), lambda v: not v["video"], "no video is written without --video FOLDER"),),
+    "rollout": (
+        Rule(("videos", "overwrite"), lambda v: not v["video"], "no video is written without --video FOLDER"),
+        Rule(("env_args",), lambda v: v["env"], "--env makes the environment"),
+    ),
 }
 
 

@@ -11,6 +11,7 @@ from cache_pipeline.cli import options as o
 from cache_pipeline.cli.generated import Given, generated
 from cache_pipeline.options import DATA
 from cache_pipeline.sim.collect_config import CollectConfig, RerenderConfig
+from cache_pipeline.sim.config import RolloutConfig
 
 
 @generated(CollectConfig, RerenderConfig)
@@ -40,40 +41,14 @@ def collect(
     o.emit(json, result.to_json(), result.lines())
 
 
+@generated(RolloutConfig)
 def rollout(
+    given: Given,
     run: Annotated[Path, typer.Argument(help="A run or one of its checkpoints.")],
-    episodes: Annotated[int, typer.Option("--episodes", min=1, help="Episodes, one seed each.")] = 20,
-    horizon: Annotated[int | None, typer.Option("--horizon", min=1, help="Most steps of an episode.")] = None,
-    action_steps: Annotated[
-        int | None, typer.Option("--action-steps", min=1, help="Steps of each action chunk to execute.")
-    ] = None,
-    video: Annotated[Path | None, typer.Option("--video", help="Folder for videos.")] = None,
-    videos: Annotated[int, typer.Option("--videos", min=1, help="Episodes to record, with --video.")] = 3,
-    overwrite: o.Overwrite = False,
-    env_args: Annotated[
-        Path | None, typer.Option("--env-args", help="JSON of the environment, for datasets without one.")
-    ] = None,
-    encoder: o.StoredEncoder = None,
-    device: o.Device = "auto",
-    seed: o.Seed = 0,
     json: o.Json = False,
 ) -> None:
-    """Run a policy in the environment that its dataset describes and count successes."""
-    from cache_pipeline.sim.rollout import RolloutConfig
+    """Run a policy in the environment of its dataset, or one of your own (--env), and count successes."""
     from cache_pipeline.sim.rollout import rollout as roll
 
-    config = RolloutConfig(
-        run=run,
-        episodes=episodes,
-        horizon=horizon,
-        action_steps=action_steps,
-        video=video,
-        videos=videos,
-        overwrite=overwrite,
-        env_args=env_args,
-        encoder=encoder,
-        device=device,
-        seed=seed,
-    )
-    result = roll(config, progress=True)
+    result = roll(given.config(RolloutConfig, run=run), progress=True)
     o.emit(json, result.to_json(), result.lines())

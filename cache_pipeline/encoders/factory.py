@@ -6,22 +6,18 @@ cache or run is never imported; see ``choose_factory``.
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import inspect
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 from torch import nn
 
-from cache_pipeline.errors import EncoderError, available
+from cache_pipeline.errors import ConfigError, EncoderError
+from cache_pipeline.factories import find_factory
 from cache_pipeline.files import digest, json_digest
 
 FILE_MODULE = "_encoder_"
-FORM = "give it as module:factory or path/to/file.py:factory"
 
 Factories = str | Sequence[str] | None
 """Factories that the user names: one, several (if cameras have different ones), or none."""
@@ -78,18 +74,14 @@ def call_factory(reference: str) -> Made:
     Raises:
         EncoderError: it cannot be imported, does not exist, or does not return an ``nn.Module``.
     """
-    place, _, name = reference.rpartition(":")
-    if not place or not name:
-        raise EncoderError(f"--encoder {reference!r} names no factory; {FORM}")
-    module = _import_file(Path(place)) if place.endswith(".py") else _import_module(place)
-    factory = getattr(module, name, None)
-    if not callable(factory):
-        callables = [key for key, value in vars(module).items() if callable(value) and not key.startswith("_")]
-        raise EncoderError(f"{place} has no factory {name!r}; {available(callables, name)}")
-    made = factory()
+    try:
+        factory = find_factory(reference, "--encoder", lambda content: FILE_MODULE + digest(content))
+    except ConfigError as error:
+        raise EncoderError(str(error)) from error
+    made = factory.make()
     if not isinstance(made, nn.Module):
         raise EncoderError(f"{reference} returned a {type(made).__name__}; it must return an nn.Module")
-    return Made(made, _module_source(module))
+    return Made(made, _module_source(factory.module))
 
 
 def _module_source(module: ModuleType) -> str:
@@ -100,29 +92,6 @@ def _module_source(module: ModuleType) -> str:
         return digest(inspect.getsource(module).encode())
     except (OSError, TypeError):
         return module.__name__
-
-
-def _import_module(name: str) -> ModuleType:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise EncoderError(f"cannot import {name} for --encoder ({error}); {FORM}") from error
-
-
-def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise EncoderError(f"there is no file {path} for --encoder; {FORM}")
-    # The module name contains a digest, so files of one name, or a file and its edit, are different modules.
-    name = FILE_MODULE + digest(path.read_bytes())
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise EncoderError(f"cannot import {path} for --encoder ({error})") from error
-    return module
 
 
 def structure_digest(net: nn.Module, source: str | None = None) -> str:

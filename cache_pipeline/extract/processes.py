@@ -6,14 +6,9 @@ go to the others. A worker ends itself as soon as its pipe is closed, so none ou
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import queue
-import signal
-import socket
-import subprocess
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -21,6 +16,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any, NamedTuple
 
 from cache_pipeline.errors import CachePipelineError, UnitsFailedError
+from cache_pipeline.extract.lifeline import WorkerProcess, parent_connection
 from cache_pipeline.extract.outstanding import Outstanding
 from cache_pipeline.extract.task import Task
 from cache_pipeline.extract.units import Job
@@ -35,12 +31,6 @@ AHEAD = 2
 """Jobs that a worker has at a time: one is read while the other is encoded."""
 DEATHS = 3
 """Times that a worker may die without having finished a job in between; then it is not replaced."""
-ENDING_S = 5.0
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from cache_pipeline.extract.lifeline import end_with_parent; end_with_parent(int(sys.argv[1])); "
-    "from cache_pipeline.extract.processes import serve; serve()"
-)
 
 
 class WorkerDiedError(RuntimeError):
@@ -94,17 +84,9 @@ class _Process:
         """Starts the process, again if it has died."""
         self.jobs: list[Job] = []
         self.images, self.ended = 0, False
-        ours, theirs = socket.socketpair()
-        with theirs:
-            arguments = [str(theirs.fileno()), json.dumps([path or os.curdir for path in sys.path])]
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=2,
-                pass_fds=[theirs.fileno(), *([] if self._lock is None else [self._lock])],
-                env={**os.environ, "OMP_NUM_THREADS": str(self._threads)},
-            )
-        self.connection = Connection(ours.detach())
+        threads, lock = {"OMP_NUM_THREADS": str(self._threads)}, [] if self._lock is None else [self._lock]
+        self._process = WorkerProcess("cache_pipeline.extract.processes", threads, lock)
+        self.connection = self._process.connection
         with suppress(OSError):  # it has died already, which the next look at the pipe shows
             self.connection.send((self._task, self._device, self._threads, logger.getEffectiveLevel()))
 
@@ -118,13 +100,8 @@ class _Process:
             self.connection.send(None)
 
     def end(self) -> int:
-        """Ends the process, which follows from the closed pipe, and returns its exit code."""
-        self.connection.close()
-        try:
-            return self._process.wait(ENDING_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+        """Ends the process and returns its exit code."""
+        return self._process.end()
 
 
 class _Pool:
@@ -262,9 +239,7 @@ class _Log(logging.Handler):
 
 def serve() -> None:
     """The worker: makes the units of the jobs that come through the pipe, until None comes or the pipe is closed."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they concern the parent, which closes the pipe when it ends
-    connection = Connection(int(sys.argv[1]))
+    connection = parent_connection()
     remote = _Remote(connection)
     try:
         task, device, threads, level = connection.recv()

@@ -197,6 +197,19 @@ class VisuomotorPolicy(nn.Module):
             actions = actions.clamp(-1, 1)
         return self.actions.invert(actions)
 
+    @torch.no_grad()
+    def encode(self, camera: str, frames: Any) -> Tensor:
+        """Returns the features at the cut (M, …) of frames of one camera; :meth:`act` takes them in place of frames.
+
+        Args:
+            frames: (M,H,W,3) or (M,3,H,W), uint8 or float on 0–1.
+
+        Raises:
+            EncoderError: wrong shape, dtype or range.
+        """
+        with computing_in("fp32", self.device):
+            return self._encoded(camera, {camera: frames}, None)
+
     def policy_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Returns named parameters of projection and action head."""
         return ((name, p) for name, p in self.named_parameters() if not name.startswith(ENCODERS))

@@ -6,6 +6,7 @@ import base64
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from urllib.parse import quote
 
 from cache_pipeline.files import FileKind, begins_with, output_file
 
@@ -16,7 +17,6 @@ h1{font-size:1.6rem;margin-bottom:.2rem}
 h2{font-size:1.15rem;margin:2.2rem 0 .4rem;border-bottom:1px solid #d8dee4}
 p.lead{color:#5f6b76;margin-top:0}
 img{max-width:100%;display:block;margin:.6rem 0}
-video{max-width:32%;margin:.2rem}
 table{border-collapse:collapse;margin:.6rem 0}
 td,th{padding:.25rem .9rem .25rem 0;text-align:left;border-bottom:1px solid #eef1f4}
 td.number{text-align:right;font-variant-numeric:tabular-nums}
@@ -73,9 +73,9 @@ class Page:
         data = base64.b64encode(png).decode()
         self._blocks.append(f'<img alt="{escape(caption)}" src="data:image/png;base64,{data}">')
 
-    def video(self, path: Path) -> None:
-        data = base64.b64encode(path.read_bytes()).decode()
-        self._blocks.append(f'<video controls loop muted src="data:video/mp4;base64,{data}"></video>')
+    def link(self, text: str, path: str) -> None:
+        """Adds a link to a file; ``path`` starts at the folder of the page."""
+        self._blocks.append(f'<p><a href="{escape(quote(path, errors="surrogateescape"))}">{escape(text)}</a></p>')
 
     def html(self) -> str:
         head = f'<meta charset="utf-8">{VIEWPORT}{GENERATOR}<title>{escape(self._title)}</title><style>{STYLE}</style>'

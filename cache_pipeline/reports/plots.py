@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,6 +47,39 @@ def curves(series: Mapping[str, Series], mean_action_mse: float | None = None) -
     else:
         error.text(0.5, 0.5, "no held-out error", ha="center", va="center", color=COLORS[5])
         error.set_axis_off()
+    return _png(figure)
+
+
+class Rate(NamedTuple):
+    """A success rate with its interval, measured after ``step`` steps of training."""
+
+    step: int
+    rate: float
+    low: float
+    high: float
+
+
+def success_rates(training: Sequence[Rate], later: Sequence[Rate]) -> bytes:
+    """Plots success rates over steps with their intervals.
+
+    Args:
+        training: of rollouts during training, drawn as a line.
+        later: of the command ``rollout``, drawn as points.
+    """
+    figure, (axis,) = _axes(1, 1, height=2.8)
+    for rates, color, label, line in (
+        (training, COLORS[2], "during training", "-"),
+        (later, COLORS[0], "rollout", "none"),
+    ):
+        if rates:
+            step, rate, low, high = (np.array(column, np.float64) for column in zip(*rates, strict=True))
+            spread = np.maximum([rate - low, high - rate], 0)
+            style: dict[str, Any] = {"color": color, "linestyle": line, "marker": "o", "markersize": 4, "capsize": 3}
+            axis.errorbar(step, rate, spread, label=label, **style)
+    last = max(rate.step for rate in (*training, *later))
+    axis.set(title="Success rate", xlabel="step", ylim=(-0.03, 1.03), xlim=(-0.02 * last, 1.02 * max(last, 1)))
+    axis.yaxis.set_major_formatter(lambda value, place: f"{value:.0%}")
+    axis.legend(frameon=False, fontsize=8)
     return _png(figure)
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,18 +16,18 @@ from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.demos.split import Split
 from cache_pipeline.encoders.factory import Factories
 from cache_pipeline.errors import CachePipelineError
-from cache_pipeline.files import check_output, read_json, resolved, typed
+from cache_pipeline.files import check_output, resolved
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.progress import logger
 from cache_pipeline.reports import plots
 from cache_pipeline.reports.page import HTML, Page, is_ours
+from cache_pipeline.reports.rollouts import add_rollouts
 from cache_pipeline.runs.checkpoint import find_checkpoint
 from cache_pipeline.runs.contents import Contents, recorded_contents, split_of_run
 from cache_pipeline.runs.metrics import fraction_of_mean_action, of_mean_action, read_metrics
 from cache_pipeline.runs.policy import load_policy
 from cache_pipeline.runs.record import RunRecord, read_record
 from cache_pipeline.runs.summary import inspect_run
-from cache_pipeline.sim.rollout import ROLLOUTS
 from cache_pipeline.text import listed, shortened
 
 SHOWN_FRAMES = 6
@@ -91,7 +89,7 @@ def write_report(
         page.text("Stages run in parallel; encoding should take longest.")
         page.picture(plots.stage_times(stages, "seconds per stage"), "stage times")
     _what_it_saw(page, record)
-    _rollouts(page, folder)
+    add_rollouts(page, folder, out)
     page.heading("Command and versions")
     page.code(" ".join(record.command))
     page.table(["package", "version"], sorted(record.versions.items()))
@@ -235,44 +233,3 @@ def _what_it_saw(page: Page, record: RunRecord) -> None:
         middle = demo.length // 2
         first = [dataset.frames(number, camera, middle, middle + 1)[0] for camera in others[:MOST_SMALL]]
         page.picture(plots.mosaic(first), f"a frame of each other camera of {demo.name}")
-
-
-@dataclass(frozen=True)
-class _Episode:
-    video: str | None = None
-
-
-@dataclass(frozen=True)
-class _Rollout:
-    """What a report shows of a result of ``rollout``."""
-
-    episodes: int
-    successes: int
-    ci95: tuple[float, float]
-    records: tuple[_Episode, ...]
-    settings: dict[str, Any] = field(default_factory=dict)
-
-
-def _rollouts(page: Page, folder: Path) -> None:
-    for path in sorted((folder / ROLLOUTS).glob("*.json")):
-        try:
-            result: _Rollout = typed(read_json(path), _Rollout)
-        except (OSError, ValueError, RecursionError) as error:
-            logger.warning("%s is not shown: %s", path, error)
-            continue
-        low, high = result.ci95
-        page.heading(f"Rollouts {path.stem}")
-        if settings := {key: value for key, value in result.settings.items() if value is not None}:
-            page.text(", ".join(f"{key.replace('_', ' ')} {value}" for key, value in settings.items()))
-        page.facts(
-            [
-                (f"{result.successes} of {result.episodes}", "episodes succeeded"),
-                (f"{low:.0%} – {high:.0%}", "95 % interval of the rate"),
-            ]
-        )
-        for record in result.records:
-            video = Path(record.video) if record.video else None
-            if (
-                video is not None and video.suffix == ".mp4" and os.path.isfile(video)
-            ):  # also for a path that no file system can hold
-                page.video(video)

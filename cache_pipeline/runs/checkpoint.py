@@ -1,7 +1,7 @@
 """Checkpoints of a run on disk.
 
     runs/lift/checkpoints/
-      index.json       latest, best by held-out action error, and the names of all checkpoints of this run
+      index.json       latest, best by success or held-out action error, and the names of all checkpoints of this run
       step_0004000/    model.safetensors  ema.safetensors  resume/optimizer.safetensors  checkpoint.json
 
 A checkpoint is written to a hidden folder and renamed when complete; ``checkpoint.json`` lists its files' digests.
@@ -34,6 +34,8 @@ MODEL, EMA, RESUME = "model.safetensors", "ema.safetensors", "resume/optimizer.s
 CHECKPOINTS = "checkpoints"
 PER_DIM = "validation/action_mse_per_dim"
 """The metric that is a list: one error per dimension of the action."""
+SUCCESS_RATE = "rollout/success_rate"
+"""The metric of rollouts in training; a checkpoint has it only if they were made at its step."""
 CHECKPOINT_NAME = re.compile(r"step_\d{7,}(_\d+)?")
 _warned: set[Path] = set()
 
@@ -72,13 +74,36 @@ class Checkpoint(NamedTuple):
     state: State
 
 
+class Score(NamedTuple):
+    """What decides which checkpoints are the best.
+
+    Attributes:
+        error: held-out action error; None without held-out demos.
+        success: success rate of the rollouts at this step; None without ``--rollout-every``.
+    """
+
+    error: float | None
+    success: float | None = None
+
+    @property
+    def order(self) -> tuple[float, float]:
+        """Sorts the best first: highest success, those without rollouts last; ties by the lowest error."""
+        return (1.0 if self.success is None else -self.success), (math.inf if self.error is None else self.error)
+
+
 @dataclass(frozen=True)
 class Best:
     """One of the best checkpoints."""
 
     name: str
     step: int
-    valid_action_mse: float
+    valid_action_mse: float | None
+    success_rate: float | None = None
+
+    @property
+    def order(self) -> tuple[float, float, int]:
+        """Sorts the best first, see ``Score``; ties by step."""
+        return *Score(self.valid_action_mse, self.success_rate).order, self.step
 
 
 class Index(NamedTuple):
@@ -108,7 +133,7 @@ class CheckpointFolder:
 
     Args:
         run: the run folder.
-        keep_best: number of checkpoints with the lowest held-out action error to keep beside the latest.
+        keep_best: number of the best checkpoints (see ``Score``) to keep beside the latest.
         saved: called after each save with its step; returns the path of the run from then on.
     """
 
@@ -118,7 +143,7 @@ class CheckpointFolder:
 
     @property
     def best(self) -> Best | None:
-        """The checkpoint with the lowest held-out action error, if any."""
+        """The best checkpoint, if any."""
         return self._index.best[0] if self._index.best else None
 
     @property
@@ -127,15 +152,15 @@ class CheckpointFolder:
         name = self._index.latest
         return None if name is None else self._run / CHECKPOINTS / name
 
-    def is_among_best(self, error: float) -> bool:
-        """Whether a checkpoint with this held-out action error would be kept as one of the best."""
+    def is_among_best(self, score: Score) -> bool:
+        """Whether a checkpoint with this score would be kept as one of the best."""
         best = self._index.best
-        return self._keep > 0 and (len(best) < self._keep or error < best[-1].valid_action_mse)
+        return self._keep > 0 and (len(best) < self._keep or score.order < best[-1].order[:2])
 
     def save(
-        self, step: int, state: State, metrics: dict[str, Any], progress: dict[str, Any], error: float | None
+        self, step: int, state: State, metrics: dict[str, Any], progress: dict[str, Any], score: Score | None
     ) -> Path:
-        """Saves the state after ``step`` updates; ``error`` is its held-out action error, if measured at that step.
+        """Saves the state after ``step`` updates; ``score`` is None if it was not measured at that step.
 
         Raises:
             CheckpointError: a value is not finite, or the files cannot be written; earlier checkpoints stay intact.
@@ -152,14 +177,14 @@ class CheckpointFolder:
             files = {file: write_tensors(partial / file, values) for file, values in state.by_file().items()}
             write_json(partial / CHECKPOINT_JSON, {**finite(value), "progress": finite(progress), "files": files})
             place_folder(partial, folder / name)
-            self._enter(name, step, error)
+            self._enter(name, step, score)
             if self._saved is not None:
                 self._run = self._saved(step)
-        except (OSError, ValueError) as error_:
+        except (OSError, ValueError) as error:
             then = "run the same command again" if self.latest is None else "continue with --resume"
             raise CheckpointError(
-                f"cannot save step {step} in {self._run} ({described(error_, then)}); {self.kept()}"
-            ) from error_
+                f"cannot save step {step} in {self._run} ({described(error, then)}); {self.kept()}"
+            ) from error
         finally:
             shutil.rmtree(partial, ignore_errors=True)
         return self._run / CHECKPOINTS / name
@@ -185,11 +210,11 @@ class CheckpointFolder:
         path = self._run / CHECKPOINTS / f"step_{step:07d}"
         return path.name if path.name in self._index.made else free_path(path).name
 
-    def _enter(self, name: str, step: int, error: float | None) -> None:
+    def _enter(self, name: str, step: int, score: Score | None) -> None:
         best = [entry for entry in self._index.best if entry.name != name]
-        if error is not None:
-            best.append(Best(name, step, error))
-        best.sort(key=lambda entry: (entry.valid_action_mse, entry.step))
+        if score is not None:
+            best.append(Best(name, step, *score))
+        best.sort(key=lambda entry: entry.order)
         index = Index(name, tuple(best[: self._keep]), self._index.made)
         kept = {name, *(entry.name for entry in index.best)}
         self._write_index(index)
@@ -243,12 +268,13 @@ def _rebuilt_index(folder: Path) -> Index:
     for path in sorted(path for path in folder.glob("step_*") if CHECKPOINT_NAME.fullmatch(path.name)):
         with suppress(CheckpointError):
             described = describe_checkpoint(path)
-            error = described.metrics.get("validation/action_mse")
-            found.append(Best(path.name, described.step, error if isinstance(error, int | float) else math.inf))
+            measured = [described.metrics.get(name) for name in ("validation/action_mse", SUCCESS_RATE)]
+            error, success = (value if isinstance(value, int | float) else None for value in measured)
+            found.append(Best(path.name, described.step, error, success))
     if not found:
         return Index()
     latest = max(found, key=lambda entry: entry.step).name
-    best = sorted((e for e in found if math.isfinite(e.valid_action_mse)), key=lambda e: (e.valid_action_mse, e.step))
+    best = sorted((entry for entry in found if entry.order[:2] != Score(None).order), key=lambda entry: entry.order)
     return Index(latest, tuple(best[:1]), tuple(dict.fromkeys([latest, *(entry.name for entry in best[:1])])))
 
 

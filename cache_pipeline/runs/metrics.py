@@ -14,7 +14,7 @@ from typing import Any
 
 from cache_pipeline.errors import CheckpointError, MissingExtraError, described, install_command
 from cache_pipeline.files import atomic_path, free_path, read_json
-from cache_pipeline.runs.checkpoint import CHECKPOINTS, describe_checkpoint
+from cache_pipeline.runs.checkpoint import CHECKPOINTS, SUCCESS_RATE, describe_checkpoint
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -25,11 +25,14 @@ COLUMNS = (
     "training/encoder_lr",
     "validation/action_mse",
     "validation/mean_action_mse",
+    SUCCESS_RATE,
+    "rollout/episodes",
     "time/seconds",
     "time/steps_per_s",
 )
 # Columns of every version.
-ALWAYS = tuple(name for name in COLUMNS if name not in ("training/lr", "training/encoder_lr"))
+LATER = ("training/lr", "training/encoder_lr", SUCCESS_RATE, "rollout/episodes")
+ALWAYS = tuple(name for name in COLUMNS if name not in LATER)
 CSV_NAME, TENSORBOARD = "metrics.csv", "tensorboard"
 
 

@@ -49,6 +49,8 @@ class Environment:
     """
 
     MODEL_SEED = 0
+    over, horizon = False, None
+    """robosuite does not end an episode itself: ``ignore_done`` is set."""
 
     def __init__(
         self, task: Any, cameras: Mapping[str, tuple[int, int]], render_flags: Mapping[str, bool] | None

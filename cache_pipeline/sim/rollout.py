@@ -1,165 +1,58 @@
-"""Runs a policy in the environment of its dataset and measures its success rate."""
+"""Runs a policy in the environment of its dataset, or in one of the user's own, and measures its success rate."""
 
 from __future__ import annotations
 
-import math
-import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from cache_pipeline.cache.manifest import ACTIONS
 from cache_pipeline.errors import CachePipelineError, ConfigError, counted, described
-from cache_pipeline.files import FileKind, check_output, digest, finite, numbered, output_file, read_json, write_json
-from cache_pipeline.progress import Progress, logger
+from cache_pipeline.files import check_output
+from cache_pipeline.progress import Progress
+from cache_pipeline.sim.config import RolloutConfig
+from cache_pipeline.sim.custom import FactoryOpening
 from cache_pipeline.sim.env_args import EnvArgs, read_env_args
-from cache_pipeline.sim.environment import Environment, Obs, Step
-from cache_pipeline.sim.history import ObsHistory
-from cache_pipeline.sim.video import side_by_side, video_format, write_video
+from cache_pipeline.sim.results import ROLLOUT_JSON, Episode, RolloutResult, keep, result_file, settings_of, summarise
+from cache_pipeline.sim.simulation import Opening, RobosuiteOpening
+from cache_pipeline.sim.video import video_format, write_video
+from cache_pipeline.sim.workers import opened
 
 if TYPE_CHECKING:
     import torch
 
-DEFAULT_HORIZON = 400
-"""Default steps of an episode, as for most tasks of robomimic; the config or ``env_args`` override it."""
+    from cache_pipeline.sim.acting import ActingPolicy
+    from cache_pipeline.sim.episodes import Film
+
 DEFAULT_FPS = 20
-ROLLOUTS = "rollouts"
 
 
-def _is_result(path: Path) -> bool:
-    value = read_json(path)
-    return isinstance(value, dict) and {"episodes", "successes", "records"} <= set(value)
+class Rollouts(Protocol):
+    """Runs the episodes of a config with the current weights of a policy."""
 
-
-ROLLOUT_JSON = FileKind("a result that rollout wrote", _is_result)
-
-
-class ActingPolicy(Protocol):
-    """Interface of a policy in a rollout, such as ``VisuomotorPolicy``."""
-
-    @property
-    def cameras(self) -> Mapping[str, tuple[int, ...]]:
-        """rgb obs key → (H, W) or (H, W, 3) of its images."""
-
-    @property
-    def low_dim(self) -> Mapping[str, tuple[int, ...]]:
-        """Low-dim key → shape of one row."""
-
-    @property
-    def obs_horizon(self) -> int:
-        """To."""
-
-    @property
-    def env_args(self) -> Mapping[str, Any] | None:
-        """Value in the dataset of the policy, or None."""
-
-    @property
-    def render_flags(self) -> Mapping[str, Any] | None:
-        """Value in the dataset of the policy, or None."""
-
-    def act(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
-        """Returns actions (1, Ta, A) in dataset units; the first one belongs to the last obs.
-
-        Args:
-            obs: each camera uint8 (1, To, H, W, 3), each low-dim key float32 (1, To, d).
-        """
-
-
-class Simulation(Protocol):
-    """Interface of an environment in an episode."""
-
-    def reset(self, seed: int) -> Obs: ...
-
-    def step(self, action: NDArray) -> Step: ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    """Options of ``rollout``."""
-
-    run: Path
-    """A run folder or one of its checkpoints."""
-    episodes: int = 20
-    seed: int = 0
-    """The initial state of episode i depends only on (seed, i)."""
-    horizon: int | None = None
-    """Largest number of steps of an episode; default: the horizon of ``env_args``, else 400."""
-    action_steps: int | None = None
-    """Actions of each chunk that are executed before the policy runs again; default: half of the chunk."""
-    video: Path | None = None
-    """Folder for one video per episode, the cameras side by side."""
-    videos: int = 3
-    """Number of episodes that are filmed, from the first one on."""
-    overwrite: bool = False
-    """Replace existing videos."""
-    env_args: Path | None = None
-    """JSON file or dataset with ``env_args``; overrides those of the run's dataset."""
-    encoder: str | None = None
-    """Factory of the run's custom encoder, ``file.py:factory``. A factory runs only if it is named here."""
-    device: str = "auto"
-
-    def __post_init__(self) -> None:
-        for name in ("episodes", "horizon", "action_steps", "videos"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"{name} is {value}; give at least 1")
-        if self.seed < 0:
-            raise ConfigError(f"seed is {self.seed}; give 0 or more")
-
-
-class Episode(NamedTuple):
-    """Result of one episode."""
-
-    seed: int
-    success: bool
-    steps: int
-    seconds: float
-    video: str | None = None
-
-
-class RolloutResult(NamedTuple):
-    """Success rate of a policy; ``ci95`` is its 95 % Wilson interval."""
-
-    episodes: int
-    successes: int
-    success_rate: float
-    ci95: tuple[float, float]
-    seconds: float
-    records: tuple[Episode, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return {
-            **self._asdict(),
-            "ci95": list(self.ci95),
-            "records": [episode._asdict() for episode in self.records],
-        }
-
-    def lines(self) -> list[str]:
-        """Returns the result as lines for a terminal."""
-        low, high = self.ci95
-        rate = f"{self.success_rate:.0%} (95% interval {low:.0%} to {high:.0%})"
-        videos = [f"video: {episode.video}" for episode in self.records if episode.video]
-        return [
-            f"success: {self.successes} of {counted(self.episodes, 'episode')}, {rate}, in {self.seconds:.0f} s",
-            *videos,
-        ]
+    def __call__(self, told: Callable[[int, Episode], None] | None = None) -> RolloutResult:
+        """Calls ``told`` with the number and the result of each episode that has ended."""
 
 
 def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolicy | None = None) -> RolloutResult:
     """Runs ``policy``, or that of ``config.run``, for ``config.episodes`` episodes.
+
+    The result of episode i (success, steps, actions) depends on the policy, ``config.seed`` and i alone: not on
+    ``config.workers``, nor on the episodes that run beside it. See ``sim/acting.py`` for what that rests on.
 
     Raises:
         ConfigError: no ``env_args``; an obs of the policy is missing in the environment; or an output file exists
             already.
         CheckpointError: the run cannot be loaded.
         MissingExtraError, OpenGLError: the simulation cannot run on this machine.
+        WorkerEndedError: the process of a simulation ended.
     """
+    from cache_pipeline.sim.acting import on_fast_path
+
     started = time.monotonic()
     device = _device(config.device)
     check_outputs(config)
@@ -167,55 +60,34 @@ def rollout(config: RolloutConfig, *, progress: bool = True, policy: ActingPolic
     if policy is None:
         from cache_pipeline.runs.policy import load_policy
 
-        policy = load_policy(config.run, device, encoder=config.encoder)
-    environment = choose_environment(config, policy)
-    cameras = {name: (shape[0], shape[1]) for name, shape in policy.cameras.items()}
-    kwargs = environment.env_args.get("env_kwargs", {})
-    horizon = config.horizon or kwargs.get("horizon") or DEFAULT_HORIZON
-    records: list[Episode] = []
+        policy = on_fast_path(load_policy(config.run, device, encoder=config.encoder))
+    records: dict[int, Episode] = {}
     with ExitStack() as stack, _finished_videos_told(records, config.video):
-        env = stack.enter_context(Environment.from_env_args(environment.env_args, cameras, environment.render_flags))
+        run = stack.enter_context(open_rollouts(config, policy, device))
         bar = stack.enter_context(Progress("rollout", config.episodes, "episodes")) if progress else None
-        for index in range(config.episodes):
-            film: list[NDArray[np.uint8]] | None = None
-            if config.video is not None and index < config.videos and cameras:
-                film = []
-            seed = episode_seed(config.seed, index)
-            with _seeded(seed, device):
-                episode = run_episode(
-                    env,
-                    policy,
-                    seed=seed,
-                    horizon=horizon,
-                    action_steps=config.action_steps,
-                    device=device,
-                    film=film,
-                )
-            if film and config.video is not None:
-                file = video_file(config.video, index, episode.success)
-                fps = round(kwargs.get("control_freq", DEFAULT_FPS))
-                written = write_video(file, film, fps, overwrite=config.overwrite)
-                episode = episode._replace(video=str(written))
-            records.append(episode)
+
+        def finished(index: int, episode: Episode) -> None:
+            records[index] = episode
             if bar is not None:
-                bar.advance(successes=sum(record.success for record in records))
-    result = summarise(records, time.monotonic() - started)
+                bar.advance(successes=sum(record.success for record in records.values()))
+
+        result = run(finished)._replace(seconds=time.monotonic() - started)
     if settings is not None:
         keep(result, config, settings)
     return result
 
 
 @contextmanager
-def _finished_videos_told(records: Sequence[Episode], folder: Path | None) -> Iterator[None]:
+def _finished_videos_told(records: Mapping[int, Episode], folder: Path | None) -> Iterator[None]:
     """Adds the finished videos to the message of a full disk or an interrupt; they stay, so a rerun must replace them.
 
     Args:
-        records: the episodes so far.
+        records: the finished episodes.
     """
     try:
         yield
     except (OSError, KeyboardInterrupt) as error:
-        count = sum(record.video is not None for record in records)
+        count = sum(record.video is not None for record in records.values())
         if not count:
             raise
         again = "run the same command again with --overwrite"
@@ -223,46 +95,6 @@ def _finished_videos_told(records: Sequence[Episode], folder: Path | None) -> It
         if isinstance(error, KeyboardInterrupt):
             raise KeyboardInterrupt(f"no result was saved, and {stay}; {again}") from None
         raise CachePipelineError(f"{described(error, again)}; {stay}") from error
-
-
-def keep(result: RolloutResult, config: RolloutConfig, settings: Mapping[str, Any]) -> Path:
-    """Writes the result and its settings to ``RUN/rollouts/``, where ``report`` reads them."""
-    path = result_file(config, settings)
-    with output_file(path, ROLLOUT_JSON, overwrite=True) as partial:
-        write_json(partial, finite({**result.to_json(), "settings": dict(settings)}))
-    logger.info("result: %s", path)
-    return path
-
-
-def settings_of(config: RolloutConfig) -> dict[str, Any]:
-    """Returns what decides the result of a rollout, beside the seed and the number of episodes."""
-    from cache_pipeline.runs.checkpoint import find_checkpoint
-
-    return {
-        "checkpoint": find_checkpoint(config.run)[1].resolve().name,
-        "horizon": config.horizon,
-        "action_steps": config.action_steps,
-        "env_args": None if config.env_args is None else digest(repr(read_env_args(config.env_args)).encode()),
-    }
-
-
-def result_file(config: RolloutConfig, settings: Mapping[str, Any]) -> Path:
-    """Returns the path of the result file: ``seed_<seed>_<episodes>.json``, or ``…_2.json`` and so on.
-
-    A rollout with the same settings replaces its result; one with other settings gets the next free name.
-    """
-    from cache_pipeline.runs.checkpoint import find_checkpoint
-
-    first = find_checkpoint(config.run)[0] / ROLLOUTS / f"seed_{config.seed}_{config.episodes}.json"
-    return next(path for path in numbered(first) if not os.path.lexists(path) or _has(path, settings))
-
-
-def _has(path: Path, settings: Mapping[str, Any]) -> bool:
-    try:
-        value = read_json(path)
-    except (OSError, ValueError):
-        return False
-    return isinstance(value, dict) and value.get("settings") == settings
 
 
 def video_file(folder: Path, index: int, success: bool) -> Path:
@@ -283,7 +115,64 @@ def check_outputs(config: RolloutConfig) -> None:
             check_output(file, kind, overwrite=config.overwrite)
 
 
-def choose_environment(config: RolloutConfig, policy: ActingPolicy) -> EnvArgs:
+@contextmanager
+def open_rollouts(
+    config: RolloutConfig, policy: ActingPolicy, device: str | torch.device, *, first: int = 0
+) -> Iterator[Rollouts]:
+    """Opens the environment of a policy; each call of the result runs the episodes of ``config``.
+
+    Args:
+        first: number of the first episode; the initial state of an episode depends on its number and the seed.
+    """
+    from cache_pipeline.sim.acting import Actor
+    from cache_pipeline.sim.episodes import Plan, run_episodes
+
+    place = choose_environment(config, policy)
+    actor = Actor(policy, device)
+    if config.workers > 1 and actor.one_at_a_time:
+        raise ConfigError("the policy has one state for all episodes, so they run one after another; give 1 worker")
+    seeds = [episode_seed(config.seed, first + index) for index in range(config.episodes)]
+    plan = Plan(seeds, place.horizon, config.action_steps, 0 if config.video is None else config.videos)
+    with opened(place.opening, actor.keys, min(config.workers, config.episodes)) as places:
+
+        def run(told: Callable[[int, Episode], None] | None = None) -> RolloutResult:
+            started, records = time.monotonic(), {}
+
+            def finished(index: int, episode: Episode, film: Film | None) -> None:
+                if film and config.video is not None:
+                    file = video_file(config.video, index, episode.success)
+                    written = write_video(file, film, place.fps, overwrite=config.overwrite)
+                    episode = episode._replace(video=str(written))
+                records[index] = episode
+                if told is not None:
+                    told(index, episode)
+
+            run_episodes(places, actor, plan, finished)
+            return summarise([records[index] for index in range(config.episodes)], time.monotonic() - started)
+
+        yield run
+
+
+class Where(NamedTuple):
+    """The environment of a rollout: how it is opened, its largest number of steps, and frames per second of a video."""
+
+    opening: Opening
+    horizon: int | None
+    fps: int
+
+
+def choose_environment(config: RolloutConfig, policy: ActingPolicy) -> Where:
+    """Returns the environment of ``config.env`` or ``config.env_args``, else that of the policy's dataset."""
+    cameras = {name: (shape[0], shape[1]) for name, shape in policy.cameras.items()}
+    if config.env is not None:
+        return Where(FactoryOpening(config.env, cameras, dict(policy.low_dim)), config.horizon, DEFAULT_FPS)
+    chosen = choose_env_args(config, policy)
+    kwargs = chosen.env_args.get("env_kwargs", {})
+    opening = RobosuiteOpening(chosen.env_args, cameras, chosen.render_flags)
+    return Where(opening, config.horizon or kwargs.get("horizon"), round(kwargs.get("control_freq", DEFAULT_FPS)))
+
+
+def choose_env_args(config: RolloutConfig, policy: ActingPolicy) -> EnvArgs:
     """Returns the environment of ``config.env_args``, else of the policy's dataset; raises ConfigError without one.
 
     Render flags of the dataset take precedence, because the policy was trained on such images. The environment of a
@@ -297,103 +186,19 @@ def choose_environment(config: RolloutConfig, policy: ActingPolicy) -> EnvArgs:
     if keys != ACTIONS:
         raise ConfigError(
             f"{config.run} acts with the action key {', '.join(keys)}, but the environment of its dataset "
-            "takes the actions of the key actions; give --env-args FILE with a controller for these actions"
+            "takes the actions of the key actions; give --env-args FILE with a controller for these actions, or --env"
         )
     if policy.env_args is None:
         raise ConfigError(
             f"the dataset of {config.run} has no env_args, so its environment is unknown; "
-            "give --env-args FILE: a JSON file, or a dataset with env_args"
+            "give --env-args FILE: a JSON file, or a dataset with env_args; or --env FILE.py:make"
         )
     return EnvArgs(dict(policy.env_args), flags)
-
-
-def run_episode(
-    env: Simulation,
-    policy: ActingPolicy,
-    *,
-    seed: int,
-    horizon: int,
-    action_steps: int | None = None,
-    device: str = "cpu",
-    film: list[NDArray[np.uint8]] | None = None,
-) -> Episode:
-    """Runs one episode until success or ``horizon`` steps; the policy runs every ``action_steps`` steps.
-
-    Args:
-        film: called with the images of every step, the policy's cameras side by side.
-    """
-    started = time.monotonic()
-    cameras = tuple(policy.cameras)
-    history = ObsHistory((*cameras, *policy.low_dim), policy.obs_horizon)
-    if hasattr(policy, "start_episode"):
-        policy.start_episode()
-    obs = env.reset(seed)
-    history.start(obs)
-    chunk: list[NDArray] = []
-    steps, success = 0, False
-    while steps < horizon and not success:
-        if film is not None:
-            film.append(side_by_side(obs, cameras))
-        if not chunk:
-            actions = ask(policy, history, device)
-            chunk = list(actions[: action_steps or math.ceil(len(actions) / 2)])
-        obs, _, success = env.step(chunk.pop(0))
-        history.add(obs)
-        steps += 1
-    if film is not None:
-        film.append(side_by_side(obs, cameras))
-    return Episode(seed, success, steps, time.monotonic() - started)
-
-
-def ask(policy: ActingPolicy, history: ObsHistory, device: str) -> NDArray[np.float64]:
-    """Returns the policy's chunk (Ta, A) for the last obs."""
-    import torch
-
-    obs = {}
-    for key, value in history.stack().items():
-        tensor = torch.from_numpy(value)
-        obs[key] = (tensor if key in policy.cameras else tensor.float()).to(device)
-    with torch.no_grad():
-        actions = policy.act(obs)
-    assert actions.shape[:-2] == (1,), actions.shape
-    return np.asarray(actions[0].double().cpu().numpy())
 
 
 def episode_seed(seed: int, index: int) -> int:
     """Returns the environment's seed of episode ``index``."""
     return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
-
-
-def summarise(records: list[Episode], seconds: float) -> RolloutResult:
-    """Computes the success rate of the episodes."""
-    successes = sum(record.success for record in records)
-    rate = successes / len(records)
-    return RolloutResult(
-        len(records), successes, rate, wilson_interval(successes, len(records)), seconds, tuple(records)
-    )
-
-
-def wilson_interval(successes: int, episodes: int, z: float = 1.959964) -> tuple[float, float]:
-    """Returns Wilson's score interval of a success rate (JASA 22, 1927), by default 95 %.
-
-    Unlike ±z·σ, it has a width above 0 for 0 successes.
-    """
-    assert 0 <= successes <= episodes, (successes, episodes)
-    rate = successes / episodes
-    centre = rate + z**2 / (2 * episodes)
-    spread = z * math.sqrt(rate * (1 - rate) / episodes + z**2 / (4 * episodes**2))
-    scale = 1 + z**2 / episodes
-    return max(0.0, (centre - spread) / scale), min(1.0, (centre + spread) / scale)
-
-
-@contextmanager
-def _seeded(seed: int, device: str) -> Iterator[None]:
-    """Seeds torch's generator inside the block and restores the caller's random state."""
-    import torch
-
-    with torch.random.fork_rng([device] if device.startswith("cuda") else []):
-        torch.manual_seed(seed)
-        yield
 
 
 def _device(name: str) -> str:

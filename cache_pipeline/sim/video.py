@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from subprocess import DEVNULL, PIPE, Popen
+from subprocess import DEVNULL, PIPE, Popen, run
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ def side_by_side(obs: Mapping[str, NDArray], cameras: tuple[str, ...]) -> NDArra
     return np.pad(row, ((0, row.shape[0] % 2), (0, row.shape[1] % 2), (0, 0)))
 
 
+MP4_SUFFIX = ".mp4"
 MP4, GIF = FileKind("a video", begins_with(b"ftyp", skip=4)), FileKind("a GIF picture", begins_with(b"GIF8"))
 
 
@@ -86,6 +87,45 @@ def _gif(frames: Sequence[NDArray[np.uint8]], fps: int) -> bytes:
     return content.getvalue()
 
 
+def read_frames(path: Path, count: int) -> list[NDArray[np.uint8]]:
+    """Returns up to ``count`` frames (H, W, 3) of a video, evenly spaced from the first to the last.
+
+    Raises:
+        ImportError: imageio is not installed. OSError, ValueError, RuntimeError: it cannot be read.
+    """
+    if MP4.holds(path):
+        return _mp4_frames(path.absolute(), count)
+    if not GIF.holds(path):
+        raise ValueError("it is not a video that rollout writes")
+    import imageio.v2 as imageio
+
+    frames = imageio.mimread(path)
+    return [np.asarray(frames[number])[..., :3] for number in _spread(count, len(frames))]
+
+
+def _spread(count: int, total: int) -> list[int]:
+    return np.linspace(0, total - 1, min(count, total)).round().astype(int).tolist()
+
+
+def _mp4_frames(path: Path, count: int) -> list[NDArray[np.uint8]]:
+    import imageio_ffmpeg
+
+    total, _ = imageio_ffmpeg.count_frames_and_secs(str(path))
+    chosen = "+".join(f"eq(n,{number})" for number in _spread(count, total))
+    options = ["-vf", f"select='{chosen}'", "-fps_mode", "passthrough", "-c:v", "ppm", "-f", "image2pipe", "-"]
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-v", "error", "-i", f"file:{path}", *options]
+    content = run(command, stdin=DEVNULL, stdout=PIPE, stderr=DEVNULL, check=False).stdout
+    frames = []
+    while content:  # P6, width and height, 255, pixels
+        _, size, _, content = content.split(b"\n", 3)
+        width, height = map(int, size.split())
+        frames.append(np.frombuffer(content, np.uint8, height * width * 3).reshape(height, width, 3))
+        content = content[height * width * 3 :]
+    if not frames:
+        raise ValueError("it has no frames")
+    return frames
+
+
 def video_format() -> tuple[str, FileKind]:
     """Returns suffix and kind of the videos that this machine can write."""
-    return (".mp4", MP4) if importlib.util.find_spec("imageio_ffmpeg") is not None else (".gif", GIF)
+    return (MP4_SUFFIX, MP4) if importlib.util.find_spec("imageio_ffmpeg") is not None else (".gif", GIF)

@@ -102,6 +102,16 @@ class SavingConfig:
     eval_every: Annotated[int, Option("Steps between held-out measurements; 0: at the end.", OUTPUT, least=0)] = 500
     save_every: Annotated[int, Option("Steps between checkpoints; 0: at the end.", OUTPUT, least=0)] = 1000
     keep_best: Annotated[int, Option("Best checkpoints kept beside the latest.", OUTPUT, least=0)] = 1
+    rollout_every: Annotated[
+        int,
+        Option(
+            "Steps between rollouts; 0: none. Best is then the highest success, ties by held-out error.",
+            OUTPUT,
+            least=0,
+        ),
+    ] = 0
+    """Rollouts are also made at the last step. They run in the environment of the dataset, in this process."""
+    rollout_episodes: Annotated[int, Option("Episodes of each of these rollouts.", OUTPUT, least=1)] = 10
     eval_windows: Annotated[int, Option("Most held-out windows that are measured.", OUTPUT, least=1)] = 4096
 
     def __post_init__(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,8 +15,9 @@ from torch import Tensor
 
 from cache_pipeline.errors import CheckpointError, ConfigError
 from cache_pipeline.files import typed
-from cache_pipeline.runs.checkpoint import PER_DIM, Checkpoint, CheckpointFolder
+from cache_pipeline.runs.checkpoint import PER_DIM, SUCCESS_RATE, Checkpoint, CheckpointFolder, Score
 from cache_pipeline.runs.metrics import MetricsLog
+from cache_pipeline.sim.results import RolloutResult
 from cache_pipeline.training.session import Session
 
 logger = logging.getLogger("cache_pipeline")
@@ -50,6 +51,7 @@ class Journal:
 
     Args:
         folder, log: outputs for checkpoints and metrics; None in a process that does not write.
+        roll: makes the rollouts of ``--rollout-every``.
 
     Attributes:
         carried: progress up to the last row of metrics.
@@ -57,8 +59,14 @@ class Journal:
         checkpoint: the last one that was saved.
     """
 
-    def __init__(self, session: Session, folder: CheckpointFolder | None, log: MetricsLog | None) -> None:
-        self._session, self._folder, self._log = session, folder, log
+    def __init__(
+        self,
+        session: Session,
+        folder: CheckpointFolder | None,
+        log: MetricsLog | None,
+        roll: Callable[[], RolloutResult] | None = None,
+    ) -> None:
+        self._session, self._folder, self._log, self._roll = session, folder, log, roll
         self._learner, self._saving, self._steps = session.learner, session.config.saving, session.config.steps
         self._losses: list[Tensor] = []
         resumed = session.resumed
@@ -72,27 +80,45 @@ class Journal:
         self._losses.append(loss)
         last = step == self._steps or stopping
         measured = self._due(step, self._saving.eval_every) or (step == self._steps)
+        rolled = self._due(step, self._saving.rollout_every) or (step == self._steps and self._saving.rollout_every > 0)
         saved = self._due(step, self._saving.save_every) or last
-        if last or measured or saved or step == 1 or step % self._saving.log_every == 0:
+        if last or measured or rolled or saved or step == 1 or step % self._saving.log_every == 0:
             self._write_row(step)
-        if self._folder is not None and (measured or saved):
+        if self._folder is not None and (measured or rolled or saved):
             with self._clock_stopped():
-                error = self._evaluate(self._folder, step) if measured else None
-                if saved or (error is not None and self._folder.is_among_best(error)):
-                    self.checkpoint = self._save(self._folder, step, error)
+                score = self._score(self._folder, step, rolled=rolled) if measured or rolled else None
+                if saved or (score is not None and self._folder.is_among_best(score)):
+                    self.checkpoint = self._save(self._folder, step, score)
 
     def record_start(self) -> None:
         """Measures and saves the initial policy of a fine-tuning run, so that it can be the best checkpoint."""
-        if self._folder is None or not self._session.measurable:
+        rolled = self._saving.rollout_every > 0
+        if self._folder is None or not (self._session.measurable or rolled):
             return
         with self._clock_stopped():
-            error = self._evaluate(self._folder, 0)
-            self.metrics[START_ERROR] = error
-            if error is not None and self._folder.is_among_best(error):
-                self.checkpoint = self._save(self._folder, 0, error)
+            score = self._score(self._folder, 0, rolled=rolled)
+            self.metrics[START_ERROR] = self.metrics.get("validation/action_mse")
+            if score is not None and self._folder.is_among_best(score):
+                self.checkpoint = self._save(self._folder, 0, score)
 
-    def _save(self, folder: CheckpointFolder, step: int, error: float | None) -> Path:
-        return folder.save(step, self._learner.state(), self.metrics, self.carried._asdict(), error)
+    def _save(self, folder: CheckpointFolder, step: int, score: Score | None) -> Path:
+        rolled = score is not None and score.success is not None
+        metrics = {name: value for name, value in self.metrics.items() if rolled or not name.startswith("rollout/")}
+        return folder.save(step, self._learner.state(), metrics, self.carried._asdict(), score)
+
+    def _score(self, folder: CheckpointFolder, step: int, *, rolled: bool) -> Score | None:
+        """Measures the policy. With ``--rollout-every`` only a step with rollouts has a score."""
+        error = self._evaluate(folder, step)
+        if not rolled:
+            return None if self._saving.rollout_every or error is None else Score(error)
+        assert self._roll is not None
+        with self._learner.averaged():
+            result = self._roll()
+        values = {SUCCESS_RATE: result.success_rate, "rollout/episodes": float(result.episodes)}
+        self.metrics.update(values)
+        self._write(step, values)
+        logger.info("step %d: %s", step, result.lines()[0])
+        return Score(error, result.success_rate)
 
     def _due(self, step: int, every: int) -> bool:
         return every > 0 and step % every == 0

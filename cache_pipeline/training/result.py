@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from cache_pipeline.errors import counted
-from cache_pipeline.runs.checkpoint import CHECKPOINTS, Best
+from cache_pipeline.runs.checkpoint import CHECKPOINTS, SUCCESS_RATE, Best
 from cache_pipeline.runs.metrics import of_mean_action
 from cache_pipeline.training.data.source import source_in_words
 from cache_pipeline.training.journal import START_ERROR, Journal
@@ -18,8 +18,8 @@ class TrainResult(NamedTuple):
     Losses are the policy's own, in normalised action units; ``final_loss`` is the mean since the last logged row.
     The two action errors are mean squared errors in the units of the dataset over the same held-out windows.
     ``mean_action_mse`` is the error of always predicting the mean action of the train split. Both are None without
-    held-out demos. ``seconds`` and ``steps_per_s`` cover training steps, not measuring or saving. ``notes`` are lines
-    of advice for a terminal; the JSON omits them.
+    held-out demos. The success rates are those of ``--rollout-every``. ``seconds`` and ``steps_per_s`` cover training
+    steps, not measuring or saving. ``notes`` are lines of advice for a terminal; the JSON omits them.
     """
 
     run: Path
@@ -36,6 +36,8 @@ class TrainResult(NamedTuple):
     best_action_mse: float | None = None
     best_step: int | None = None
     best_checkpoint: Path | None = None
+    success_rate: float | None = None
+    best_success_rate: float | None = None
     notes: tuple[str, ...] = ()
 
     @classmethod
@@ -61,6 +63,8 @@ class TrainResult(NamedTuple):
             best_action_mse=None if best is None else best.valid_action_mse,
             best_step=None if best is None else best.step,
             best_checkpoint=None if best is None else run / CHECKPOINTS / best.name,
+            success_rate=metrics.get(SUCCESS_RATE),
+            best_success_rate=None if best is None else best.success_rate,
             notes=notes,
         )
 
@@ -78,6 +82,9 @@ class TrainResult(NamedTuple):
         if self.valid_action_mse is not None:
             compared = of_mean_action(self.valid_action_mse, self.mean_action_mse)
             lines.append(f"held-out action error {self.valid_action_mse:.4g}, {compared}")
+        if self.success_rate is not None:
+            best = "" if self.best_success_rate is None else f", {self.best_success_rate:.0%} with the best checkpoint"
+            lines.append(f"success in simulation {self.success_rate:.0%} after the last step{best}")
         return [*lines, *self._verdict(), *self._checkpoints(), *self.notes]
 
     def _checkpoints(self) -> list[str]:

@@ -15,10 +15,12 @@ from cache_pipeline.runs.folder import RunFolder, run_folder
 from cache_pipeline.runs.metrics import MetricsLog, check_wandb
 from cache_pipeline.runs.plateau import plateau_notes
 from cache_pipeline.runs.record import read_record, write_record
+from cache_pipeline.sim.results import RolloutResult
 from cache_pipeline.training.config import FinetuneConfig, TrainConfig
 from cache_pipeline.training.journal import Journal
 from cache_pipeline.training.loop import run_loop
 from cache_pipeline.training.result import TrainResult
+from cache_pipeline.training.rollouts import rollouts_of
 from cache_pipeline.training.session import Session
 from cache_pipeline.training.update.distributed import Ranks, joined_ranks
 
@@ -53,6 +55,17 @@ def _begins_anew(folder: RunFolder, ranks: Ranks) -> bool:
 
 def _complete(folder: RunFolder, session: Session, ranks: Ranks, *, progress: bool) -> TrainResult:
     """Runs the loop to the end; only the first process logs, measures and saves."""
+    saving = session.config.saving
+    with ExitStack() as opened:
+        roll = None
+        if ranks.first and saving.rollout_every:
+            roll = opened.enter_context(rollouts_of(session, folder.place))
+        return _run(folder, session, ranks, roll, progress=progress)
+
+
+def _run(
+    folder: RunFolder, session: Session, ranks: Ranks, roll: Callable[[], RolloutResult] | None, *, progress: bool
+) -> TrainResult:
     if ranks.first:
         _write(folder, session)
     ranks.take_from_first(session.learner.state().model.values())
@@ -63,7 +76,7 @@ def _complete(folder: RunFolder, session: Session, ranks: Ranks, *, progress: bo
         if ranks.first:
             checkpoints = CheckpointFolder(folder.path, saving.keep_best, folder.saved)
             log = opened.enter_context(MetricsLog(folder.path, step, session.config.wandb, folder.place))
-        journal = Journal(session, checkpoints, log)
+        journal = Journal(session, checkpoints, log, roll)
         source = run_loop(journal, session, run=folder.place, progress=progress)
     if checkpoints is None:
         return TrainResult.of(folder.place, journal, source)

@@ -13,7 +13,7 @@ from cache_fakes import CAMERA, OVERFLOWING, SLOW, extract, outputs
 from cache_pipeline.cache.integrity import check_integrity
 from cache_pipeline.cache.manifest import MANIFEST
 from cache_pipeline.errors import UnitsFailedError
-from cache_pipeline.extract import processes
+from cache_pipeline.extract import lifeline, processes
 
 TESTS = Path(__file__).parents[1]
 
@@ -50,14 +50,14 @@ def test_the_units_of_a_killed_worker_are_made_by_others(dataset, out, whole, st
         done(self, worker, job)
         if not killed:
             killed.append(worker)
-            worker._process.kill()
+            os.kill(worker._process.pid, signal.SIGKILL)
 
     monkeypatch.setattr(processes._Pool, "_on_done", kill_the_first)
     extract(out, dataset, views=2, workers=2)
     assert outputs(out) == whole
     assert "was killed, perhaps for lack of memory; its" in caplog.text
     assert len(started) == 3
-    assert all(process.poll() is not None for process in started)
+    assert all(process._process.poll() is not None for process in started)
 
 
 def test_a_unit_that_fails_three_times_is_set_aside_and_named_and_the_others_are_done(dataset, out, caplog):
@@ -74,7 +74,7 @@ def test_a_unit_that_fails_three_times_is_set_aside_and_named_and_the_others_are
 
 
 def test_a_worker_that_always_dies_ends_in_one_line(dataset, out, monkeypatch):
-    monkeypatch.setattr(processes, "_START", "import os; os.kill(os.getpid(), 9)")
+    monkeypatch.setattr(lifeline, "_START", "import os; os.kill(os.getpid(), 9)")
     with pytest.raises(UnitsFailedError, match=r"worker \d on cpu was killed, .* no worker is left; finished"):
         extract(out, dataset, workers=2)
     assert extract(out, dataset).units_encoded > 0

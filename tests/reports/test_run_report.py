@@ -1,8 +1,10 @@
 import base64
 import io
 import re
+import shutil
 import time
 from pathlib import Path
+from urllib.parse import unquote
 
 import h5py
 import matplotlib.image
@@ -15,8 +17,11 @@ from cache_pipeline.encoders.preprocess import Preprocess
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.pipeline import extract_features
 from cache_pipeline.files import write_json
+from cache_pipeline.reports import plots
 from cache_pipeline.reports.run_report import principal, write_report
 from cache_pipeline.reports.view_sheet import write_view_sheet
+from cache_pipeline.sim.results import wilson_interval
+from cache_pipeline.sim.video import read_frames, write_video
 from cache_pipeline.training.config import SavingConfig, TrainConfig
 from cache_pipeline.training.train import train
 
@@ -187,3 +192,71 @@ def test_a_rollout_that_cannot_be_read_is_left_out_with_a_warning(trained, caplo
     assert [f"seed_{number}_9.json is not shown" in caplog.text for number in range(len(WRONG))] == [True] * len(WRONG)
     assert "Rollouts seed_77_4" in page.read_text()
     assert "_9<" not in page.read_text()
+
+
+def linked(page):
+    return re.findall(r'<a href="(.*?)">(.*?)</a>', page.read_text())
+
+
+def written_result(folder, name, records, **settings):
+    (folder / "rollouts").mkdir(exist_ok=True)
+    successes = sum(record["success"] for record in records)
+    ci95 = wilson_interval(successes, len(records))
+    result = {"episodes": len(records), "successes": successes, "ci95": list(ci95), "records": records}
+    write_json(folder / "rollouts" / f"{name}.json", {**result, "settings": settings})
+
+
+def test_success_is_drawn_over_steps_and_a_video_is_a_strip_beside_a_link(trained, tmp_path):
+    run = tmp_path / "a run" / "lift"
+    shutil.copytree(trained / "run", run)
+    frames = [np.full((240, 320, 3), shade, np.uint8) for shade in range(0, 240, 12)]
+    films = tmp_path / "films #1"
+    video = write_video(films / "episode_000_success", frames, 20)
+    damaged = films / f"episode_001_failure{video.suffix}"
+    damaged.write_bytes(video.read_bytes()[:200])
+    records = [
+        {"success": True, "steps": 20, "video": str(video)},
+        {"success": False, "steps": 9, "video": str(damaged)},
+        {"success": True, "steps": 30, "video": str(films / "gone.mp4")},
+    ]
+    written_result(run, "seed_0_3", records, checkpoint="step_0000004")
+    before = len(pictures(write_report(trained / "run", tmp_path / "without.html")))
+    page = write_report(run, tmp_path / "pages" / "lift.html")
+    text = page.read_text()
+    assert headings(page)[-3:] == ["Success in simulation", "Rollouts seed_0_3", "Command and versions"]
+    assert "<b>25</b>steps of a success (median)" in text
+    assert len(pictures(page)) == before + 2  # the curve and one strip
+    names = [f"episode 0: success after 20 steps; play {video.name}"]
+    names += [f"episode 1: failure after 9 steps; play {damaged.name}"]
+    assert [name for _, name in linked(page)] == names
+    assert "data:video" not in text
+    for (link, _), file in zip(linked(page), (video, damaged), strict=True):
+        assert (page.parent / unquote(link)).resolve() == file.resolve()
+        assert ":" not in link  # relative
+
+
+def test_success_during_training_is_drawn_with_its_intervals(trained, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    shutil.copytree(trained / "run", run)
+    shutil.rmtree(run / "rollouts", ignore_errors=True)
+    header, *lines = (run / "metrics.csv").read_text().splitlines()
+    columns = header.split(",")
+    for step, rate in ((2, 0.5), (4, 0.9)):
+        given = {"step": step, "rollout/success_rate": rate, "rollout/episodes": 10}
+        lines.append(",".join(str(given.get(name, "")) for name in columns))
+    (run / "metrics.csv").write_text("\n".join([header, *lines, ""]))
+    drawn = []
+    draw = plots.success_rates
+    monkeypatch.setattr(plots, "success_rates", lambda *rates: drawn.append(rates) or draw(*rates))
+    assert "Success in simulation" in headings(write_report(run))
+    ((training, later),) = drawn
+    assert [rate[:2] for rate in training] == [(2, 0.5), (4, 0.9)]
+    assert training[1][2:] == pytest.approx((0.5958, 0.9821), abs=1e-4)
+    assert later == []
+
+
+def test_a_file_that_is_no_video_is_never_decoded(tmp_path):
+    playlist = tmp_path / "x.mp4"
+    playlist.write_text("ffconcat version 1.0\nfile /etc/passwd\n")
+    with pytest.raises(ValueError, match="not a video"):
+        read_frames(playlist, 3)

@@ -11,13 +11,15 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from policies import policy_of
 
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.sim.collect import collect
 from cache_pipeline.sim.collect_config import CollectConfig
+from cache_pipeline.sim.config import RolloutConfig
 from cache_pipeline.sim.environment import Environment
 from cache_pipeline.sim.opengl import find_opengl_backend
-from cache_pipeline.sim.rollout import RolloutConfig, rollout
+from cache_pipeline.sim.rollout import rollout
 from cache_pipeline.sim.tasks.lift import LIFT
 
 pytestmark = pytest.mark.sim
@@ -195,6 +197,21 @@ def test_the_expert_succeeds_in_a_rollout_and_is_filmed(recorded: dict, tmp_path
     assert (result.episodes, result.successes, result.success_rate) == (1, 1, 1.0)
     assert Path(result.records[0].video or "").name == "episode_000_success.mp4"
     assert Path(result.records[0].video or "").stat().st_size > 1000
+
+
+def test_episodes_in_two_processes_are_those_of_one(recorded: dict, tmp_path: Path) -> None:
+    policy = policy_of("flow", cameras={EYE: (24, 24)}, low_dim={"robot0_eef_pos": (3,), "object": (10,)}, dims=7)
+    policy.env_args, policy.render_flags = recorded["env_args"], recorded["render_flags"]
+    found = []
+    for workers in (1, 2):
+        config = RolloutConfig(
+            run=Path("none"), episodes=3, horizon=5, workers=workers, video=tmp_path / str(workers), device="cpu"
+        )
+        result = rollout(config, progress=False, policy=policy)
+        assert [episode.steps for episode in result.records] == [5, 5, 5]
+        found.append([Path(episode.video or "").read_bytes() for episode in result.records])
+    assert found[0] == found[1]
+    assert len(set(found[0])) == 3
 
 
 def test_collect_writes_the_demo_that_the_sample_holds(recorded: dict, tmp_path: Path) -> None:

@@ -27,11 +27,11 @@ def test_a_new_episode_forgets_the_last_one() -> None:
     assert history.stack()["x"].ravel().tolist() == [7, 7]
 
 
-def test_images_keep_their_type_and_get_batch_and_time_in_front() -> None:
+def test_images_keep_their_type_and_get_a_time_axis_in_front() -> None:
     history = ObsHistory(["eye_image"], 2)
     history.start({"eye_image": np.zeros((4, 5, 3), np.uint8)})
     stacked = history.stack()["eye_image"]
-    assert stacked.shape == (1, 2, 4, 5, 3)
+    assert stacked.shape == (2, 4, 5, 3)
     assert stacked.dtype == np.uint8
 
 

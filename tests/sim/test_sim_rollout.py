@@ -4,115 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
-import torch
+from simulations import LIFT, CounterEnvironment, Planner
 
 from cache_pipeline.errors import CachePipelineError, ConfigError
 from cache_pipeline.sim import rollout as module
-from cache_pipeline.sim.environment import Step
-from cache_pipeline.sim.history import ObsHistory
-from cache_pipeline.sim.rollout import (
-    Episode,
-    RolloutConfig,
-    _seeded,
-    ask,
-    check_outputs,
-    choose_environment,
-    episode_seed,
-    keep,
-    result_file,
-    rollout,
-    run_episode,
-    settings_of,
-    summarise,
-    wilson_interval,
-)
+from cache_pipeline.sim.config import RolloutConfig
+from cache_pipeline.sim.environment import Environment
+from cache_pipeline.sim.results import Episode, keep, result_file, settings_of, summarise, wilson_interval
+from cache_pipeline.sim.rollout import check_outputs, choose_env_args, episode_seed, rollout
 from cache_pipeline.sim.video import video_format
-
-LIFT = {"env_name": "Lift", "type": 1, "env_kwargs": {}}
-
-
-class Counter:
-    """Counts its actions; succeeds when ``goal`` of them were done."""
-
-    def __init__(self, goal: int) -> None:
-        self.goal, self.done = goal, []
-
-    def reset(self, seed: int) -> dict[str, np.ndarray]:
-        self.done = []
-        return self._obs()
-
-    def step(self, action: np.ndarray) -> Step:
-        self.done.append(float(action[0]))
-        return Step(self._obs(), 0.0, len(self.done) >= self.goal)
-
-    def _obs(self) -> dict[str, np.ndarray]:
-        return {"eye_image": np.full((4, 6, 3), len(self.done), np.uint8), "count": np.array([float(len(self.done))])}
-
-
-class Planner:
-    """Answers the k-th question with the chunk [10k, 10k + 1, …] and remembers what it was asked."""
-
-    cameras: Mapping[str, tuple[int, ...]] = {"eye_image": (4, 6, 3)}
-    low_dim: Mapping[str, tuple[int, ...]] = {"count": (1,)}
-    obs_horizon = 2
-
-    def __init__(
-        self, chunk: int, env_args: dict[str, Any] | None = None, flags: dict[str, bool] | None = None
-    ) -> None:
-        self.chunk, self.env_args, self.render_flags = chunk, env_args, flags
-        self.asked: list[dict[str, torch.Tensor]] = []
-
-    def act(self, obs: dict[str, torch.Tensor]) -> torch.Tensor:
-        self.asked.append(obs)
-        first = 10 * (len(self.asked) - 1)
-        return torch.arange(first, first + self.chunk, dtype=torch.float32).view(1, self.chunk, 1)
-
-
-def test_half_of_each_chunk_is_executed_before_the_policy_runs_again() -> None:
-    env, policy = Counter(goal=7), Planner(chunk=5)
-    episode = run_episode(env, policy, seed=0, horizon=100)
-    assert env.done == [0, 1, 2, 10, 11, 12, 20]
-    assert (episode.success, episode.steps) == (True, 7)
-
-
-def test_action_steps_sets_how_many_actions_of_a_chunk_are_executed() -> None:
-    env = Counter(goal=4)
-    run_episode(env, Planner(chunk=5), seed=0, horizon=100, action_steps=1)
-    assert env.done == [0, 10, 20, 30]
-
-
-def test_the_policy_gets_the_last_obs_each_time_it_runs() -> None:
-    policy = Planner(chunk=4)
-    run_episode(Counter(goal=5), policy, seed=0, horizon=100)
-    assert [obs["count"].flatten().tolist() for obs in policy.asked] == [[0, 0], [1, 2], [3, 4]]
-    assert [obs["eye_image"][0, :, 0, 0, 0].tolist() for obs in policy.asked] == [[0, 0], [1, 2], [3, 4]]
-
-
-def test_images_stay_uint8_and_low_dim_becomes_float32() -> None:
-    policy = Planner(chunk=1)
-    history = ObsHistory(("eye_image", "count"), 2)
-    history.start(Counter(1).reset(0))
-    assert ask(policy, history, "cpu").shape == (1, 1)
-    assert policy.asked[0]["eye_image"].dtype == torch.uint8
-    assert policy.asked[0]["eye_image"].shape == (1, 2, 4, 6, 3)
-    assert policy.asked[0]["count"].dtype == torch.float32
-
-
-def test_an_episode_that_never_succeeds_ends_at_the_horizon() -> None:
-    episode = run_episode(Counter(goal=1000), Planner(chunk=4), seed=0, horizon=6)
-    assert (episode.success, episode.steps) == (False, 6)
-
-
-def test_a_film_has_the_first_and_every_later_image() -> None:
-    film: list[np.ndarray] = []
-    run_episode(Counter(goal=5), Planner(chunk=4), seed=0, horizon=100, film=film)
-    assert [int(image[0, 0, 0]) for image in film] == [0, 1, 2, 3, 4, 5]
 
 
 @pytest.mark.parametrize(
@@ -145,13 +49,13 @@ def test_the_result_has_the_fields_that_scripts_rely_on() -> None:
 
 def test_a_run_without_env_args_is_an_error_that_names_the_option() -> None:
     with pytest.raises(ConfigError, match=r"no env_args.*--env-args FILE"):
-        choose_environment(RolloutConfig(run=Path("runs/x")), Planner(1))
+        choose_env_args(RolloutConfig(run=Path("runs/x")), Planner(1))
 
 
 def test_the_given_env_args_override_the_datasets_but_not_its_render_flags(tmp_path: Path) -> None:
     path = tmp_path / "env.json"
     path.write_text(json.dumps({**LIFT, "env_name": "Stack"}))
-    chosen = choose_environment(RolloutConfig(run=Path("x"), env_args=path), Planner(1, LIFT, {"shadow": False}))
+    chosen = choose_env_args(RolloutConfig(run=Path("x"), env_args=path), Planner(1, LIFT, {"shadow": False}))
     assert chosen.env_args["env_name"] == "Stack"
     assert chosen.render_flags == {"shadow": False}
 
@@ -160,17 +64,9 @@ def test_episode_seeds_differ_between_episodes_and_runs() -> None:
     assert len({episode_seed(seed, index) for seed in range(5) for index in range(20)}) == 100
 
 
-def test_random_numbers_of_a_policy_depend_only_on_the_seed_and_the_callers_state_is_restored() -> None:
-    before = torch.get_rng_state()
-    draws = []
-    for _ in range(2):
-        with _seeded(3, "cpu"):
-            draws.append(torch.randn(4))
-    assert torch.equal(*draws)
-    assert torch.equal(before, torch.get_rng_state())
-
-
-@pytest.mark.parametrize("wrong", [{"episodes": 0}, {"horizon": 0}, {"action_steps": 0}, {"videos": 0}, {"seed": -1}])
+@pytest.mark.parametrize(
+    "wrong", [{"episodes": 0}, {"horizon": 0}, {"action_steps": 0}, {"videos": 0}, {"workers": 0}, {"seed": -1}]
+)
 def test_options_out_of_range_are_refused(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         RolloutConfig(run=Path("x"), **wrong)
@@ -228,16 +124,6 @@ def test_a_result_without_settings_is_kept(tmp_path: Path, monkeypatch: pytest.M
     assert result_file(config, settings_of(config)).name == "seed_0_1_2.json"
 
 
-class CounterEnvironment(Counter):
-    """A ``Counter`` in place of the simulator."""
-
-    def __enter__(self) -> CounterEnvironment:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        pass
-
-
 FULL = OSError(errno.ENOSPC, "No space left on device", "films/x")
 
 
@@ -255,7 +141,7 @@ def test_a_rollout_that_ends_early_says_which_videos_stay(
         return path
 
     monkeypatch.setattr(module, "write_video", write)
-    monkeypatch.setattr(module.Environment, "from_env_args", lambda *rest: CounterEnvironment(goal=2))
+    monkeypatch.setattr(Environment, "from_env_args", lambda *rest: CounterEnvironment(goal=2))
     config = RolloutConfig(run=tmp_path / "gone", episodes=5, video=tmp_path / "films", horizon=3)
     with pytest.raises((CachePipelineError, OSError, KeyboardInterrupt)) as caught:
         rollout(config, policy=Planner(1, LIFT), progress=False)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from cache_pipeline.errors import MissingExtraError
-from cache_pipeline.sim.video import side_by_side, write_video
+from cache_pipeline.sim.video import read_frames, side_by_side, write_video
 
 
 def test_cameras_of_different_sizes_stand_side_by_side_in_even_sizes() -> None:
@@ -52,3 +52,17 @@ def test_without_imageio_the_extra_is_named(tmp_path: Path, monkeypatch: pytest.
 def hide(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == module else find(name, *rest))
+
+
+@pytest.mark.parametrize("ffmpeg", [True, False])
+def test_frames_of_a_video_are_read_evenly_spaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ffmpeg: bool
+) -> None:
+    pytest.importorskip("imageio_ffmpeg" if ffmpeg else "imageio")
+    if not ffmpeg:
+        hide(monkeypatch, "imageio_ffmpeg")
+    path = write_video(tmp_path / "a 'film', 1", [np.full((64, 96, 3), 20 * i, np.uint8) for i in range(11)], fps=20)
+    frames = read_frames(path, 3)
+    assert [frame.shape for frame in frames] == [(64, 96, 3)] * 3
+    assert [int(frame.mean()) for frame in frames] == pytest.approx([0, 100, 200], abs=4)
+    assert len(read_frames(path, 99)) == 11

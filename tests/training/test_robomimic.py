@@ -27,6 +27,7 @@ from cache_pipeline.runs.checkpoint import find_checkpoint
 from cache_pipeline.runs.policy import load_policy
 from cache_pipeline.runs.record import read_record
 from cache_pipeline.runs.summary import inspect_run
+from cache_pipeline.sim.acting import Actor
 from cache_pipeline.training import robomimic as module
 from cache_pipeline.training.config import SavingConfig, TrainConfig
 from cache_pipeline.training.data.sampler import Sampler
@@ -225,6 +226,37 @@ def test_a_recurrent_policy_remembers_within_an_episode_and_forgets_at_its_start
     assert torch.equal(policy.act(part(obs, 0, 1)), first)
     policy.start_episode()
     assert not torch.equal(policy.act(part(obs, 1, 2)), second)
+
+
+@pytest.mark.parametrize("name", ["bc_rnn_gmm", "bc_transformer"])
+def test_episodes_side_by_side_act_as_alone(name: str, dataset: Path, cache: Path, tmp_path: Path) -> None:
+    """Each has a hidden state of its own, over frames that are encoded for both at once."""
+    result = train(config(tmp_path / "run", cache, small(tmp_path / "mine.json", name)), progress=False)
+    policy, steps = load_policy(result.run), 6
+    actor = Actor(policy, "cpu")
+    demos = [{key: values[0].numpy() for key, values in frames_of(dataset, demo, 0, steps).items()} for demo in (0, 2)]
+
+    def actions(chosen: list[int]) -> list[Any]:
+        minds = [actor.begin(seed) for seed in chosen]
+        for mind, number in zip(minds, chosen, strict=True):
+            mind.history.start({key: values[0] for key, values in demos[number].items()})
+        found = []
+        for step in range(1, steps):
+            found.append(np.stack(actor.act(minds)))
+            for mind, number in zip(minds, chosen, strict=True):
+                mind.history.add({key: values[step] for key, values in demos[number].items()})
+        return list(np.stack(found, axis=1))
+
+    both = actions([0, 1])
+    assert not np.array_equal(*both)
+    for number in (0, 1):
+        np.testing.assert_array_equal(actions([number])[0], both[number])
+    policy.start_episode()
+    first = policy.act(
+        {key: torch.from_numpy(np.stack([v[0]] * policy.obs_horizon))[None] for key, v in demos[0].items()}
+    )
+    if name == "bc_transformer":  # nothing is drawn
+        np.testing.assert_allclose(both[0][0], first[0].double(), rtol=1e-4, atol=1e-5)
 
 
 def test_images_of_every_kind_give_the_same_action_and_others_are_told(

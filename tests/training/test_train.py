@@ -47,6 +47,8 @@ RESULT_FIELDS = [
     "best_action_mse",
     "best_step",
     "best_checkpoint",
+    "success_rate",
+    "best_success_rate",
 ]
 
 

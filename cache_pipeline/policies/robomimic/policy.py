@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -116,6 +117,13 @@ class RobomimicPolicy:
         self._last_batch = 0
         self.algo.reset()
 
+    def for_episode(self) -> RobomimicPolicy:
+        """Returns a policy with the same networks and a hidden state of its own, for an episode among others."""
+        other = copy.copy(self)
+        other.algo = copy.copy(self.algo)
+        other.start_episode()
+        return other
+
     def eval(self) -> None:
         self.algo.set_eval()
 
@@ -143,6 +151,11 @@ class RobomimicPolicy:
             self._last_batch = batch
         with self._drawing(generator):
             return self._ask(seen, -1).unsqueeze(1)
+
+    @torch.no_grad()
+    def encode(self, camera: str, frames: Tensor) -> Tensor:
+        """Returns the features at the cut (M, …) of frames (M,H,W,3); :meth:`act` takes them in place of frames."""
+        return self._encoded(camera, frames.to(self.device).unsqueeze(0))[0]
 
     @torch.no_grad()
     def predict(self, obs: Mapping[str, Tensor], generator: torch.Generator | None = None) -> Tensor:
