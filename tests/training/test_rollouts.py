@@ -19,6 +19,7 @@ from cache_pipeline.sim.environment import Environment, Step
 from cache_pipeline.sim.rollout import episode_seed
 from cache_pipeline.training.config import FinetuneConfig, SavingConfig, TrainConfig
 from cache_pipeline.training.finetune import finetune
+from cache_pipeline.training.interrupt import StopRequest
 from cache_pipeline.training.rollouts import FIRST_EPISODE
 from cache_pipeline.training.train import train
 
@@ -124,12 +125,11 @@ def test_a_stopped_run_goes_on_with_the_rollouts_that_are_still_to_come(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Stopped after step 3, between two rollouts: those of step 2 are not repeated, those of 4 and 6 are made."""
-    from cache_pipeline.training.interrupt import StopWish
-
     script(monkeypatch, 2, 1, 1)
     whole = train(config(tmp_path / "whole", cache, steps=6, saving=saving()), progress=False)
     asked = iter([False, False, True, *[False] * 9])
-    monkeypatch.setattr(StopWish, "requested", property(lambda self: next(asked)))
+    signals = property(lambda self: int(next(asked)), lambda self, value: None)
+    monkeypatch.setattr(StopRequest, "signals", signals, raising=False)
     with pytest.raises(RunStopped):
         train(config(tmp_path / "run", cache, steps=6, saving=saving()), progress=False)
     assert rates(tmp_path / "run") == [(2, 1.0)]
