@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from cache_pipeline.sim.results import wilson_interval
 from common import Table, arguments, command, encoder_options, markdown, spread
+
+from cache_pipeline.sim.results import wilson_interval
 
 RECIPES = ("cached, frozen", "frozen, then fine-tuned", "unfrozen, pretrained start", "unfrozen, random start")
 GOAL = 0.8
