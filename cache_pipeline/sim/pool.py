@@ -6,30 +6,19 @@ closed, so none outlives its parent.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-import signal
-import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
 from multiprocessing.connection import Connection, wait
 from typing import Any, Protocol
 
 from cache_pipeline.errors import CachePipelineError
+from cache_pipeline.extract.lifeline import WorkerProcess, parent_connection
 from cache_pipeline.isolation import end_child, how_it_ended
 from cache_pipeline.sim.opengl import never_import_torch
 
 logger = logging.getLogger("cache_pipeline")
-
-ENDING_S = 5.0
-_START = (
-    "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from cache_pipeline.extract.lifeline import end_with_parent; end_with_parent(int(sys.argv[1])); "
-    "from cache_pipeline.sim.pool import serve; serve()"
-)
 
 
 class WorkerDiedError(CachePipelineError, RuntimeError):
@@ -82,16 +71,8 @@ class _Worker:
 
     def __init__(self, work: Work, level: int) -> None:
         self.unit: Any | None = None
-        ours, theirs = socket.socketpair()
-        with theirs:
-            arguments = [str(theirs.fileno()), json.dumps([path or os.curdir for path in sys.path])]
-            self._process = subprocess.Popen(
-                [sys.executable, "-c", _START, *arguments],
-                stdin=subprocess.DEVNULL,
-                stdout=2,
-                pass_fds=[theirs.fileno()],
-            )
-        self.connection = Connection(ours.detach())
+        self._process = WorkerProcess("cache_pipeline.sim.pool", {})
+        self.connection = self._process.connection
         self._send((work, level))
 
     def give(self, unit: Any) -> None:
@@ -103,13 +84,8 @@ class _Worker:
             self.connection.send(value)
 
     def end(self) -> int:
-        """Ends the process, which follows from the closed pipe, and returns its exit code."""
-        self.connection.close()
-        try:
-            return self._process.wait(ENDING_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            return self._process.wait()
+        """Ends the process and returns its exit code."""
+        return self._process.end()
 
 
 class _Pool:
@@ -177,10 +153,8 @@ class _Log(logging.Handler):
 
 def serve() -> None:
     """The worker: makes the units that come through the pipe, until it is closed."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_IGN)  # they concern the parent, which closes the pipe when it ends
+    connection = parent_connection()
     never_import_torch()
-    connection = Connection(int(sys.argv[1]))
     try:
         work, level = connection.recv()
         logger.handlers[:], logger.propagate = [_Log(connection)], False

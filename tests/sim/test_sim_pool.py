@@ -95,9 +95,11 @@ def test_a_worker_that_dies_is_one_line_after_the_results_of_the_others(tmp_path
     assert len(units.results) >= 2
 
 
+# Ctrl-C works wherever the tests were started.
 PARENT = """
-import sys
+import signal, sys
 from pathlib import Path
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from test_sim_pool import Counted, Squares
 from cache_pipeline.sim.pool import make_units
 make_units(Squares(Path(sys.argv[1]), seconds=60.0), Counted(2), 2)
