@@ -7,16 +7,15 @@ closed, so none outlives its parent.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from multiprocessing.connection import Connection, wait
+from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 from cache_pipeline.errors import CachePipelineError
-from cache_pipeline.extract.lifeline import WorkerProcess, parent_connection
-from cache_pipeline.isolation import end_child, how_it_ended
-from cache_pipeline.sim.opengl import never_import_torch
+from cache_pipeline.extract.lifeline import WorkerProcess
+from cache_pipeline.isolation import how_it_ended
+from cache_pipeline.sim.child import RemoteTraceback, serve_jobs
 
 logger = logging.getLogger("cache_pipeline")
 
@@ -133,47 +132,14 @@ class _Pool:
             ) from None
         if kind == "said":
             logger.log(*value)
-        elif kind == "failed":
-            raise value
+        elif kind == "broken":
+            error, text = value
+            raise error from RemoteTraceback(text)
         else:
             unit, worker.unit = worker.unit, None
             self._units.done(unit, value)
 
 
-class _Log(logging.Handler):
-    """Sends log records through the pipe."""
-
-    def __init__(self, connection: Connection) -> None:
-        super().__init__()
-        self._connection = connection
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._connection.send(("said", (record.levelno, "%s", record.getMessage())))
-
-
 def serve() -> None:
-    """The worker: makes the units that come through the pipe, until it is closed."""
-    connection = parent_connection()
-    never_import_torch()
-    try:
-        work, level = connection.recv()
-        logger.handlers[:], logger.propagate = [_Log(connection)], False
-        logger.setLevel(level)
-        with work.open() as make:
-            while True:
-                connection.send(("done", make(connection.recv())))
-    except (EOFError, ConnectionError):
-        pass
-    except Exception as error:
-        _report(connection, error)
-    end_child()
-    os._exit(0)
-
-
-def _report(connection: Connection, error: Exception) -> None:
-    try:
-        connection.send(("failed", error))
-    except OSError:
-        pass
-    except Exception:  # it cannot be pickled
-        connection.send(("failed", RuntimeError(f"{type(error).__name__}: {error}")))
+    """The worker: makes the units that come through the pipe."""
+    serve_jobs(lambda work: work.open())

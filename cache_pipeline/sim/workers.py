@@ -7,19 +7,16 @@ as soon as its pipe is closed, so none outlives its parent.
 from __future__ import annotations
 
 import logging
-import os
-import pickle
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from multiprocessing.connection import Connection
+from functools import partial
 from types import TracebackType
 from typing import Any
 
 from cache_pipeline.errors import CachePipelineError
-from cache_pipeline.extract.lifeline import WorkerProcess, parent_connection
+from cache_pipeline.extract.lifeline import WorkerProcess
 from cache_pipeline.isolation import how_it_ended
-from cache_pipeline.sim import opengl
+from cache_pipeline.sim.child import RemoteTraceback, serve_jobs
 from cache_pipeline.sim.simulation import Local, Opening, Play, Played, Reset, perform
 
 logger = logging.getLogger("cache_pipeline")
@@ -27,13 +24,6 @@ logger = logging.getLogger("cache_pipeline")
 
 class WorkerEndedError(CachePipelineError, RuntimeError):
     """The process of a simulation ended while it had a job."""
-
-
-class RemoteTraceback(Exception):
-    """The traceback of an exception in a worker, as text."""
-
-    def __str__(self) -> str:
-        return f"\n{self.args[0]}"
 
 
 class Worker:
@@ -50,7 +40,7 @@ class Worker:
         self._name = name
         # The simulator computes on one core; all together would start many threads each.
         self._process = WorkerProcess("cache_pipeline.sim.workers", {"OMP_NUM_THREADS": "1"})
-        self._send((opening, keys, logger.getEffectiveLevel() if says else logging.CRITICAL))
+        self._send(((opening, keys), logger.getEffectiveLevel() if says else logging.CRITICAL))
 
     def send(self, job: Reset | Play) -> None:
         """Sends a job; its result must be received before the next one."""
@@ -71,7 +61,7 @@ class Worker:
                     f"{self._name} {how}; no result was saved; give fewer --workers, or leave --workers out to see the "
                     "error of the simulator, and run the command again"
                 ) from None
-            if kind == "played":
+            if kind == "done":
                 played: Played = value
                 return played
             if kind == "said":
@@ -105,38 +95,13 @@ def opened(opening: Opening, keys: tuple[str, ...], workers: int) -> Iterator[li
         yield [stack.enter_context(Worker(opening, keys, name, says=name == names[0])) for name in names]
 
 
-class _Log(logging.Handler):
-    def __init__(self, connection: Connection) -> None:
-        super().__init__()
-        self._connection = connection
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self._connection.send(("said", (record.levelno, "%s", record.getMessage())))
-
-
 def serve() -> None:
-    """The worker: does jobs until the pipe is closed."""
-    connection = parent_connection()
-    try:
-        opengl.never_import_torch()
-        opening, keys, level = connection.recv()
-        logger.handlers[:], logger.propagate = [_Log(connection)], False
-        logger.setLevel(level)
-        with opening.open() as simulation:
-            while True:
-                connection.send(("played", perform(simulation, keys, connection.recv())))
-    except (EOFError, ConnectionError):
-        pass
-    except Exception as error:
-        with suppress(OSError):
-            connection.send(("broken", (_sendable(error), traceback.format_exc())))
-    os._exit(0)
+    """The worker: plays what the parent asks for."""
+    serve_jobs(_playing)
 
 
-def _sendable(error: Exception) -> Exception:
-    """Returns the error, or one with the same text if it cannot be pickled."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RuntimeError(f"{type(error).__name__}: {error}")
-    return error
+@contextmanager
+def _playing(setup: tuple[Opening, tuple[str, ...]]) -> Iterator[Callable[[Reset | Play], Played]]:
+    opening, keys = setup
+    with opening.open() as simulation:
+        yield partial(perform, simulation, keys)

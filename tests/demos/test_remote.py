@@ -85,7 +85,24 @@ def test_a_copy_is_made_once_and_again_where_it_is_missing(url, tmp_path, faults
     assert recorded_path(local_path(url)) == url
 
 
-def test_a_replaced_object_is_noticed_even_in_the_same_second(url, tmp_path):
+def test_stamps_of_the_same_second_and_size_differ_by_the_entity_tag(url, tmp_path):
+    first, second = tmp_path / "first", tmp_path / "second"
+    first.write_bytes(b"first")
+    second.write_bytes(b"other")
+    for _ in range(20):
+        stamps = []
+        for local in (first, second):
+            upload(local, url)
+            stamps.append(stamp_of(url))
+        if len({stamp.mtime_ns // remote.NANOSECONDS for stamp in stamps}) == 1:
+            break
+    else:
+        raise AssertionError("no two uploads were in one second")
+    assert stamps[0].size == stamps[1].size
+    assert stamps[0].mtime_ns != stamps[1].mtime_ns
+
+
+def test_a_replaced_object_of_the_same_size_is_noticed(url, tmp_path):
     local = make_dataset(tmp_path / "demos.hdf5", lengths=(6, 9))
     upload(local, url)
     extract(tmp_path / "lift.zarr", url)
