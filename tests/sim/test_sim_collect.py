@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+from kills import killed_at
 
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.sim import collect as module
@@ -184,19 +182,6 @@ def run_attempts(attempts: Attempts, succeeds: np.ndarray, rng: np.random.Genera
         attempts.done(unit, bool(succeeds[unit.number]))
 
 
-def killed_at(config: CollectConfig, parts: int) -> None:
-    """Collects in another process that is killed once it has finished some attempts."""
-    process = multiprocessing.get_context("fork").Process(target=collect, args=(config,), kwargs={"progress": False})
-    process.start()
-    while len(list(config.out.parent.glob(".*.parts/part_*"))) < parts:
-        assert process.is_alive()
-        time.sleep(0.002)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert not config.out.exists()
-
-
 def test_a_collect_that_is_killed_goes_on_and_the_file_is_that_of_one_that_was_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +190,7 @@ def test_a_collect_that_is_killed_goes_on_and_the_file_is_that_of_one_that_was_n
     config = CollectConfig(out=tmp_path / "killed" / "x.hdf5", demos=6)
     config.out.parent.mkdir()
     for parts in (2, 5):
-        killed_at(config, parts)
+        killed_at(collect, config, parts)
     made: list[int] = []
     make_up(monkeypatch, lambda attempt: attempt % 3 != 1, made=made)
     result = collect(config, progress=False)
@@ -221,7 +206,7 @@ def test_attempts_of_other_settings_are_not_used_but_those_for_fewer_demos_are(
 ) -> None:
     make_up(monkeypatch, lambda attempt: True, seconds=0.03)
     config = CollectConfig(out=tmp_path / "x.hdf5", demos=4)
-    killed_at(config, 3)
+    killed_at(collect, config, 3)
     made: list[int] = []
     make_up(monkeypatch, lambda attempt: True, made=made)
     collect(replace(config, seed=1), progress=False)

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +11,7 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from kills import killed_at
 
 from cache_pipeline.errors import CachePipelineError, ConfigError, DatasetError
 from cache_pipeline.sim import rerender as module
@@ -181,19 +179,6 @@ def test_a_model_of_another_release_is_recorded_for_rollouts(tmp_path: Path, pai
         assert json.loads(file["data"].attrs["env_args"])["model_file"] == "<mujoco model='0'/>"
 
 
-def killed_at(config: RerenderConfig, parts: int) -> None:
-    """Renders in another process that is killed once it has finished some demos."""
-    process = multiprocessing.get_context("fork").Process(target=rerender, args=(config,), kwargs={"progress": False})
-    process.start()
-    while len(list(config.out.parent.glob(".*.parts/part_*"))) < parts:
-        assert process.is_alive()
-        time.sleep(0.002)
-    assert process.pid is not None
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
-    assert not config.out.exists()
-
-
 @pytest.mark.parametrize("fitted", [False, True])
 def test_a_command_that_is_killed_goes_on_and_demos_that_changed_are_rendered_again(
     tmp_path: Path, painter: type[Painter], fitted: bool
@@ -203,7 +188,7 @@ def test_a_command_that_is_killed_goes_on_and_demos_that_changed_are_rendered_ag
     whole = rerender(RerenderConfig(source=source, out=tmp_path / "whole.hdf5", cameras=(EYE,)), progress=False).out
     config = RerenderConfig(source=source, out=tmp_path / "b.hdf5", cameras=(EYE,))
     painter.seconds = 0.02
-    killed_at(config, 2)
+    killed_at(rerender, config, 2)
     painter.seconds, painter.made = 0, []
     rerender(config, progress=False)
     assert painter.made == [20, 23, 26, 29], "demos that were finished were rendered again"
@@ -212,7 +197,7 @@ def test_a_command_that_is_killed_goes_on_and_demos_that_changed_are_rendered_ag
 
     config.out.unlink()
     painter.seconds, painter.made = 0.02, None
-    killed_at(config, 2)
+    killed_at(rerender, config, 2)
     with h5py.File(source, "r+") as file:
         file["data/demo_0/states"][2, 0] = 99
     painter.seconds, painter.made = 0, []
