@@ -12,9 +12,9 @@ from common import Table, arguments, command, encoder_options, markdown, spread
 
 CASES = (
     ("avgpool", None),
-    ("layer4", "avgpool"),
+    ("layer4", "avg"),
     ("layer4", "spatial_softmax"),
-    ("layer3", "avgpool"),
+    ("layer3", "avg"),
     ("layer3", "spatial_softmax"),
 )
 HEAD = ["cut", "pooling", "extraction, s", "cache, MB", "steps/s", "held-out error"]
