@@ -72,7 +72,7 @@ class FactoryEnvironment:
         obs: Obs = answer[0]
         return obs
 
-    def step(self, action: NDArray) -> Step:
+    def step(self, action: NDArray, *, images: bool = True) -> Step:
         answer = self._env.step(self._fitting(action))
         if not isinstance(answer, tuple) or len(answer) != 5:
             raise ConfigError(f"step of {self._reference} did not return five values; {FORM}")

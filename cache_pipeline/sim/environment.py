@@ -117,14 +117,18 @@ class Environment:
         self._task.rng.bit_generator.state = np.random.default_rng(seed).bit_generator.state
         return self._obs(self._task.reset())
 
-    def step(self, action: NDArray) -> Step:
-        """Executes ``action`` (A,), clipped to the limits of the task. Raises ConfigError for a wrong shape or NaN."""
+    def step(self, action: NDArray, *, images: bool = True) -> Step:
+        """Executes ``action`` (A,), clipped to the limits of the task. Without ``images`` nothing is rendered.
+
+        Raises:
+            ConfigError: a wrong shape or NaN.
+        """
         action = np.asarray(action, dtype=np.float64)
         if action.shape != self.action_low.shape or not np.isfinite(action).all():
             raise ConfigError(f"the task takes {self.action_dim} finite numbers as an action, not {action.tolist()}")
         raw, reward, _, _ = self._task.step(np.clip(action, self.action_low, self.action_high))
         success = self.success()  # before the images, which bring poses up to date
-        return Step(self._obs(raw), float(reward), success)
+        return Step(self._obs(raw, images=images), float(reward), success)
 
     def success(self) -> bool:
         """Whether robosuite reports success."""
@@ -201,10 +205,11 @@ class Environment:
     ) -> None:
         self.close()
 
-    def _obs(self, raw: Mapping[str, Any]) -> Obs:
-        if self.cameras:
+    def _obs(self, raw: Mapping[str, Any], *, images: bool = True) -> Obs:
+        cameras = self.cameras if images else {}
+        if cameras:
             self._update_poses()
-        obs = {camera: self._image(camera, *size) for camera, size in self.cameras.items()}
+        obs = {camera: self._image(camera, *size) for camera, size in cameras.items()}
         if "object-state" in raw:
             obs["object"] = np.array(raw["object-state"], dtype=np.float64)
         for robot in self._task.robots:

@@ -27,8 +27,8 @@ class Simulation(Protocol):
     def reset(self, seed: int) -> Obs:
         """Starts the episode of ``seed`` and returns its first obs."""
 
-    def step(self, action: NDArray) -> Step:
-        """Executes ``action`` (A,)."""
+    def step(self, action: NDArray, *, images: bool = True) -> Step:
+        """Executes ``action`` (A,). Without ``images`` the obs may lack those of the cameras."""
 
 
 class Opening(Protocol):
@@ -61,14 +61,14 @@ class Play(NamedTuple):
 
     actions: NDArray
     kept: int
-    """Number of obs to return, the last ones."""
+    """Number of obs to return, those after the last actions. Images of other steps are not rendered."""
 
 
 class Played(NamedTuple):
     """What a ``Reset`` or ``Play`` led to.
 
     Attributes:
-        obs: the last obs, oldest first.
+        obs: the obs that were asked for, oldest first; fewer if the episode has ended before.
         steps: executed actions.
         over: whether the environment has ended the episode.
         horizon: steps of an episode, if the environment limits them itself.
@@ -86,13 +86,16 @@ def perform(simulation: Simulation, keys: tuple[str, ...], job: Reset | Play) ->
     if isinstance(job, Reset):
         first = chosen(simulation.reset(job.seed), keys)
         return Played([first], 0, False, False, simulation.horizon)
-    seen, success = [], False
-    for action in job.actions:
-        obs, _, success = simulation.step(action)
-        seen.append(chosen(obs, keys))
+    obs, steps, success = [], 0, False
+    for steps, action in enumerate(job.actions, start=1):
+        kept = steps > len(job.actions) - job.kept
+        step = simulation.step(action, images=kept)
+        if kept:
+            obs.append(chosen(step.obs, keys))
+        success = step.success
         if success or simulation.over:
             break
-    return Played(seen[-job.kept :], len(seen), success, simulation.over, simulation.horizon)
+    return Played(obs, steps, success, simulation.over, simulation.horizon)
 
 
 class Local:

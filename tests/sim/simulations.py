@@ -23,18 +23,22 @@ class Counter:
     over, horizon = False, None
 
     def __init__(self, goal: int) -> None:
-        self.goal, self.done = goal, []
+        self.goal, self.done, self.rendered = goal, [], []
 
     def reset(self, seed: int) -> dict[str, np.ndarray]:
         self.done = []
-        return self._obs()
+        return self._obs(images=True)
 
-    def step(self, action: np.ndarray) -> Step:
+    def step(self, action: np.ndarray, *, images: bool = True) -> Step:
         self.done.append(float(action[0]))
-        return Step(self._obs(), 0.0, len(self.done) >= self.goal)
+        return Step(self._obs(images=images), 0.0, len(self.done) >= self.goal)
 
-    def _obs(self) -> dict[str, np.ndarray]:
-        return {"eye_image": np.full((4, 6, 3), len(self.done), np.uint8), "count": np.array([float(len(self.done))])}
+    def _obs(self, *, images: bool) -> dict[str, np.ndarray]:
+        obs = {"count": np.array([float(len(self.done))])}
+        if images:
+            self.rendered.append(len(self.done))
+            obs["eye_image"] = np.full((4, 6, 3), len(self.done), np.uint8)
+        return obs
 
 
 class Planner:

@@ -157,6 +157,18 @@ def test_a_camera_or_flag_that_does_not_exist_is_named(
         Environment(env._task, cameras, flags)
 
 
+def test_motion_and_images_do_not_depend_on_the_images_left_out(env: Environment) -> None:
+    actions = np.random.default_rng(0).uniform(-1, 1, (8, env.action_dim))
+    found = []
+    for every in (1, 4):
+        env.reset(3)
+        found.append([env.step(action, images=number % every == 0).obs for number, action in enumerate(actions)])
+    for number, (full, spare) in enumerate(zip(*found, strict=True)):
+        assert set(full) - set(spare) == (set() if number % 4 == 0 else set(env.cameras))
+        for key, value in spare.items():
+            np.testing.assert_array_equal(value, full[key], err_msg=f"{key} of step {number}")
+
+
 def test_an_environment_of_an_earlier_robosuite_release_is_converted_with_a_warning(
     recorded: dict, caplog: pytest.LogCaptureFixture
 ) -> None:

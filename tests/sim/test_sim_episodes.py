@@ -59,6 +59,17 @@ def test_an_episode_that_never_succeeds_ends_at_the_horizon() -> None:
     assert (episode.success, episode.steps) == (False, 6)
 
 
+def test_only_the_images_that_the_policy_gets_are_rendered() -> None:
+    counter = Counter(goal=7)
+    (episode,), _ = played([counter], Planner(chunk=8), horizon=100, action_steps=5)
+    assert episode.steps == 7
+    assert counter.rendered == [0, 4, 5]  # the last two of five; the episode ends before the next ones
+    longer_history = Planner(chunk=4)
+    longer_history.obs_horizon = 3
+    played([counter := Counter(goal=4)], longer_history, horizon=100, action_steps=2)
+    assert counter.rendered == [0, 1, 2, 3, 4]
+
+
 def test_a_film_has_the_first_and_every_later_image() -> None:
     _, (film, unfilmed) = played([Counter(goal=5)], Planner(chunk=4), (0, 1), horizon=100, filmed=1)
     assert unfilmed is None

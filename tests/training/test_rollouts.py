@@ -42,7 +42,7 @@ class Scripted:
         self.random = np.random.default_rng(seed)
         return self._obs()
 
-    def step(self, action: np.ndarray) -> Step:
+    def step(self, action: np.ndarray, *, images: bool = True) -> Step:
         self.actions.append(action)
         self.steps += 1
         torch.rand(1)
