@@ -9,6 +9,7 @@ import typer
 
 from cache_pipeline.cli import options as o
 from cache_pipeline.cli.terminal import when_interrupted
+from cache_pipeline.errors import ConfigError
 from cache_pipeline.options import MOST_STEPS
 
 
@@ -43,16 +44,26 @@ def quickstart(
 
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run.")],
-    out: Annotated[Path | None, typer.Option("--out", help="The page; RUN/report.html by default.")] = None,
+    runs: Annotated[list[Path], typer.Argument(help="A run, or several to compare.", metavar="RUN...")],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", help="The page; by default RUN/report.html, or comparison.html beside the first run."),
+    ] = None,
     encoder: o.StoredEncoder = None,
     overwrite: o.Overwrite = False,
     json: o.Json = False,
 ) -> None:
-    """Draw a run: curves, actions, features, views, stage times and rollouts on one HTML page."""
-    from cache_pipeline.reports.run_report import write_report
+    """Draw a run on one HTML page: curves, actions, features, frames and rollouts; or compare several runs."""
+    if len(runs) > 1:
+        from cache_pipeline.reports.comparison import write_comparison
 
-    page = write_report(run, out, overwrite=overwrite, encoder=encoder)
+        if encoder:
+            raise ConfigError("--encoder is for the report of one run; a comparison loads no encoder, so leave it out")
+        page = write_comparison(runs, out, overwrite=overwrite)
+    else:
+        from cache_pipeline.reports.run_report import write_report
+
+        page = write_report(runs[0], out, overwrite=overwrite, encoder=encoder)
     o.emit(json, {"report": str(page)}, [f"report: {page}"])
 
 

@@ -25,7 +25,18 @@ td.number{text-align:right;font-variant-numeric:tabular-nums}
 .fact b{display:block;font-size:1.35rem}
 code,pre{font:13px/1.45 ui-monospace,Menlo,monospace;background:#f5f7f9;border-radius:4px;padding:.1rem .3rem}
 pre{padding:.7rem;overflow:auto}
+.table{overflow-x:auto}
 h1,h2,p,td,.fact{overflow-wrap:anywhere}
+:root{color-scheme:light dark}
+@media (prefers-color-scheme:dark){
+body{color:#d5dce2;background:#14191e}
+h2{border-color:#3a444d}
+td,th{border-color:#2a323a}
+p.lead{color:#93a0ab}
+.fact,code,pre{background:#1f262d}
+a{color:#7ab8ea}
+img{background:#fff;border-radius:6px;padding:.4rem;box-sizing:border-box}
+}
 """
 
 
@@ -67,7 +78,7 @@ class Page:
         """Adds a table; numbers are right-aligned."""
         head = "".join(f"<th>{escape(name)}</th>" for name in header)
         body = "".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows)
-        self._blocks.append(f"<table><tr>{head}</tr>{body}</table>")
+        self._blocks.append(f'<div class="table"><table><tr>{head}</tr>{body}</table></div>')
 
     def picture(self, png: bytes, caption: str) -> None:
         data = base64.b64encode(png).decode()

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 INK, GRID = "#22313f", "#d8dee4"
 COLORS = ("#1f6fb2", "#d9622b", "#2e8b57", "#8a5bb5", "#b8860b", "#5f6b76", "#c2407a")
+LINES = ("-", "--", ":", "-.")
 WIDTH_IN, DPI = 9.0, 110
 Series = tuple[NDArray[np.int64], NDArray[np.float64]]
 """Steps, and the values measured there."""
@@ -43,7 +44,7 @@ def curves(series: Mapping[str, Series], mean_action_mse: float | None = None) -
                 mean_action_mse, color=COLORS[5], linestyle="--", linewidth=1.2, label="always the mean action"
             )
         error.set(title="Held-out action error (MSE)", xlabel="step", yscale=_scale(valid))
-        error.legend(frameon=False, fontsize=8)
+        error.legend(frameon=False, fontsize=8, loc="upper right")
     else:
         error.text(0.5, 0.5, "no held-out error", ha="center", va="center", color=COLORS[5])
         error.set_axis_off()
@@ -51,12 +52,13 @@ def curves(series: Mapping[str, Series], mean_action_mse: float | None = None) -
 
 
 class Rate(NamedTuple):
-    """A success rate with its interval, measured after ``step`` steps of training."""
+    """A success rate with its interval, measured in ``episodes`` episodes after ``step`` steps of training."""
 
     step: int
     rate: float
     low: float
     high: float
+    episodes: int
 
 
 def success_rates(training: Sequence[Rate], later: Sequence[Rate]) -> bytes:
@@ -66,21 +68,44 @@ def success_rates(training: Sequence[Rate], later: Sequence[Rate]) -> bytes:
         training: of rollouts during training, drawn as a line.
         later: of the command ``rollout``, drawn as points.
     """
+    return _success({"during training": (training, COLORS[2], "-"), "rollout": (later, COLORS[0], "none")})
+
+
+def success_of_runs(runs: Mapping[str, Sequence[Rate]]) -> bytes:
+    """Plots success rates over steps with their intervals, one line per run."""
+    return _success({name: (rates, *_style(number)) for number, (name, rates) in enumerate(runs.items())})
+
+
+def _success(lines: Mapping[str, tuple[Sequence[Rate], str, str]]) -> bytes:
     figure, (axis,) = _axes(1, 1, height=2.8)
-    for rates, color, label, line in (
-        (training, COLORS[2], "during training", "-"),
-        (later, COLORS[0], "rollout", "none"),
-    ):
+    for label, (rates, color, line) in lines.items():
         if rates:
-            step, rate, low, high = (np.array(column, np.float64) for column in zip(*rates, strict=True))
+            step, rate, low, high, _ = (np.array(column, np.float64) for column in zip(*rates, strict=True))
             spread = np.maximum([rate - low, high - rate], 0)
             style: dict[str, Any] = {"color": color, "linestyle": line, "marker": "o", "markersize": 4, "capsize": 3}
-            axis.errorbar(step, rate, spread, label=label, **style)
-    last = max(rate.step for rate in (*training, *later))
+            axis.errorbar(step, rate, spread, label=_label(label), **style)
+    last = max(rate.step for rates, _, _ in lines.values() for rate in rates)
     axis.set(title="Success rate", xlabel="step", ylim=(-0.03, 1.03), xlim=(-0.02 * last, 1.02 * max(last, 1)))
     axis.yaxis.set_major_formatter(lambda value, place: f"{value:.0%}")
-    axis.legend(frameon=False, fontsize=8)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
     return _png(figure)
+
+
+def compared(series: Mapping[str, Series], ylabel: str, xlabel: str) -> bytes:
+    """Plots one line per name, with a legend below."""
+    figure, (axis,) = _axes(1, 1, height=3.2)
+    for number, (name, values) in enumerate(series.items()):
+        color, line = _style(number)
+        _line(axis, values, color, _label(name), marker="o" if len(values[0]) < 100 else None, linestyle=line)
+    joined = np.concatenate([values for _, values in series.values()])
+    axis.set(xlabel=xlabel, ylabel=ylabel, yscale=_scale((np.empty(0, np.int64), joined)))
+    axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
+    return _png(figure)
+
+
+def _style(number: int) -> tuple[str, str]:
+    """Returns the color and the line style of one of many lines."""
+    return COLORS[number % len(COLORS)], LINES[number // len(COLORS) % len(LINES)]
 
 
 def actions(demo: NDArray[Any], predicted: NDArray[Any], title: str) -> bytes:
@@ -96,7 +121,7 @@ def actions(demo: NDArray[Any], predicted: NDArray[Any], title: str) -> bytes:
         axis.plot(demo[:, d], color=COLORS[5], linewidth=2.2, alpha=0.6, label="demo")
         axis.plot(predicted[:, d], color=COLORS[0], linewidth=1.3, label="policy")
         axis.set_title(f"action[{d}]", fontsize=9)
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[0].legend(frameon=False, fontsize=8, loc="upper right")
     figure.suptitle(_label(title), fontsize=10, color=INK)
     return _png(figure)
 
@@ -190,10 +215,11 @@ def bars(groups: Mapping[str, Mapping[str, float]], title: str, ylabel: str) -> 
     return _png(figure)
 
 
-def _line(axis: Any, series: Series, color: str, label: str, marker: str | None = None) -> None:
+def _line(axis: Any, series: Series, color: str, label: str, marker: str | None = None, linestyle: str = "-") -> None:
     steps, values = series
     values = np.where(np.isfinite(values), values, np.nan)
-    axis.plot(steps, values, color=color, linewidth=1.5, marker=marker, markersize=3, label=label)
+    style: dict[str, Any] = {"color": color, "linestyle": linestyle, "linewidth": 1.5}
+    axis.plot(steps, values, marker=marker, markersize=3, label=label, **style)
 
 
 def _scale(series: Series) -> str:

@@ -69,17 +69,29 @@ def _results(folder: Path) -> Iterator[tuple[str, _Result]]:
             logger.warning("%s is not shown: %s", path, error)
 
 
-def _success_over_steps(page: Page, folder: Path, results: dict[str, _Result]) -> None:
+def success_rates(folder: Path) -> tuple[list[plots.Rate], list[plots.Rate]]:
+    """Returns the success rates of a run that were measured during training, and those of the command ``rollout``."""
+    return _rates(folder, dict(_results(folder)))
+
+
+def _rates(folder: Path, results: dict[str, _Result]) -> tuple[list[plots.Rate], list[plots.Rate]]:
     training = [
-        plots.Rate(row["step"], row[SUCCESS_RATE], *wilson_interval(round(row[SUCCESS_RATE] * episodes), episodes))
+        plots.Rate(
+            row["step"], row[SUCCESS_RATE], *wilson_interval(round(row[SUCCESS_RATE] * episodes), episodes), episodes
+        )
         for row in read_metrics(folder)
         if row.get(SUCCESS_RATE) is not None and (episodes := int(row["rollout/episodes"] or 0)) > 0
     ]
     later = [
-        plots.Rate(result.step, result.successes / result.episodes, *result.ci95)
+        plots.Rate(result.step, result.successes / result.episodes, *result.ci95, result.episodes)
         for result in results.values()
         if result.step is not None and 0 <= result.successes <= result.episodes and result.episodes > 0
     ]
+    return training, later
+
+
+def _success_over_steps(page: Page, folder: Path, results: dict[str, _Result]) -> None:
+    training, later = _rates(folder, results)
     if not training and not later:
         return
     page.heading("Success in simulation")

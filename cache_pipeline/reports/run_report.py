@@ -20,6 +20,7 @@ from cache_pipeline.files import check_output, resolved
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.progress import logger
 from cache_pipeline.reports import plots
+from cache_pipeline.reports.break_even import break_even
 from cache_pipeline.reports.page import HTML, Page, is_ours
 from cache_pipeline.reports.rollouts import add_rollouts
 from cache_pipeline.runs.checkpoint import find_checkpoint
@@ -107,6 +108,8 @@ def _figures(page: Page, record: RunRecord, summary: Any) -> None:
             facts.append((f"{fraction:.0%}", "of the error of always predicting the mean action"))
     facts.append((summary.policy, "policy"))
     facts.append((f"{len(record.data.train)} + {len(record.data.valid)}", "demos: training + held out"))
+    if (paid := break_even(record)) is not None:
+        facts.append((f"{paid:,} steps", "until the cache has paid: live encoding would have encoded as many images"))
     page.facts(facts)
 
 

@@ -251,7 +251,7 @@ def test_success_during_training_is_drawn_with_its_intervals(trained, tmp_path, 
     assert "Success in simulation" in headings(write_report(run))
     ((training, later),) = drawn
     assert [rate[:2] for rate in training] == [(2, 0.5), (4, 0.9)]
-    assert training[1][2:] == pytest.approx((0.5958, 0.9821), abs=1e-4)
+    assert training[1][2:] == pytest.approx((0.5958, 0.9821, 10), abs=1e-4)
     assert later == []
 
 
