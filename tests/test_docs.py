@@ -1,4 +1,4 @@
-"""Every command and snippet of these documents runs as printed, in order, beside the sample and the datasets named there.
+"""Every command and snippet of these documents runs as printed, beside the sample and the datasets named there.
 
 Two things differ: training without ``--steps`` takes few steps, and ImageNet weights, which would be downloaded, are
 random ones.

@@ -280,6 +280,18 @@ def test_spatial_softmax_is_trained_and_needs_a_map():
         MultiImageObsEncoder(shape_meta(), pretrained=False, pooling="spatial_softmax")
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_names_of_cameras_may_contain_dots(shared):
+    cameras = ("observation.images.top", "observation.images.wrist")
+    encoder = small(*cameras, pooling="spatial_softmax", share_rgb_model=shared)
+    encoder(observations(*cameras)).sum().backward()
+    assert all(p.grad is not None for p in encoder.pooling.parameters())
+    other = small(*cameras, pooling="spatial_softmax", share_rgb_model=shared)
+    other.load_state_dict(encoder.state_dict())
+    obs = observations(*cameras)
+    assert torch.equal(encoder.eval()(obs), other.eval()(obs))
+
+
 def test_group_norm_is_refused_for_pretrained_and_accepted_for_random_weights():
     with pytest.raises(EncoderError, match="use_group_norm would replace the BatchNorm"):
         MultiImageObsEncoder(shape_meta(), use_group_norm=True)
