@@ -45,7 +45,11 @@ def _robomimic(values: Values) -> bool:
     return values["robomimic_config"] is not None or values["policy"].startswith("robomimic:")
 
 
-ROLLOUTS = Rule(("rollout_episodes",), lambda v: not v["rollout_every"], "no rollouts are made without --rollout-every")
+ROLLOUTS = Rule(
+    ("rollout_episodes", "rollout_workers"),
+    lambda v: not v["rollout_every"],
+    "no rollouts are made without --rollout-every",
+)
 NO_FILE = Rule(
     ("weights_prefix",), lambda v: not v["weights"], "it chooses among the ResNets of a file, which --weights names"
 )

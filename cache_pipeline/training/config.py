@@ -110,8 +110,9 @@ class SavingConfig:
             least=0,
         ),
     ] = 0
-    """Rollouts are also made at the last step. They run in the environment of the dataset, in this process."""
+    """Rollouts are also made at the last step. They run in the environment of the dataset."""
     rollout_episodes: Annotated[int, Option("Episodes of each of these rollouts.", OUTPUT, least=1)] = 10
+    rollout_workers: Annotated[int, Option("Processes of these rollouts; the result is the same.", OUTPUT, least=1)] = 1
     eval_windows: Annotated[int, Option("Most held-out windows that are measured.", OUTPUT, least=1)] = 4096
 
     def __post_init__(self) -> None:

@@ -38,7 +38,8 @@ def rollouts_of(session: Session, run: Path) -> Iterator[Callable[[], RolloutRes
             "rollout --env-args FILE or --env FILE.py:make"
         )
     policy.env_args, policy.render_flags, policy.action_keys = data.env_args, data.render_flags, data.action_keys
-    options = RolloutConfig(run=run, episodes=config.saving.rollout_episodes, seed=config.seed)
+    saving = config.saving
+    options = RolloutConfig(run=run, episodes=saving.rollout_episodes, workers=saving.rollout_workers, seed=config.seed)
     fast: dict[str, FrozenEncoder] = {}
     if not session.unfreezing:  # the encoders stay as they are now
         fast = frozen_encoders(policy.encoders, policy.preprocessing, session.device, "fp32")

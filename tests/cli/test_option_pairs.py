@@ -120,6 +120,7 @@ SAMPLES: dict[str, list[str]] = {
     "rotation_6d": ["--rotation-6d", "3:6"],
     "rollout_every": ["--rollout-every", "3"],
     "rollout_episodes": ["--rollout-episodes", "3"],
+    "rollout_workers": ["--rollout-workers", "2"],
     "save_every": ["--save-every", "3"],
     "seed": ["--seed", "5"],
     "shard_rows": ["--shard-rows", "64"],

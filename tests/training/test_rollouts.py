@@ -12,6 +12,7 @@ import torch
 from fakes import CAMERAS, LOW_DIM, make_dataset
 from training_runs import config, extracted
 
+import cache_pipeline.sim.rollout as rollout_module
 from cache_pipeline.errors import ConfigError, RunStopped
 from cache_pipeline.runs.checkpoint import Best, Score, find_checkpoint, read_checkpoint, read_index
 from cache_pipeline.runs.metrics import read_metrics
@@ -109,6 +110,21 @@ def test_success_is_in_the_curves_and_the_best_checkpoint_is_that_of_highest_suc
     (env,) = Scripted.opened  # built once
     assert env.closed
     assert env.seeds == [episode_seed(0, FIRST_EPISODE + index) for index in range(2)] * 4
+
+
+def test_rollouts_run_in_as_many_processes_as_asked_for(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script(monkeypatch, 1)
+    asked, opened = [], rollout_module.opened
+
+    def in_this_process(opening: Any, keys: tuple[str, ...], workers: int) -> Any:
+        asked.append(workers)
+        return opened(opening, keys, 1)
+
+    monkeypatch.setattr(rollout_module, "opened", in_this_process)
+    train(config(tmp_path / "run", cache, steps=2, saving=saving(rollout_workers=2)), progress=False)
+    assert asked == [2]
 
 
 def test_training_goes_on_as_without_rollouts(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
