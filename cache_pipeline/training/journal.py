@@ -74,6 +74,12 @@ class Journal:
         self.metrics: dict[str, Any] = {} if resumed is None else dict(resumed.metrics)
         self._begun, self._since = time.perf_counter(), self.carried.step
         self.checkpoint = None if resumed is None else resumed.path
+        best = None if folder is None else folder.best
+        if best is not None and best.success_rate is not None and not self._saving.rollout_every:
+            logger.warning(
+                "the best checkpoint of this run was chosen by success in rollouts; without --rollout-every no later "
+                "one replaces it"
+            )
 
     def record(self, step: int, loss: Tensor, *, stopping: bool) -> None:
         """Records the loss of update ``step``, counted from 1; then logs, measures and saves if due."""

@@ -158,6 +158,18 @@ def test_a_stopped_run_goes_on_with_the_rollouts_that_are_still_to_come(
     assert same(weights(tmp_path / "run"), weights(whole.run))
 
 
+def test_resuming_without_rollouts_says_that_the_best_checkpoint_stays(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    script(monkeypatch, 1)
+    run = train(config(tmp_path / "run", cache, steps=2, saving=saving()), progress=False).run
+    assert "chosen by success" not in caplog.text
+    resumed = config(run, cache, steps=4, saving=saving(rollout_every=0), resume=True)
+    train(resumed, progress=False)
+    assert "the best checkpoint of this run was chosen by success in rollouts" in caplog.text
+    assert [entry.step for entry in read_index(run).best] == [2]
+
+
 def test_a_checkpoint_without_rollouts_is_never_the_best_beside_one_with_them(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
