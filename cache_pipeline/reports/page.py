@@ -19,13 +19,14 @@ p.lead{color:#5f6b76;margin-top:0}
 img{max-width:100%;display:block;margin:.6rem 0}
 table{border-collapse:collapse;margin:.6rem 0}
 td,th{padding:.25rem .9rem .25rem 0;text-align:left;border-bottom:1px solid #eef1f4}
-td.number{text-align:right;font-variant-numeric:tabular-nums}
+td.number{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 .facts{display:flex;flex-wrap:wrap;gap:1rem;margin:1rem 0}
 .fact{background:#f5f7f9;border-radius:8px;padding:.7rem 1.1rem;min-width:8rem}
 .fact b{display:block;font-size:1.35rem}
 code,pre{font:13px/1.45 ui-monospace,Menlo,monospace;background:#f5f7f9;border-radius:4px;padding:.1rem .3rem}
 pre{padding:.7rem;overflow:auto}
 .table{overflow-x:auto}
+td{min-width:4.5rem}
 h1,h2,p,td,.fact{overflow-wrap:anywhere}
 :root{color-scheme:light dark}
 @media (prefers-color-scheme:dark){
