@@ -11,8 +11,6 @@ process of its own, in turns.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -22,7 +20,7 @@ import h5py
 import numpy as np
 import torch
 import torchvision
-from common import MEGABYTE, Table, arguments, command, encoder_options, markdown, spread
+from common import MEGABYTE, Table, arguments, command, encoder_options, markdown, measured, spread
 from torch.utils.data import DataLoader, Dataset
 
 import cache_pipeline as cp
@@ -129,16 +127,9 @@ def measure(kind: str, dataset: Path, cache: Path, folder: Path) -> dict[str, An
 
 
 def by_hand(kind: str, dataset: Path, cache: Path, folder: Path) -> dict[str, Any]:
-    """Calls ``measure`` in another process. Memory counts the process and, at their most, each of its workers."""
-    line = [sys.executable, __file__, "--measure", kind, str(dataset), str(cache), str(folder)]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        said = process.stdout.read()
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if status:
-        sys.exit(f"{kind} failed")
-    return {**json.loads(said), "peak_mb": usage.ru_maxrss * 1024 / MEGABYTE}
+    """Calls ``measure`` in another process. Memory is that of the largest of its processes."""
+    done = measured(Path(__file__), "--measure", kind, dataset, cache, folder)
+    return {**done.result, "peak_mb": done.peak_mb}
 
 
 def ours(dataset: Path, folder: Path) -> dict[str, Any]:

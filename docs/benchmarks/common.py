@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean
+from tempfile import NamedTemporaryFile
 from typing import Any, NamedTuple
 
 from cache_pipeline.files import atomic_path
@@ -20,8 +20,19 @@ ROOT = Path(__file__).parents[2]
 MEGABYTE = 1_000_000
 
 
+LAUNCHER = """
+import os, subprocess, sys
+process = subprocess.Popen(sys.argv[2:])
+_, status, usage = os.wait4(process.pid, 0)
+open(sys.argv[1], "w").write(str(usage.ru_maxrss))
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+"""Starts a command and writes its peak memory to a file. The kernel counts the memory of the process that starts a
+command as the command's own, so a small process must start it."""
+
+
 class Command(NamedTuple):
-    """What a command of ``cli.py`` printed with ``--json``, and the peak memory of its process."""
+    """What a command printed as JSON, and the peak memory of its largest process."""
 
     result: dict[str, Any]
     peak_mb: float
@@ -29,16 +40,18 @@ class Command(NamedTuple):
 
 def command(*words: object) -> Command:
     """Runs ``cli.py`` in a process of its own; stops the script if it fails."""
-    line = [sys.executable, str(ROOT / "cli.py"), *map(str, words), "--json"]
     print("  $ cli.py", *words, flush=True)
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stderr is not None
-    said, errors = process.stdout.read(), process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f"{' '.join(map(str, words))} failed: {errors.strip().splitlines()[-1:]}")
-    return Command(json.loads(said), usage.ru_maxrss * 1024 / MEGABYTE)
+    return measured(ROOT / "cli.py", *words, "--json")
+
+
+def measured(script: Path, *words: object) -> Command:
+    """Runs a Python script in a process of its own; stops this one if it fails."""
+    with NamedTemporaryFile("r") as peak:
+        line = [sys.executable, "-S", "-c", LAUNCHER, peak.name, sys.executable, str(script), *map(str, words)]
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        if done.returncode:
+            sys.exit(f"{script.name} {' '.join(map(str, words))} failed: {done.stderr.strip().splitlines()[-1:]}")
+        return Command(json.loads(done.stdout), int(peak.read()) * 1024 / MEGABYTE)
 
 
 class Table:
