@@ -182,4 +182,7 @@ def test_filters_of_hdf5plugin_are_read_when_it_is_installed(tmp_path, compressi
         isolation.end_child()
         np.testing.assert_array_equal(dataset.frames(1, CAMERA), frames)
         np.testing.assert_array_equal(dataset.rows(1)["actions"], rows["actions"])
-    assert inspect_dataset(path).sound
+    summary = inspect_dataset(path)
+    assert summary.sound
+    (camera,) = (line for line in summary.lines() if f"camera        {CAMERA}" in line)
+    assert compression.lower() in camera.lower()
