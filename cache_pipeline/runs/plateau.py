@@ -51,4 +51,8 @@ def advice(run: Path, record: RunRecord) -> list[str]:
         return ["more demos: the whole encoder learns already"]
     wider = f"a wider projection: the same train command with --emb-dim {2 * record.policy.emb_dim}"
     layers = "all" if record.policy.cut == "output" else "layer4"
-    return [f"an encoder that learns: {whole} --unfreeze {layers}", wider]
+    learning = f"an encoder that learns: {whole} --unfreeze {layers}"
+    if record.policy.cut != "avgpool" or record.data.cache is None:
+        return [wider, learning]
+    places = "where things are in the image: extract-features --cut layer4 to a new cache, then train with --pooling"
+    return [wider, f"{places} spatial_softmax", learning]

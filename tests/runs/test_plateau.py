@@ -39,3 +39,4 @@ def test_a_flat_run_ends_with_the_command_that_unfreezes_and_a_falling_one_witho
         notes = "\n".join(plateau_notes(result.run))
         assert (f"finetune --live-encoder --checkpoint {result.run} --unfreeze layer4" in notes) is words
         assert ("--emb-dim 32" in notes) is words
+        assert ("--pooling spatial_softmax" in notes) is words  # the cache holds avgpool features
