@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.files import check_output
 from cache_pipeline.reports import plots
@@ -15,7 +13,7 @@ from cache_pipeline.reports.break_even import break_even
 from cache_pipeline.reports.page import HTML, Page, is_ours
 from cache_pipeline.reports.rollouts import success_rates
 from cache_pipeline.runs.checkpoint import find_checkpoint
-from cache_pipeline.runs.metrics import fraction_of_mean_action, read_metrics
+from cache_pipeline.runs.metrics import fraction_of_mean_action, read_metrics, series
 from cache_pipeline.runs.record import RunRecord, read_record
 from cache_pipeline.runs.summary import RunSummary, inspect_run
 from cache_pipeline.text import shortened
@@ -45,13 +43,9 @@ class _Run(NamedTuple):
     summary: RunSummary
     metrics: list[dict[str, Any]]
 
-    def series(self, name: str, over: str = "step") -> plots.Series:
-        """Returns the values of a metric over another column, where both were measured."""
-        known = [(row[over], row[name]) for row in self.metrics if None not in (row.get(over), row.get(name))]
-        return np.array([x for x, _ in known], np.float64), np.array([y for _, y in known], np.float64)
-
     def last(self, name: str) -> float | None:
-        values = self.series(name)[1]
+        """Returns the last value of a metric, if it was measured."""
+        values = series(self.metrics, name)[1]
         return float(values[-1]) if len(values) else None
 
 
@@ -142,14 +136,11 @@ def _success(folder: Path) -> str:
 
 
 def _curves(page: Page, runs: Sequence[_Run]) -> None:
-    def drawn(name: str, over: str, ylabel: str, xlabel: str) -> None:
-        series = {run.name: run.series(name, over) for run in runs}
-        if any(len(steps) for steps, _ in series.values()):
-            page.picture(plots.compared(series, ylabel, xlabel), f"{ylabel} over {xlabel}")
-
     page.heading("Training")
-    drawn("validation/action_mse", "step", "held-out action error (MSE)", "step")
-    drawn("training/loss", "step", "training loss", "step")
+    for name, label in (("validation/action_mse", "held-out action error (MSE)"), ("training/loss", "training loss")):
+        curves = {run.name: series(run.metrics, name) for run in runs}
+        if any(len(steps) for steps, _ in curves.values()):
+            page.picture(plots.compared(curves, label), f"{label} over steps")
     rates = {run.name: success_rates(run.folder)[0] for run in runs}
     if any(rates.values()):
         page.picture(plots.success_of_runs(rates), "success rate over training steps")

@@ -91,14 +91,14 @@ def _success(lines: Mapping[str, tuple[Sequence[Rate], str, str]]) -> bytes:
     return _png(figure)
 
 
-def compared(series: Mapping[str, Series], ylabel: str, xlabel: str) -> bytes:
-    """Plots one line per name, with a legend below."""
+def compared(series: Mapping[str, Series], label: str) -> bytes:
+    """Plots a metric over steps, one line per name, with a legend below."""
     figure, (axis,) = _axes(1, 1, height=3.2)
     for number, (name, values) in enumerate(series.items()):
         color, line = _style(number)
         _line(axis, values, color, _label(name), marker="o" if len(values[0]) < 100 else None, linestyle=line)
     joined = np.concatenate([values for _, values in series.values()])
-    axis.set(xlabel=xlabel, ylabel=ylabel, yscale=_scale((np.empty(0, np.int64), joined)))
+    axis.set(xlabel="step", ylabel=label, yscale=_scale((np.empty(0, np.int64), joined)))
     axis.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.18), ncols=2)
     return _png(figure)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +25,7 @@ from cache_pipeline.reports.page import HTML, Page, is_ours
 from cache_pipeline.reports.rollouts import add_rollouts
 from cache_pipeline.runs.checkpoint import find_checkpoint
 from cache_pipeline.runs.contents import Contents, recorded_contents, split_of_run
-from cache_pipeline.runs.metrics import fraction_of_mean_action, of_mean_action, read_metrics
+from cache_pipeline.runs.metrics import fraction_of_mean_action, of_mean_action, read_metrics, series
 from cache_pipeline.runs.policy import load_policy
 from cache_pipeline.runs.record import RunRecord, read_record
 from cache_pipeline.runs.summary import inspect_run
@@ -117,15 +117,9 @@ def _curves(page: Page, folder: Path, mean_action_mse: float | None) -> None:
     rows = read_metrics(folder)
     if not rows:
         return
-    series = {name: _series(rows, name) for name in ("training/loss", "validation/action_mse")}
+    measured = {name: series(rows, name) for name in ("training/loss", "validation/action_mse")}
     page.heading("Training")
-    page.picture(plots.curves(series, mean_action_mse), "training loss and held-out action error")
-
-
-def _series(rows: Sequence[Mapping[str, Any]], name: str) -> plots.Series:
-    """Returns the steps at which a metric was measured, and its values."""
-    known = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
-    return np.array([step for step, _ in known], np.int64), np.array([value for _, value in known], np.float64)
+    page.picture(plots.curves(measured, mean_action_mse), "training loss and held-out action error")
 
 
 def _run_demos(record: RunRecord, *, cached: bool) -> tuple[FeatureCache | Dataset, Split] | None:

@@ -7,10 +7,13 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from cache_pipeline.errors import CheckpointError, MissingExtraError, described, install_command
 from cache_pipeline.files import atomic_path, free_path, read_json
@@ -193,6 +196,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
         raise CheckpointError(
             f"{path} is damaged ({error}); resume the run to rebuild it from the checkpoints, or move it away"
         ) from error
+
+
+def series(rows: Sequence[Mapping[str, Any]], name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Returns the steps at which a metric was measured, and its values."""
+    known = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+    return np.array([step for step, _ in known], np.int64), np.array([value for _, value in known], np.float64)
 
 
 def _row(row: dict[str, str]) -> dict[str, Any]:

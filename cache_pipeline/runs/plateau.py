@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from shlex import quote
 
-from cache_pipeline.runs.metrics import read_metrics
+from cache_pipeline.runs.metrics import read_metrics, series
 from cache_pipeline.runs.record import RunRecord, read_record
 
 LEAST_MEASUREMENTS = 6
@@ -26,8 +26,7 @@ def has_flattened(errors: Sequence[float]) -> bool:
 
 def plateau_notes(run: Path) -> tuple[str, ...]:
     """Returns advice for a finished run whose held-out error has flattened; otherwise no lines."""
-    measured = [row["validation/action_mse"] for row in read_metrics(run)]
-    errors = [error for error in measured if error is not None]
+    errors = series(read_metrics(run), "validation/action_mse")[1].tolist()
     if not has_flattened(errors):
         return ()
     record = read_record(run)
