@@ -1,7 +1,7 @@
 """Every command and snippet of these documents runs as printed, beside the sample and the datasets named there.
 
-Two things differ: training without ``--steps`` takes few steps, and ImageNet weights, which would be downloaded, are
-random ones.
+Three things differ: the sample has three of its demos, training without ``--steps`` takes few steps, and ImageNet
+weights, which would be downloaded, are random ones.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ ROOT = Path(__file__).parents[1]
 BLOCK = re.compile(r"^```(bash|python)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 PROGRAM = ("uv", "run", "cli.py")
 FEW = {"train": 60, "finetune": 3}
+DEMOS = {"train": ["demo_0", "demo_1"], "valid": ["demo_8"]}
 
 
 def blocks(document: str) -> list[tuple[str, str]]:
@@ -38,6 +39,17 @@ def commands(text: str) -> list[list[str]]:
     """The words of each command of a block; comments and continued lines as a shell reads them."""
     lines = text.replace("\\\n", " ").splitlines()
     return [words for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def copy_sample(out: Path) -> None:
+    """Writes the sample with the demos of ``DEMOS`` only."""
+    out.parent.mkdir()
+    with h5py.File(ROOT / "data" / "lift_sample.hdf5") as sample, h5py.File(out, "w") as few:
+        few.create_group("data").attrs.update(sample["data"].attrs)
+        for mask, demos in DEMOS.items():
+            few[f"mask/{mask}"] = np.array(demos, "S")
+            for demo in demos:
+                sample.copy(f"data/{demo}", few["data"])
 
 
 def make_recordings(folder: Path) -> None:
@@ -61,8 +73,8 @@ def make_recordings(folder: Path) -> None:
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with the sample, under its own name and as the documents' ``lift.hdf5``, other datasets, and weights."""
-    (tmp_path / "data").symlink_to(ROOT / "data")
-    (tmp_path / "lift.hdf5").symlink_to(ROOT / "data" / "lift_sample.hdf5")
+    copy_sample(tmp_path / "data" / "lift_sample.hdf5")
+    (tmp_path / "lift.hdf5").symlink_to(tmp_path / "data" / "lift_sample.hdf5")
     make_recordings(tmp_path)
     torch.manual_seed(0)
     torch.save(get_resnet("resnet18").state_dict(), tmp_path / "my_weights.pth")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -13,6 +15,8 @@ from cache_pipeline.errors import EncoderError, available
 PRECISIONS = ("auto", "fp32", "tf32", "bf16", "fp16")
 DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 AMPERE = (8, 0)
+
+logger = logging.getLogger(__name__)
 
 
 def cpu_has_bf16() -> bool:
@@ -27,7 +31,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     """Resolves a precision to ``fp32``, ``tf32``, ``bf16`` or ``fp16``.
 
     ``auto`` is bf16 on hardware that multiplies it (CUDA from Ampere on, CPUs with AVX512-BF16 or AMX), fp16 on older
-    CUDA devices, otherwise fp32.
+    CUDA devices, otherwise fp32. bf16 on a CPU that does not multiply it is allowed, and logs one warning.
 
     Raises:
         EncoderError: unknown precision, or not supported by this device.
@@ -40,11 +44,19 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         raise EncoderError(
             f"--precision {precision} needs a CUDA device of compute capability 8.0 or more; take fp32 or fp16"
         )
+    if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+        _warn_of_slow_bf16()
     if precision != "auto":
         return precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= AMPERE else "fp16"
     return "bf16" if device.type == "cpu" and cpu_has_bf16() else "fp32"
+
+
+@functools.cache
+def _warn_of_slow_bf16() -> None:
+    """Logs once per process that bf16 is emulated."""
+    logger.warning("this CPU has no bfloat16 arithmetic: bf16 is several times slower than fp32 here")
 
 
 def nearest_precision(precision: str, device: torch.device) -> str:

@@ -80,3 +80,16 @@ def test_only_half_precisions_are_autocast() -> None:
         torch.bfloat16,
         torch.float16,
     ]
+
+
+def test_bf16_on_a_cpu_that_emulates_it_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    precision._warn_of_slow_bf16.cache_clear()
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: True)
+    assert precision.resolve_precision("bf16", CPU) == "bf16"
+    assert not caplog.records
+    monkeypatch.setattr(precision, "cpu_has_bf16", lambda: False)
+    assert [precision.resolve_precision(name, CPU) for name in ("auto", "bf16", "bf16")] == ["fp32", "bf16", "bf16"]
+    (record,) = caplog.records
+    assert "slower than fp32" in record.getMessage()

@@ -1,6 +1,7 @@
 import json
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from cache_pipeline.encoders.precision import resolve_precision
 from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.reports.bench import encoding as bench_encoding
+from cache_pipeline.reports.bench import run as bench_run
 from cache_pipeline.reports.bench import training as bench_training
 from cache_pipeline.reports.bench.run import BenchRow, BenchSetup, run_bench
 
@@ -106,7 +108,8 @@ def in_this_process(contenders, seconds):
     return rates
 
 
-def test_rows_are_shown_and_kept(dataset, tmp_path):
+def test_rows_are_shown_and_kept(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench_run, "BenchSetup", partial(BenchSetup, frames=64))
     out = tmp_path / "bench.json"
     result = run_bench(
         ("encode",), dataset=dataset, rgb_model_name="resnet18", batch_size=2, seconds=0.001, out=out, device="cpu"
