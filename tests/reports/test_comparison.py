@@ -1,4 +1,5 @@
 import re
+import shutil
 from dataclasses import replace
 from html import unescape
 from pathlib import Path
@@ -79,8 +80,15 @@ def test_a_cache_has_paid_when_live_encoding_would_have_encoded_as_many_images(r
     page = write_comparison([runs / "flow", runs / "live"], runs / "paid.html")
     # 38 frames of each camera; a live step of 4 windows with 2 obs encodes 8 of each
     assert [row[-1] for row in tables(page)[0][1:]] == ["5", "–"]
+
+
+def test_a_cache_that_cannot_be_read_has_no_break_even(runs: Path) -> None:
     record = read_record(runs / "flow")
-    assert break_even(replace(record, data=replace(record.data, cache=str(runs / "gone.zarr")))) is None
+    damaged = runs / "damaged.zarr"
+    shutil.copytree(runs / "data.zarr", damaged)
+    (damaged / "manifest.json").write_text("{")
+    for cache in (runs / "gone.zarr", damaged):
+        assert break_even(replace(record, data=replace(record.data, cache=str(cache)))) is None
 
 
 def test_only_settings_that_differ_are_listed(runs: Path) -> None:
@@ -132,6 +140,7 @@ def test_the_command_compares_several_runs(runs: Path) -> None:
     [
         (["flow", "flow"], "given twice"),
         (["flow", "flow/checkpoints/step_0000006"], "given twice"),
+        (["flow", "mlp/../flow"], "given twice"),
         (["flow", "gone"], "gone"),
         (["flow", "mlp", "--encoder", "mine.py:make"], "leave it out"),
     ],
