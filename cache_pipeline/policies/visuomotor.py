@@ -136,18 +136,20 @@ class VisuomotorPolicy(nn.Module):
         self.inputs.join(parts)
         self.actions.fit(actions, normalization)
 
-    def feature_variation(self) -> float:
+    def feature_variation(self) -> float | None:
         """Returns the RMS deviation of the features divided by the RMS of their mean: the smallest of all cameras.
 
-        About 0.05 for random ResNets and above 1 for ImageNet weights.
+        About 0.05 for random ResNets and above 1 for ImageNet weights. Only cameras whose features are normalised
+        count; None if there are none, as with spatial softmax.
         """
         found, start = [], 0
-        for width in self.obs_encoder.pooled_widths.values():
+        for camera, width in self.obs_encoder.pooled_widths.items():
             part = slice(start, start + width)
-            deviation, mean = self.inputs.spread[part], self.inputs.offset[part]
-            found.append(float(deviation.norm() / mean.norm().clamp_min(torch.finfo(torch.float32).tiny)))
             start += width
-        return min(found)
+            if module_name(camera) not in self.obs_encoder.pooling:
+                deviation, mean = self.inputs.spread[part], self.inputs.offset[part]
+                found.append(float(deviation.norm() / mean.norm().clamp_min(torch.finfo(torch.float32).tiny)))
+        return min(found, default=None)
 
     def condition(self, obs: Mapping[str, Tensor], generator: Draws = None) -> Tensor:
         """Computes the condition (B, To·emb_dim) from uint8 images or features at the cut, and low-dim obs.

@@ -224,10 +224,16 @@ def _check_options(
 
 
 def _encoder_rate(config: FinetuneConfig, policy: VisuomotorPolicy) -> float:
-    """Returns the encoder's peak learning rate: the option, else at most 1e-5, in proportion to feature variation."""
+    """Returns the encoder's peak learning rate: the option, else at most 1e-5, in proportion to feature variation.
+
+    Features are divided by their deviation, which enlarges what an update does; keypoints of spatial softmax are not.
+    """
     if config.encoder_lr is not None:
         return config.encoder_lr
     variation = policy.feature_variation()
+    if variation is None:
+        logger.info("encoder learning rate %.2g", ENCODER_RATE)
+        return ENCODER_RATE
     rate = ENCODER_RATE * min(1.0, variation)
     logger.info("encoder learning rate %.2g, because features vary by %.2g of their mean", rate, variation)
     return rate

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--live-steps", type=int, default=2000)
     parser.add_argument("--rollouts", type=int, default=5, help="measurements on the way")
     parser.add_argument("--episodes", type=int, default=20)
+    parser.add_argument("--workers", type=int, default=2, help="processes of the rollouts; the result is the same")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
     names = ("rgb_model_name", "cached_steps", "live_steps", "rollouts", "episodes", "weights")
@@ -63,6 +64,7 @@ def measure(recipe: str, seed: int, extraction_s: float, options: Any) -> dict[s
         seconds, words = 0.0, ["train", "--dataset", options.dataset, *encoder, "--no-freeze-encoder"]
     steps = options.cached_steps if recipe == "cached, frozen" else options.live_steps
     rollouts = ["--rollout-every", max(1, steps // options.rollouts), "--rollout-episodes", options.episodes]
+    rollouts += ["--rollout-workers", options.workers]
     found = command(*words, "--out", run, "--steps", steps, "--seed", seed, "--overwrite", *rollouts).result
     curve = [[step, seconds + step / found["steps_per_s"], success] for step, success in successes(run / "metrics.csv")]
     return {"curve": curve, "extraction_s": seconds, "steps": steps, "error": found["valid_action_mse"]}

@@ -184,6 +184,17 @@ def test_the_encoders_rate_follows_the_variation_of_the_features_unless_one_is_g
     assert rates == {None: pytest.approx(1e-5 * variation, rel=1e-5), 3e-4: pytest.approx(3e-4)}
 
 
+def test_with_spatial_softmax_the_encoders_rate_is_whole(
+    frontier: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "cache_pipeline")
+    run = train(config(tmp_path / "run", frontier, pooling="spatial_softmax", steps=1), progress=False).run
+    assert load_policy(run).feature_variation() is None
+    last = finetune(tuning(run, tmp_path / "tuned", encoder_lr=None, steps=1), progress=False).checkpoint
+    assert float(load_file(last / "resume" / "optimizer.safetensors")["peak_rate/encoder"]) == pytest.approx(1e-5)
+    assert "encoder learning rate 1e-05" in [record.getMessage() for record in caplog.records]
+
+
 def test_a_schedule_that_reaches_past_the_end_is_refused_by_both_numbers(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"layer3@2000, but training ends after --steps 3"):
         finetune(tuning(base, tmp_path / "run", unfreeze_schedule="layer4@0,layer3@2000", steps=3), progress=False)
