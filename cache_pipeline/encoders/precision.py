@@ -27,6 +27,11 @@ def cpu_has_bf16() -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def emulates(device: torch.device, precision: str) -> bool:
+    """Whether a device computes in ``precision`` only by converting from and to fp32, which is slower than fp32."""
+    return precision == "bf16" and device.type == "cpu" and not cpu_has_bf16()
+
+
 def resolve_precision(precision: str, device: torch.device) -> str:
     """Resolves a precision to ``fp32``, ``tf32``, ``bf16`` or ``fp16``.
 
@@ -44,7 +49,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         raise EncoderError(
             f"--precision {precision} needs a CUDA device of compute capability 8.0 or more; take fp32 or fp16"
         )
-    if precision == "bf16" and device.type == "cpu" and not cpu_has_bf16():
+    if emulates(device, precision):
         _warn_of_slow_bf16()
     if precision != "auto":
         return precision
@@ -55,7 +60,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 @functools.cache
 def _warn_of_slow_bf16() -> None:
-    """Logs once per process that bf16 is emulated."""
+    """Logs once per process."""
     logger.warning("this CPU has no bfloat16 arithmetic: bf16 is several times slower than fp32 here")
 
 

@@ -17,8 +17,8 @@ from cache_pipeline.demos.remote import is_there
 from cache_pipeline.demos.windows import WindowSpec
 from cache_pipeline.encoders.device import resolve_device
 from cache_pipeline.encoders.image_encoder import ImageEncoder
-from cache_pipeline.encoders.precision import resolve_precision
-from cache_pipeline.errors import CacheError, CheckpointError, ConfigError, DatasetError, EncoderError, OptionError
+from cache_pipeline.encoders.precision import emulates, nearest_precision, resolve_precision
+from cache_pipeline.errors import CacheError, CheckpointError, ConfigError, DatasetError, OptionError
 from cache_pipeline.extract.freshness import check_sources
 from cache_pipeline.files import Location, location, resolved
 from cache_pipeline.policies.build import build_policy
@@ -162,15 +162,16 @@ def _open_data(config: FinetuneConfig, record: RunRecord, folder: Path, path: Lo
 
 
 def _precision(config: FinetuneConfig, origin: Origin, data: RunData, device: torch.device) -> str:
-    """Returns the requested precision, or by default that of the run's features, if the device supports it."""
+    """Returns the requested precision, or by default that of the run's features, if the device computes in it."""
     if config.precision != "auto":
         return resolve_precision(config.precision, device)
-    made_in = origin.base.precision if data.cache is None else features_precision(data)
-    try:
-        return resolve_precision(made_in or "auto", device)
-    except EncoderError as error:
-        logger.info("the run's features were computed in %s, which this device lacks: %s", made_in, error)
-        return resolve_precision("auto", device)
+    made_in = (origin.base.precision if data.cache is None else features_precision(data)) or "auto"
+    if not emulates(device, made_in) and nearest_precision(made_in, device) == made_in:
+        return made_in
+    chosen = resolve_precision("auto", device)
+    if made_in != "auto":
+        logger.info("the run's features were computed in %s, which this device lacks; it trains in %s", made_in, chosen)
+    return chosen
 
 
 def _retargeted(config: FinetuneConfig, origin: Origin, data: RunData) -> PolicySpec:

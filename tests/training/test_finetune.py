@@ -157,6 +157,18 @@ def test_a_run_on_bfloat16_features_is_fine_tuned_in_bfloat16(
     assert read_record(tuned).precision == "bf16"
 
 
+def test_bfloat16_that_the_device_emulates_is_left_for_fp32_and_said(
+    dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = extracted(dataset, tmp_path / "bf16.zarr", precision="bf16", store_dtype="float16")
+    run = train(config(tmp_path / "run", cache, steps=1), progress=False).run
+    monkeypatch.setattr("cache_pipeline.encoders.precision.cpu_has_bf16", lambda: False)
+    caplog.set_level("INFO", "cache_pipeline")
+    tuned = finetune(tuning(run, tmp_path / "tuned", precision="auto", unfreeze="layer4"), progress=False).run
+    assert read_record(tuned).precision == "fp32"
+    assert "computed in bf16, which this device lacks; it trains in fp32" in caplog.text
+
+
 def test_the_policy_is_measured_before_the_first_step_and_stays_the_best_if_nothing_helps(
     base: Path, tmp_path: Path
 ) -> None:
