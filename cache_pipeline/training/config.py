@@ -185,7 +185,8 @@ class RunConfig:
     ] = "auto"
     """Precision of encoder, projection and action head in a step; weights, sums and the optimiser stay in float32.
     ``auto`` in training is the device's fastest: bf16, fp16 on CUDA below 8.0, fp32 on CPUs without bfloat16
-    multiplication. ``auto`` in fine-tuning is the precision of the run's features. Cached features keep theirs.
+    multiplication. ``auto`` in fine-tuning is the precision of the run's features if the device has it. Cached features
+    keep theirs.
     robomimic's algorithms compute in fp32 or tf32."""
     seed: Annotated[int, Option("Seed of everything that is random.", RUNNING, least=0, most=LARGEST)] = 0
     out: Annotated[Path | None, Option("The run folder; by default named after what it is made from.", OUTPUT)] = None
