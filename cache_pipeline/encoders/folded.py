@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -34,13 +35,15 @@ class FoldedConv:
         self.bias = bias.detach().to(device, dtype)
         self.geometry = geometry
         self.fused = device.type == "cpu" and onednn_fuses(dtype)
-        if self.fused:
-            self.weight = _pack(self.weight, self.geometry)
+        self._packed: dict[tuple[int, ...], Tensor] = {}
 
     def __call__(self, x: Tensor, relu: bool, residual: Tensor | None = None) -> Tensor:
         """Maps (B,C,h,w) in ``dtype``, channels-last; ``residual`` has the shape of the output."""
         if self.fused:
-            return _fused(x, self.weight, self.bias, self.geometry, relu, residual)
+            size = tuple(x.shape[1:])
+            if size not in self._packed:
+                self._packed = {size: _pack(self.weight, self.geometry, x.shape)}
+            return _fused(x, self._packed[size], self.bias, self.geometry, relu, residual)
         padding, stride, dilation, groups = self.geometry
         y = torch.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
         if residual is not None:
@@ -131,17 +134,18 @@ def onednn_fuses(dtype: torch.dtype) -> bool:
     x = torch.arange(8 * 36).reshape(1, 8, 6, 6).remainder(5).to(dtype).contiguous(memory_format=torch.channels_last)
     bias, geometry = torch.ones(8, dtype=dtype), ((1, 1), (1, 1), (1, 1), 1)
     try:
-        fused = _fused(x, _pack(weight, geometry), bias, geometry, True, x)
+        fused = _fused(x, _pack(weight, geometry, x.shape), bias, geometry, True, x)
     except (AttributeError, TypeError, RuntimeError):
         return False
     plain = (torch.conv2d(x.float(), weight.float(), bias.float(), padding=1) + x).relu()
     return torch.allclose(fused.float(), plain, rtol=0.02, atol=1.0)
 
 
-def _pack(weight: Tensor, geometry: tuple[Any, ...]) -> Tensor:
+def _pack(weight: Tensor, geometry: tuple[Any, ...], size: Sequence[int]) -> Tensor:
+    """Returns the weights in oneDNN's format for inputs of a size; without it each call may convert them slowly."""
     if not hasattr(torch.ops.mkldnn, "_reorder_convolution_weight"):
         return weight
-    return cast(Tensor, torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, []))
+    return cast(Tensor, torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, list(size)))
 
 
 def _fused(
