@@ -41,9 +41,10 @@ class FoldedConv:
         """Maps (B,C,h,w) in ``dtype``, channels-last; ``residual`` has the shape of the output."""
         if self.fused:
             size = tuple(x.shape[1:])
-            if size not in self._packed:
-                self._packed = {size: _pack(self.weight, self.geometry, x.shape)}
-            return _fused(x, self._packed[size], self.bias, self.geometry, relu, residual)
+            packed = self._packed.get(size)
+            if packed is None:
+                packed = self._packed[size] = _pack(self.weight, self.geometry, x.shape)
+            return _fused(x, packed, self.bias, self.geometry, relu, residual)
         padding, stride, dilation, groups = self.geometry
         y = torch.conv2d(x, self.weight, self.bias, stride, padding, dilation, groups)
         if residual is not None:
