@@ -69,6 +69,27 @@ def test_the_plain_convolution_equals_the_fused_one():
                 torch.testing.assert_close(plain(x, relu, residual), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.skipif(not onednn_fuses(torch.float32), reason="torch has no fused oneDNN convolution here")
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_onednn_uses_the_weights_of_a_known_input_size_without_converting_them(name, threads, capfd):
+    """One conversion per call made the encoder with one thread up to five times slower on a CPU with AVX2."""
+    frozen = FrozenEncoder(trained(name), Preprocess(), CPU, "fp32")
+    frames = [torch.full((2, size, size, 3), 7, dtype=torch.uint8) for size in (32, 48)]
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        first = [frozen(batch) for batch in frames]
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            again = [frozen(batch) for batch in frames]
+    finally:
+        torch.set_num_threads(before)
+    executed = [line for line in capfd.readouterr().out.splitlines() if ",exec," in line]
+    assert sum(",convolution," in line for line in executed) >= 2 * 20
+    assert [line for line in executed if ",reorder," in line] == []
+    assert all(torch.equal(one, two) for one, two in zip(first, again, strict=True))
+
+
 def test_trying_the_fused_convolution_gives_an_answer():
     assert onednn_fuses(torch.float32) in (True, False)
 
