@@ -54,7 +54,7 @@ def test_a_worker_killed_at_any_moment_changes_no_digest(tmp_path, dataset, whol
 
     def kept(self):
         start(self)
-        workers.append(self._process)
+        workers.append(self._process._process)
 
     monkeypatch.setattr(processes._Process, "start", kept)
     seconds = seconds_of(lambda: extract(tmp_path / "timed.zarr", dataset, views=2, workers=2))
