@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from cache_pipeline.cache.manifest import read_manifest
+from cache_pipeline.cache.manifest_store import read_manifest
 from cache_pipeline.encoders.image_encoder import EncoderSpec
 from cache_pipeline.extract.config import ExtractConfig
 from cache_pipeline.extract.pipeline import ExtractResult, extract_features

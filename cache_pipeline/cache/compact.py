@@ -13,7 +13,8 @@ from cache_pipeline.cache.folder import finish_swap, make_beside, remove_cache, 
 from cache_pipeline.cache.layout import Segment, Unit, place_demos
 from cache_pipeline.cache.ledger import LedgerRecord, MadeWith, RecordedSegment, read_record, write_record
 from cache_pipeline.cache.lock import writing
-from cache_pipeline.cache.manifest import MANIFEST, PENDING, Manifest, read_manifest, write_pending
+from cache_pipeline.cache.manifest import Manifest
+from cache_pipeline.cache.manifest_store import MANIFEST, PENDING, read_manifest, write_pending
 from cache_pipeline.cache.metadata import ROOT, complete_cache, metadata_files, root_file, write_metadata
 from cache_pipeline.cache.store import Place, exists, store_at, stored_bytes
 from cache_pipeline.cache.store_protocol import Store

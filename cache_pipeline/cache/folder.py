@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from cache_pipeline.cache.manifest import (
+from cache_pipeline.cache.manifest_store import (
     MANIFEST,
     PENDING,
     claim_manifest,

@@ -12,7 +12,8 @@ from cache_pipeline.cache.arrays import StoredArray, unit_arrays
 from cache_pipeline.cache.layout import Unit
 from cache_pipeline.cache.ledger import read_record, strike_record
 from cache_pipeline.cache.lock import writer_lock
-from cache_pipeline.cache.manifest import MANIFEST, PENDING, Manifest, read_manifest, read_pending
+from cache_pipeline.cache.manifest import Manifest
+from cache_pipeline.cache.manifest_store import MANIFEST, PENDING, read_manifest, read_pending
 from cache_pipeline.cache.store import Place, exists, store_at
 from cache_pipeline.cache.store_protocol import Store
 from cache_pipeline.errors import CacheLockedError, CorruptCacheError, StoreError

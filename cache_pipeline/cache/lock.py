@@ -1,7 +1,7 @@
 """Locks a local folder or file for one writer, or a folder for several processes that write one cache together.
 
 The system releases the lock when the last process that has it dies. An object store has no locks: there, writing the
-manifest is what only one of two writers can do (``manifest.py``).
+manifest is what only one of two writers can do (``manifest_store.py``).
 """
 
 from __future__ import annotations

@@ -18,7 +18,8 @@ from zarr.storage import MemoryStore
 
 from cache_pipeline.cache.arrays import MEND, ArraySpec, array_specs
 from cache_pipeline.cache.layout import align_up, choose_chunk_rows
-from cache_pipeline.cache.manifest import Manifest, write_manifest, write_pending
+from cache_pipeline.cache.manifest import Manifest
+from cache_pipeline.cache.manifest_store import write_manifest, write_pending
 from cache_pipeline.cache.store import Place, store_at
 from cache_pipeline.cache.store_protocol import Stamp
 from cache_pipeline.cache.table import first_rows, lengths, names

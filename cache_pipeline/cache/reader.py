@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cache_pipeline.cache import arrays
-from cache_pipeline.cache.manifest import MANIFEST, CameraEntry, Manifest, read_manifest
+from cache_pipeline.cache.manifest import CameraEntry, Manifest
+from cache_pipeline.cache.manifest_store import MANIFEST, read_manifest
 from cache_pipeline.cache.metadata import check_metadata
 from cache_pipeline.cache.store import Place, is_remote, store_at
 from cache_pipeline.cache.store_protocol import Stamp, Store

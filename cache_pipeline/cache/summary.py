@@ -8,7 +8,8 @@ from typing import Any, Literal, NamedTuple
 
 from cache_pipeline.cache.layout import Unit
 from cache_pipeline.cache.ledger import read_record, record_name, record_names
-from cache_pipeline.cache.manifest import ACTIONS, Manifest, is_cache, read_manifest, read_pending
+from cache_pipeline.cache.manifest import ACTIONS, Manifest
+from cache_pipeline.cache.manifest_store import is_cache, read_manifest, read_pending
 from cache_pipeline.cache.stillness import still_cameras
 from cache_pipeline.cache.store import Place, store_at, stored_bytes
 from cache_pipeline.cache.store_protocol import Store

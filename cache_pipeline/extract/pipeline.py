@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from cache_pipeline.cache.folder import make_beside, remove_other_weights, remove_partial_files, swap, told_when_full
 from cache_pipeline.cache.lock import SharedLock, shared_writing, writing
-from cache_pipeline.cache.manifest import PENDING, Manifest, claim_manifest, is_complete, read_manifest, write_pending
+from cache_pipeline.cache.manifest import Manifest
+from cache_pipeline.cache.manifest_store import PENDING, claim_manifest, is_complete, read_manifest, write_pending
 from cache_pipeline.cache.metadata import ROOT, complete_cache, metadata_files, root_file, write_metadata
 from cache_pipeline.cache.store import real_store, stored_bytes
 from cache_pipeline.cache.store_protocol import Stamp, Store

@@ -14,7 +14,8 @@ import numpy as np
 from cache_pipeline.cache.arrays import array_specs, unit_arrays
 from cache_pipeline.cache.folder import check_target, finish_swap, remove_cache, stores_beside, unused_sibling
 from cache_pipeline.cache.layout import choose_shard_rows, place_demos
-from cache_pipeline.cache.manifest import ACTIONS, MANIFEST, Manifest, is_cache, read_manifest, read_pending
+from cache_pipeline.cache.manifest import ACTIONS, Manifest
+from cache_pipeline.cache.manifest_store import MANIFEST, is_cache, read_manifest, read_pending
 from cache_pipeline.cache.metadata import metadata_files
 from cache_pipeline.cache.store import exists
 from cache_pipeline.cache.store_protocol import Stamp, Store

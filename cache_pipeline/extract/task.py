@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from cache_pipeline.cache.manifest import PENDING, Manifest
+from cache_pipeline.cache.manifest import Manifest
+from cache_pipeline.cache.manifest_store import PENDING
 from cache_pipeline.cache.store import exists, store_at
 from cache_pipeline.cache.store_protocol import Stamp, Store
 from cache_pipeline.demos.dataset import Dataset

@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from cache_pipeline.cache import arrays
 from cache_pipeline.cache.layout import Segment, Unit
 from cache_pipeline.cache.ledger import LedgerRecord, MadeWith, RecordedSegment, write_record
-from cache_pipeline.cache.manifest import Manifest, check_claim
+from cache_pipeline.cache.manifest import Manifest
+from cache_pipeline.cache.manifest_store import check_claim
 from cache_pipeline.cache.store_protocol import Stamp, Store
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.device import device_name

@@ -11,7 +11,7 @@ from cache_pipeline.cache.compact import compact
 from cache_pipeline.cache.folder import MARKER, check_target, make_beside
 from cache_pipeline.cache.integrity import check_integrity
 from cache_pipeline.cache.lock import writer_lock
-from cache_pipeline.cache.manifest import MANIFEST, PENDING, is_cache, read_manifest
+from cache_pipeline.cache.manifest_store import MANIFEST, PENDING, is_cache, read_manifest
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.store import store_at
 from cache_pipeline.errors import CacheLockedError, ConfigError, NotACacheError, StaleCacheError

@@ -14,7 +14,8 @@ from fakes import make_dataset
 from cache_pipeline.cache import metadata
 from cache_pipeline.cache.compact import compact
 from cache_pipeline.cache.integrity import check_integrity
-from cache_pipeline.cache.manifest import CameraEntry, read_manifest, write_manifest
+from cache_pipeline.cache.manifest import CameraEntry
+from cache_pipeline.cache.manifest_store import read_manifest, write_manifest
 from cache_pipeline.cache.metadata import dimension_names, metadata_files
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.errors import IncompleteCacheError

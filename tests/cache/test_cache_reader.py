@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cache_pipeline.cache import arrays
-from cache_pipeline.cache.manifest import MANIFEST
+from cache_pipeline.cache.manifest_store import MANIFEST
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.errors import CacheError, CorruptCacheError, IncompleteCacheError, NotACacheError
 

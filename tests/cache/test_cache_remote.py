@@ -13,7 +13,7 @@ from object_store import BUCKET, KEYS, s3_server
 
 from cache_pipeline.cache.compact import compact
 from cache_pipeline.cache.integrity import check_integrity
-from cache_pipeline.cache.manifest import MANIFEST, check_claim, claim_manifest
+from cache_pipeline.cache.manifest_store import MANIFEST, check_claim, claim_manifest
 from cache_pipeline.cache.object_store import ObjectStore
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.store import store_at

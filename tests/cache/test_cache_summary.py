@@ -6,7 +6,7 @@ import pytest
 from cache_fakes import CAMERA, OTHER, extract
 from fakes import make_dataset
 
-from cache_pipeline.cache.manifest import MANIFEST
+from cache_pipeline.cache.manifest_store import MANIFEST
 from cache_pipeline.cache.summary import inspect_cache
 from cache_pipeline.errors import NotACacheError
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cache_pipeline.cache import manifest as manifests
 from cache_pipeline.cache.compact import compact
 from cache_pipeline.cache.integrity import check_integrity
-from cache_pipeline.cache.manifest import PENDING, read_manifest
+from cache_pipeline.cache.manifest_store import PENDING, read_manifest
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.summary import inspect_cache
 from cache_pipeline.cache.table import DemoRows, DemoTable, first_rows, joined_spans, lengths, names, tasks

@@ -6,7 +6,7 @@ import h5py
 import numpy as np
 import pytest
 
-from cache_pipeline.cache.manifest import read_manifest
+from cache_pipeline.cache.manifest_store import read_manifest
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.errors import ConfigError, DatasetError, StaleCacheError

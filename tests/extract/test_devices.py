@@ -11,7 +11,7 @@ from fakes import make_dataset
 from cache_pipeline.cache.compact import compact
 from cache_pipeline.cache.layout import Unit
 from cache_pipeline.cache.ledger import MadeWith, read_record
-from cache_pipeline.cache.manifest import read_manifest
+from cache_pipeline.cache.manifest_store import read_manifest
 from cache_pipeline.errors import OptionError, StaleCacheError
 from cache_pipeline.extract import prepare, worker
 from cache_pipeline.files import json_digest

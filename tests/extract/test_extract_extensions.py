@@ -15,7 +15,7 @@ from fakes import make_dataset
 from cache_pipeline.cache.integrity import check_integrity
 from cache_pipeline.cache.layout import Unit
 from cache_pipeline.cache.ledger import LedgerRecord, read_record, write_record
-from cache_pipeline.cache.manifest import PENDING, read_manifest, write_manifest, write_pending
+from cache_pipeline.cache.manifest_store import PENDING, read_manifest, write_manifest, write_pending
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.summary import inspect_cache
 from cache_pipeline.errors import CacheError, DatasetError, StaleCacheError

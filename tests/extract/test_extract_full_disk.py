@@ -5,7 +5,7 @@ from cache_fakes import extract, outputs
 from fakes import make_dataset
 
 from cache_pipeline.cache import shards
-from cache_pipeline.cache.manifest import MANIFEST
+from cache_pipeline.cache.manifest_store import MANIFEST
 from cache_pipeline.errors import CacheError
 
 

@@ -8,7 +8,7 @@ from cache_fakes import extract, outputs
 from fakes import make_dataset
 from killed import start, wait_for
 
-from cache_pipeline.cache.manifest import MANIFEST
+from cache_pipeline.cache.manifest_store import MANIFEST
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.errors import CacheLockedError, IncompleteCacheError
 

@@ -12,7 +12,7 @@ from fakes import make_dataset
 
 from cache_pipeline.cache import folder
 from cache_pipeline.cache.folder import MARKER, stores_beside
-from cache_pipeline.cache.manifest import MANIFEST, PENDING, read_manifest
+from cache_pipeline.cache.manifest_store import MANIFEST, PENDING, read_manifest
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.store import store_at
 from cache_pipeline.demos.dataset import Dataset

@@ -14,7 +14,7 @@ from fakes import make_dataset
 from torch import nn
 from typer.testing import CliRunner
 
-from cache_pipeline.cache.manifest import read_manifest, write_manifest
+from cache_pipeline.cache.manifest_store import read_manifest, write_manifest
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.summary import inspect_cache
 from cache_pipeline.cli import app

@@ -7,7 +7,7 @@ import pytest
 from cache_fakes import CAMERA, config, extract, outputs
 from fakes import make_dataset
 
-from cache_pipeline.cache.manifest import read_manifest
+from cache_pipeline.cache.manifest_store import read_manifest
 from cache_pipeline.demos.dataset import Dataset
 from cache_pipeline.encoders.frozen import preferred_batch_size
 from cache_pipeline.extract.plan import plan_extraction

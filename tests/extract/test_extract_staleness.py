@@ -6,7 +6,7 @@ from cache_fakes import CAMERA, OTHER, OTHER_WEIGHTS, change_pixel, extract, out
 from fakes import make_dataset
 
 from cache_pipeline.cache.integrity import check_integrity
-from cache_pipeline.cache.manifest import read_manifest
+from cache_pipeline.cache.manifest_store import read_manifest
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.encoders.image_encoder import EncoderSpec, build_encoder
 from cache_pipeline.encoders.preprocess import Preprocess

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from cache_pipeline.cache.compact import compact
 from cache_pipeline.cache.integrity import check_integrity
-from cache_pipeline.cache.manifest import MANIFEST, PENDING, read_manifest
+from cache_pipeline.cache.manifest_store import MANIFEST, PENDING, read_manifest
 from cache_pipeline.cache.store import FolderStore
 from cache_pipeline.cli import app
 from cache_pipeline.errors import CacheLockedError, IncompleteCacheError, OptionError

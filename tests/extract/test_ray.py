@@ -10,7 +10,7 @@ import pytest
 from cache_fakes import CAMERA, OVERFLOWING, SLOW, extract, outputs
 
 from cache_pipeline.cache.integrity import check_integrity
-from cache_pipeline.cache.manifest import MANIFEST
+from cache_pipeline.cache.manifest_store import MANIFEST
 from cache_pipeline.errors import ConfigError, MissingExtraError, UnitsFailedError
 from cache_pipeline.extract import ray_actors
 

@@ -9,7 +9,7 @@ import pytest
 from cache_fakes import CAMERA, change_pixel, extract
 from fakes import make_dataset
 
-from cache_pipeline.cache.manifest import read_manifest
+from cache_pipeline.cache.manifest_store import read_manifest
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.errors import DatasetError, StaleCacheError
 from cache_pipeline.extract.freshness import check_sources

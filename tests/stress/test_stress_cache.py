@@ -18,7 +18,7 @@ from killed import start
 
 from cache_pipeline.cache.compact import compact
 from cache_pipeline.cache.integrity import check_integrity
-from cache_pipeline.cache.manifest import MANIFEST
+from cache_pipeline.cache.manifest_store import MANIFEST
 from cache_pipeline.cache.reader import FeatureCache
 from cache_pipeline.cache.summary import inspect_cache
 from cache_pipeline.errors import CacheError, CachePipelineError

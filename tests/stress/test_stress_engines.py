@@ -13,7 +13,7 @@ from cache_fakes import extract, outputs
 from killed import CONTEXT
 
 from cache_pipeline.cache.integrity import check_integrity
-from cache_pipeline.cache.manifest import MANIFEST
+from cache_pipeline.cache.manifest_store import MANIFEST
 from cache_pipeline.extract import processes
 
 pytestmark = [pytest.mark.stress, pytest.mark.timeout(7200), pytest.mark.filterwarnings("default")]
