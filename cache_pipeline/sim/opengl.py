@@ -91,8 +91,11 @@ def _errors_only(record: logging.LogRecord) -> bool:
 
 
 def _require(module: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise MissingExtraError(f"simulation needs {module}, which is not installed: {install_command('sim')}")
+    if importlib.util.find_spec(module) is not None:
+        return
+    if module == "robosuite" and sys.version_info >= (3, 13):
+        raise MissingExtraError("simulation needs robosuite, which needs Python 3.11 or 3.12: uv sync --python 3.12")
+    raise MissingExtraError(f"simulation needs {module}, which is not installed: {install_command('sim')}")
 
 
 def _probe(name: str) -> str | None:

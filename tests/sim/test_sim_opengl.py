@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
 
 import pytest
 
@@ -18,7 +19,12 @@ def test_a_missing_simulator_names_the_extra(module: str, monkeypatch: pytest.Mo
         "find_spec",
         lambda name, *rest: None if name == module else find("json" if name == "mujoco" else name, *rest),
     )
+    monkeypatch.setattr(sys, "version_info", (3, 11))
     with pytest.raises(MissingExtraError, match=rf"{module}.*uv sync --extra sim"):
+        opengl.load_robosuite()
+    monkeypatch.setattr(sys, "version_info", (3, 13))
+    hint = "Python 3.11 or 3.12" if module == "robosuite" else "uv sync --extra sim"
+    with pytest.raises(MissingExtraError, match=f"{module}.*{hint}"):
         opengl.load_robosuite()
 
 
