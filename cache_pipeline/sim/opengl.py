@@ -17,7 +17,7 @@ from cache_pipeline.errors import CachePipelineError, MissingExtraError, install
 
 PROBE_TIMEOUT_S = 60
 _PROBE = "import mujoco; context = mujoco.GLContext(16, 16); context.make_current(); context.free()"
-_INSTALL = "install one with: apt-get install libosmesa6"
+_INSTALL = "apt-get install libosmesa6 libgl1 libglib2.0-0"
 _torch_may_follow = True
 
 
@@ -58,13 +58,13 @@ def load_robosuite() -> ModuleType:
     """Sets ``MUJOCO_GL`` to a working backend and imports robosuite.
 
     Raises:
-        MissingExtraError: robosuite is not installed. OpenGLError: no backend works.
+        MissingExtraError: robosuite is not installed. OpenGLError: no backend works, or a library is missing.
     """
     _require("mujoco")
     _require("robosuite")
     backend = find_opengl_backend()
     if backend.name is None:
-        raise OpenGLError(f"no OpenGL backend works on this machine ({backend.reason}); {_INSTALL}")
+        raise OpenGLError(f"no OpenGL backend works on this machine ({backend.reason}); install one with: {_INSTALL}")
     if platform.system() == "Linux":
         os.environ["MUJOCO_GL"] = backend.name
         os.environ.update(_egl_device())
@@ -76,7 +76,10 @@ def load_robosuite() -> ModuleType:
         # robosuite 1.5.2 has an invalid escape sequence in its logo.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", SyntaxWarning)
-        import robosuite
+        try:
+            import robosuite
+        except ImportError as error:  # of a library of the system, which OpenCV needs
+            raise OpenGLError(f"robosuite cannot be imported: {error}; try: {_INSTALL}") from error
     return robosuite
 
 

@@ -6,15 +6,26 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
+from cache_pipeline.errors import MissingExtraError
 from cache_pipeline.sim.acting import Actor
 from cache_pipeline.sim.environment import Step
 from cache_pipeline.sim.episodes import Film, Plan, run_episodes
+from cache_pipeline.sim.opengl import OpenGLError, load_robosuite
 from cache_pipeline.sim.results import Episode
 from cache_pipeline.sim.simulation import Local
 
 LIFT = {"env_name": "Lift", "type": 1, "env_kwargs": {}}
+
+
+def skip_without_simulator() -> None:
+    """Skips the test, with the reason, on a machine where robosuite cannot render."""
+    try:
+        load_robosuite()
+    except (MissingExtraError, OpenGLError) as error:
+        pytest.skip(str(error))
 
 
 class Counter:

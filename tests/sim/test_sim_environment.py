@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 from policies import policy_of
+from simulations import skip_without_simulator
 
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.sim.collect import collect
 from cache_pipeline.sim.collect_config import CollectConfig
 from cache_pipeline.sim.config import RolloutConfig
 from cache_pipeline.sim.environment import Environment
-from cache_pipeline.sim.opengl import find_opengl_backend
 from cache_pipeline.sim.rollout import rollout
 from cache_pipeline.sim.tasks.lift import LIFT
 
@@ -31,11 +30,7 @@ SIZE = 48
 @pytest.fixture(scope="module")
 def recorded() -> dict:
     """env_args and render flags of the sample."""
-    if importlib.util.find_spec("robosuite") is None:
-        pytest.skip("robosuite is not installed")
-    backend = find_opengl_backend()
-    if backend.name is None:
-        pytest.skip(f"no OpenGL backend: {backend.reason}")
+    skip_without_simulator()
     with h5py.File(SAMPLE) as file:
         return {key: json.loads(file["data"].attrs[key]) for key in ("env_args", "render_flags")}
 

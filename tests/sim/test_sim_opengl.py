@@ -35,6 +35,20 @@ def test_without_a_backend_the_error_names_the_package_to_install(monkeypatch: p
         opengl.load_robosuite()
 
 
+def test_a_missing_library_of_the_system_is_one_line_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken:
+        def find_spec(self, name: str, *rest: object) -> None:
+            if name == "robosuite":
+                raise ImportError("libGL.so.1: cannot open shared object file")
+
+    monkeypatch.setattr(opengl, "_require", lambda module: None)
+    monkeypatch.setattr(opengl, "find_opengl_backend", lambda: opengl.OpenGLBackend("osmesa", "chosen"))
+    monkeypatch.delitem(sys.modules, "robosuite", raising=False)
+    monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+    with pytest.raises(opengl.OpenGLError, match=r"imported: libGL\.so\.1: .*; try: apt-get install \S+ libgl1"):
+        opengl.load_robosuite()
+
+
 def test_every_backend_that_fails_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(opengl, "_require", lambda module: None)
     monkeypatch.setattr(opengl, "_probe", lambda name: f"no {name} here")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import signal
@@ -16,13 +15,13 @@ from typing import Any
 import h5py
 import numpy as np
 import pytest
+from simulations import skip_without_simulator
 
 from cache_pipeline.errors import ConfigError
 from cache_pipeline.sim.collect import collect
 from cache_pipeline.sim.collect_config import CollectConfig, RerenderConfig
 from cache_pipeline.sim.env_args import read_env_args
 from cache_pipeline.sim.environment import Environment
-from cache_pipeline.sim.opengl import find_opengl_backend
 from cache_pipeline.sim.rerender import rerender
 
 pytestmark = pytest.mark.sim
@@ -32,11 +31,7 @@ SIZE = 12
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    if importlib.util.find_spec("robosuite") is None:
-        pytest.skip("robosuite is not installed")
-    backend = find_opengl_backend()
-    if backend.name is None:
-        pytest.skip(f"no OpenGL backend: {backend.reason}")
+    skip_without_simulator()
     return tmp_path_factory.mktemp("collected")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import io
 import json
 from pathlib import Path
@@ -12,10 +11,10 @@ import h5py
 import numpy as np
 import pytest
 import torch
+from simulations import skip_without_simulator
 
 from cache_pipeline.sim.collect import CollectConfig, collect, make_env_args, record_demo
 from cache_pipeline.sim.environment import Environment
-from cache_pipeline.sim.opengl import find_opengl_backend
 from cache_pipeline.sim.rollout import RolloutConfig, rollout
 from cache_pipeline.sim.tasks.registry import TASKS
 
@@ -29,11 +28,7 @@ EACH_TASK = pytest.mark.parametrize("name", OBJECT_DIM)
 
 @pytest.fixture(scope="module", autouse=True)
 def simulator() -> None:
-    if importlib.util.find_spec("robosuite") is None:
-        pytest.skip("robosuite is not installed")
-    backend = find_opengl_backend()
-    if backend.name is None:
-        pytest.skip(f"no OpenGL backend: {backend.reason}")
+    skip_without_simulator()
 
 
 @EACH_TASK

@@ -1,6 +1,5 @@
 """Long tests of rollouts in robosuite: `uv run pytest -m stress tests/stress/test_stress_rollouts.py -s`."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -9,11 +8,11 @@ from pathlib import Path
 
 import h5py
 import pytest
+from simulations import skip_without_simulator
 
 from cache_pipeline.sim.acting import on_fast_path
 from cache_pipeline.sim.config import RolloutConfig
 from cache_pipeline.sim.environment import Environment
-from cache_pipeline.sim.opengl import find_opengl_backend
 from cache_pipeline.sim.rollout import open_rollouts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sim"))
@@ -29,11 +28,7 @@ CAMERAS = ("agentview_image", "robot0_eye_in_hand_image")
 
 @pytest.fixture(scope="module")
 def recorded():
-    if importlib.util.find_spec("robosuite") is None:
-        pytest.skip("robosuite is not installed")
-    backend = find_opengl_backend()
-    if backend.name is None:
-        pytest.skip(f"no OpenGL backend: {backend.reason}")
+    skip_without_simulator()
     with h5py.File(SAMPLE) as file:
         return {key: json.loads(file["data"].attrs[key]) for key in ("env_args", "render_flags")}
 
