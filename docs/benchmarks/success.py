@@ -29,11 +29,12 @@ def main() -> None:
     parser.add_argument("--cached-steps", type=int, default=4000)
     parser.add_argument("--live-steps", type=int, default=2000)
     parser.add_argument("--rollouts", type=int, default=5, help="measurements on the way")
+    parser.add_argument("--live-rollouts", type=int, default=5, help="the same for encoders that learn")
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--workers", type=int, default=2, help="processes of the rollouts; the result is the same")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    names = ("rgb_model_name", "cached_steps", "live_steps", "rollouts", "episodes", "weights")
+    names = ("rgb_model_name", "cached_steps", "live_steps", "rollouts", "live_rollouts", "episodes", "weights")
     table = Table(options.out, {**{name: getattr(options, name) for name in names}, "dataset": options.dataset.name})
     cache = ["--out", options.work / "cache.zarr", *encoder_options(options.rgb_model_name, options.weights)]
 
@@ -53,17 +54,20 @@ def main() -> None:
 
 def measure(recipe: str, seed: int, extraction_s: float, options: Any) -> dict[str, Any]:
     """Trains one policy and returns [step, training seconds, success] of each rollout."""
+    cached = recipe == "cached, frozen"
     weights = "random" if recipe == "unfrozen, random start" else options.weights
     encoder = encoder_options(options.rgb_model_name, weights)
     run, cache = options.work / f"{RECIPES.index(recipe)}_{seed}", options.work / "cache.zarr"
-    if recipe == "cached, frozen":
+    if cached:
         seconds, words = extraction_s, ["train", "--from-cache", cache]
     elif recipe == "frozen, then fine-tuned":
         seconds, words = 0.0, ["finetune", "--live-encoder", "--checkpoint", options.work / f"0_{seed}"]
     else:
         seconds, words = 0.0, ["train", "--dataset", options.dataset, *encoder, "--no-freeze-encoder"]
-    steps = options.cached_steps if recipe == "cached, frozen" else options.live_steps
-    rollouts = ["--rollout-every", max(1, steps // options.rollouts), "--rollout-episodes", options.episodes]
+        if weights == "random":
+            words += ["--encoder-lr", "1e-4"]  # robomimic's rate; the default suits pretrained weights
+    steps, count = (options.cached_steps, options.rollouts) if cached else (options.live_steps, options.live_rollouts)
+    rollouts = ["--rollout-every", max(1, steps // count), "--rollout-episodes", options.episodes]
     rollouts += ["--rollout-workers", options.workers]
     found = command(*words, "--out", run, "--steps", steps, "--seed", seed, "--overwrite", *rollouts).result
     curve = [[step, seconds + step / found["steps_per_s"], success] for step, success in successes(run / "metrics.csv")]
