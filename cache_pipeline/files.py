@@ -51,7 +51,7 @@ def location(place: str | os.PathLike[str]) -> Location:
 
 def absolute(place: Location) -> str:
     """Returns a path without links, or a URL, as text that can be recorded."""
-    return str(place.resolve()) if isinstance(place, Path) else place
+    return str(resolved(place)) if isinstance(place, Path) else place
 
 
 @contextmanager
@@ -190,7 +190,10 @@ def output_file(
 def resolved(path: str | Path) -> Path:
     """Returns the absolute path without links; raises ConfigError for a circular link."""
     try:
-        return Path(path).resolve()
+        found = Path(path).resolve()
+        if any(part.is_symlink() for part in (found, *found.parents)):  # what Python 3.13 leaves of a circular link
+            raise OSError(f"Symlink loop from {str(path)!r}")
+        return found
     except (OSError, RuntimeError) as error:
         raise ConfigError(f"{path} cannot be resolved ({error}); choose another path") from error
 

@@ -45,6 +45,7 @@ from cache_pipeline.demos.reading import close_files, layout_findings, read_fram
 from cache_pipeline.demos.remote import local_path
 from cache_pipeline.demos.split import VALID_KEY
 from cache_pipeline.errors import DatasetError, available
+from cache_pipeline.files import resolved
 from cache_pipeline.hdf5 import damage_as_error
 from cache_pipeline.isolation import IsolatedCrashError, isolated, isolated_when_free
 
@@ -246,10 +247,11 @@ def distinct_paths(paths: Paths) -> list[Path]:
         raise DatasetError("no dataset is given; name one or several robomimic HDF5 files or LeRobot folders")
     found: dict[Path, Path] = {}
     for path in map(local_path, given):
-        if path.resolve() in found:
+        file = resolved(path)
+        if file in found:
             raise DatasetError(f"{path} is named twice; name each file once")
         layout_of(path)
-        found[path.resolve()] = path
+        found[file] = path
     return list(found.values())
 
 

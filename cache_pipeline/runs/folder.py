@@ -27,6 +27,7 @@ from cache_pipeline.files import (
     read_json,
     remove,
     remove_partial,
+    resolved,
     sync_folder,
     write_json,
 )
@@ -122,7 +123,7 @@ def run_folder(out: Path, *, resume: bool, overwrite: bool, writes: bool = True)
         CheckpointError: the folder is not a run, or cannot be written or resumed with these options.
         RunLockedError: another process writes it.
     """
-    place = out.resolve() if out.is_symlink() or out.name in ("", "..") else out
+    place = resolved(out) if out.is_symlink() or out.name in ("", "..") else out
     if not writes:
         yield RunFolder(place)
         return

@@ -105,6 +105,38 @@ def test_a_missing_file_is_named(tmp_path):
     assert "nowhere.hdf5" in the_error(extract(tmp_path / "nowhere.hdf5", tmp_path / "out.zarr"))
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        "inspect LOOP",
+        "extract-features LOOP --out NEW",
+        "extract-features DATASET --out LOOP",
+        "extract-features DATASET --out LOOP/new.zarr",
+        "train --dataset LOOP --out NEW",
+        "train --from-cache CACHE --dataset LOOP --out NEW",
+        "train --from-cache LOOP --out NEW",
+        "train --from-cache CACHE --out LOOP",
+        "train --from-cache CACHE --out LOOP/new",
+        "train --config LOOP",
+        "finetune --live-encoder --checkpoint LOOP",
+        "finetune --live-encoder --checkpoint TRAINED --out LOOP",
+        "verify LOOP",
+        "verify CACHE --dataset LOOP",
+        "cache compact LOOP",
+        "report TRAINED --out LOOP",
+        "collect --out LOOP",
+    ],
+)
+def test_a_circular_link_is_one_line(tmp_path, made, words):
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    places = dict(zip(("DATASET", "CACHE", "TRAINED"), made, strict=True), LOOP=loop, NEW=tmp_path / "new")
+    for name, place in places.items():
+        words = words.replace(name, str(place))
+    assert "loop" in the_error(run(*words.split()))
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
 def test_a_text_file_is_no_hdf5(tmp_path):
     (tmp_path / "notes.hdf5").write_text("not an HDF5 file")
     assert "notes.hdf5" in the_error(extract(tmp_path / "notes.hdf5", tmp_path / "out.zarr"))
