@@ -46,7 +46,7 @@ def _robomimic(values: Values) -> bool:
 
 
 ROLLOUTS = Rule(
-    ("rollout_episodes", "rollout_workers"),
+    ("rollout_env", "rollout_episodes", "rollout_workers"),
     lambda v: not v["rollout_every"],
     "no rollouts are made without --rollout-every",
 )

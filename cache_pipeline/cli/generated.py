@@ -30,9 +30,9 @@ class Given:
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
 
-    def any_typed(self, cls: Any) -> bool:
-        """Whether an option of a config is on the command line."""
-        return bool(self._typed & parameter_names(cls))
+    def any_typed(self, cls: Any, but: Collection[str] = ()) -> bool:
+        """Whether an option of a config, other than those in ``but``, is on the command line."""
+        return bool(self._typed & (parameter_names(cls) - set(but)))
 
     def config(self, cls: type[Config], **others: Any) -> Config:
         """Makes a config from the given values and from ``others``, its fields without an option."""

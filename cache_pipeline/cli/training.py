@@ -7,6 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("cache_pipeline")
 
-# Settings of a run.json that apply only to that run.
-OF_ONE_RUN = ("out", "resume", "overwrite")
+# Settings of a run.json that apply only to that run. A factory is code, which runs only if the command line names it.
+OF_ONE_RUN = ("out", "resume", "overwrite", "encoder_factory")
 # Settings of a live run that a cache replaces.
 ENCODER_SETTINGS = ("encoder", "preprocess")
 # A stop that saves names the command that continues; this is for one before the first step or in the middle of a step.
@@ -45,10 +46,10 @@ def train(given: Given, config: ConfigFile = None, json: o.Json = False) -> None
     """Train projection and policy on a cache (--from-cache), or with the encoder live (--dataset)."""
     from cache_pipeline.training.train import train as run
 
-    saved = {} if config is None else _settings(config, given)
     options = given.config(EncoderOptions)
+    saved = {} if config is None else _settings(config, given, options.encoder)
     others: dict[str, Any] = {}
-    if given["from_cache"] is not None:
+    if given["from_cache"] is not None or saved.get("cache") is not None:
         others["encoder_factory"] = options.encoder
     elif given["dataset"] and saved.get("encoder") is None:
         spec = options.spec(given["seed"])
@@ -120,13 +121,18 @@ def resuming_command() -> str:
     return shlex.join([*start, *(word for word in words if word not in ("--overwrite", "--resume")), "--resume"])
 
 
-def _settings(file: Path, given: Given) -> dict[str, Any]:
-    """Reads the settings of a run.json, or of a file with such settings alone.
+def _settings(file: Path, given: Given, factory: str | None) -> dict[str, Any]:
+    """Reads the settings of a run.json, or of a file with such settings alone. Code that it names does not run.
+
+    Args:
+        factory: the factory of the encoder that the command line names, in place of that of the file.
 
     Raises:
         CheckpointError: the file is missing, damaged, or of a fine-tuning run.
         OptionError: it names an encoder, and the command line does too.
+        EncoderError: a factory makes its encoder, and the command line names none.
     """
+    from cache_pipeline.encoders.factory import choose_factory
     from cache_pipeline.runs.record import read_object
 
     value = read_object(file)
@@ -137,6 +143,14 @@ def _settings(file: Path, given: Given) -> dict[str, Any]:
     if given["from_cache"] is not None and saved.get("encoder") is not None:
         logger.info("the encoder of %s does not apply: the cache has its own", file)
         saved = {name: item for name, item in saved.items() if name not in ENCODER_SETTINGS}
-    elif saved.get("encoder") is not None and given.any_typed(EncoderOptions):
-        raise OptionError(f"{file} names the encoder, so encoder options have no effect; leave them or --config out")
+    elif (spec := saved.get("encoder")) is not None:
+        if given.any_typed(EncoderOptions, but=() if spec.factory is None else ("encoder",)):
+            raise OptionError(
+                f"{file} names the encoder, so encoder options have no effect; leave them or --config out"
+            )
+        if spec.factory is not None:
+            saved["encoder"] = replace(spec, factory=choose_factory(spec.factory, factory, file))
+    if (saving := saved.get("saving")) is not None and saving.rollout_env is not None:
+        logger.info("%s names the environment %s, which runs only if --rollout-env names it", file, saving.rollout_env)
+        saved["saving"] = replace(saving, rollout_env=None)
     return saved

@@ -46,7 +46,7 @@ class FactoryOpening:
 
     def open(self) -> FactoryEnvironment:
         """Runs the factory; raises ConfigError if it does not exist or makes no environment."""
-        made = find_factory(self.reference, "--env", lambda content: FILE_MODULE + digest(content)).make()
+        made = find_factory(self.reference, "the environment", lambda content: FILE_MODULE + digest(content)).make()
         for name in ("reset", "step"):
             if not callable(getattr(made, name, None)):
                 raise ConfigError(f"{self.reference} returned a {type(made).__name__}, which has no {name}(); {FORM}")

@@ -110,7 +110,11 @@ class SavingConfig:
             least=0,
         ),
     ] = 0
-    """Rollouts are also made at the last step. They run in the environment of the dataset."""
+    """Rollouts are also made at the last step. They run in the environment of the dataset, or in ``rollout_env``."""
+    rollout_env: Annotated[
+        str | None, Option("Their gymnasium environment, FILE.py:make; it runs only if named here.", OUTPUT)
+    ] = None
+    """Factory of an environment with gymnasium's interface, as ``rollout --env`` takes it; see ``sim/custom.py``."""
     rollout_episodes: Annotated[int, Option("Episodes of each of these rollouts.", OUTPUT, least=1)] = 10
     rollout_workers: Annotated[int, Option("Processes of these rollouts; the result is the same.", OUTPUT, least=1)] = 1
     eval_windows: Annotated[int, Option("Most held-out windows that are measured.", OUTPUT, least=1)] = 4096

@@ -21,25 +21,30 @@ FIRST_EPISODE = 1_000_000
 
 @contextmanager
 def rollouts_of(session: Session, run: Path) -> Iterator[Callable[[], RolloutResult]]:
-    """Opens the environment of the run's dataset; each call runs the same episodes with the current weights.
+    """Opens ``rollout_env``, or the environment of the run's dataset.
 
-    The random numbers of training stay as they are.
+    Each call of the result runs the same episodes with the current weights. It draws no random number of training.
 
     Raises:
-        ConfigError: the dataset has no environment, or the environment lacks an obs.
+        ConfigError: there is no environment, or it lacks an obs.
         MissingExtraError, OpenGLError: the simulation cannot run on this machine.
     """
     policy: Any = session.policy
-    data, config = session.record.data, session.config
-    if data.env_args is None or data.action_keys != ACTIONS:
+    data, config, saving = session.record.data, session.config, session.config.saving
+    if saving.rollout_env is None and (data.env_args is None or data.action_keys != ACTIONS):
         lacking = "have no env_args" if data.env_args is None else f"give the actions {', '.join(data.action_keys)}"
         raise ConfigError(
-            f"--rollout-every needs an environment, but the data {lacking}; leave it out, and measure the run with "
-            "rollout --env-args FILE or --env FILE.py:make"
+            f"--rollout-every needs an environment, but the data {lacking}; give --rollout-env FILE.py:make, or leave "
+            "it out and measure the run with rollout --env-args FILE or --env FILE.py:make"
         )
     policy.env_args, policy.render_flags, policy.action_keys = data.env_args, data.render_flags, data.action_keys
-    saving = config.saving
-    options = RolloutConfig(run=run, episodes=saving.rollout_episodes, workers=saving.rollout_workers, seed=config.seed)
+    options = RolloutConfig(
+        run=run,
+        episodes=saving.rollout_episodes,
+        seed=config.seed,
+        workers=saving.rollout_workers,
+        env=saving.rollout_env,
+    )
     fast: dict[str, FrozenEncoder] = {}
     if not session.unfreezing:  # the encoders stay as they are now
         fast = frozen_encoders(policy.encoders, policy.preprocessing, session.device, "fp32")

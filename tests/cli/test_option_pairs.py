@@ -118,6 +118,7 @@ SAMPLES: dict[str, list[str]] = {
     "rgb_model_name": ["--rgb-model-name", "resnet34"],
     "robomimic_config": ["--robomimic-config", "theirs.json"],
     "rotation_6d": ["--rotation-6d", "3:6"],
+    "rollout_env": ["--rollout-env", "walk.py:make"],
     "rollout_every": ["--rollout-every", "3"],
     "rollout_episodes": ["--rollout-episodes", "3"],
     "rollout_workers": ["--rollout-workers", "2"],

@@ -61,20 +61,21 @@ def refused(result):
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory):
-    """data.hdf5, mine.py, cache.zarr made by its factory, and a run trained on the cache."""
+    """data.hdf5, mine.py, cache.zarr made by its factory, and runs trained on the cache and live."""
     folder = tmp_path_factory.mktemp("original")
     make_dataset(folder / "data.hdf5")
     (folder / "mine.py").write_text(GOOD)
     named = ["--encoder", f"{folder}/mine.py:mine"]
     done(run("extract-features", folder / "data.hdf5", "--out", folder / "cache.zarr", *named, *CPU))
     done(run("train", "--from-cache", folder / "cache.zarr", "--out", folder / "run", *named, *SMALL))
+    done(run("train", "--dataset", folder / "data.hdf5", "--out", folder / "live", *named, *SMALL))
     return folder
 
 
 @pytest.fixture
 def made(original, tmp_path):
     """A copy of cache and run. Both name the factory of the original folder, whose file the test may change."""
-    for name in ("cache.zarr", "run"):
+    for name in ("cache.zarr", "run", "live"):
         shutil.copytree(original / name, tmp_path / name)
     yield tmp_path
     (original / "mine.py").write_text(GOOD)
@@ -86,6 +87,10 @@ def loading(folder: Path, data: Path):
     live = ["--live-encoder", "--dataset", data, "--checkpoint", trained, "--unfreeze", "all"]
     return {
         "train": ["train", "--from-cache", cache, "--out", folder / "r1", *SMALL],
+        "train --config": ["train", "--config", trained / "run.json", "--out", folder / "r4", *SMALL],
+        "train --config of a live run": [
+            *("train", "--config", folder / "live" / "run.json", "--out", folder / "r5", *SMALL),
+        ],
         "train --resume": ["train", "--from-cache", cache, "--out", trained, "--resume", *SMALL],
         "finetune": ["finetune", *live, "--out", folder / "r2", *CPU, "--steps", 1, "--batch-size", 4],
         "finetune --from-cache": [
@@ -140,13 +145,17 @@ def test_a_factory_that_a_cache_or_a_run_names_is_not_run(original, made):
     with pytest.raises(EncoderError, match="runs only if you name it"):
         verify(made / "cache.zarr")
     assert not witness.exists()
-    assert not [path for path in made.iterdir() if path.name in ("r1", "r2", "r3", "again.zarr", "policy.pt2")]
+    assert not [
+        path for path in made.iterdir() if path.name in ("r1", "r2", "r3", "r4", "r5", "again.zarr", "policy.pt2")
+    ]
 
 
 def test_an_edited_factory_is_refused_wherever_it_is_loaded(original, made):
     (original / "mine.py").write_text(SOURCE.replace("SCALE", "3.0"))
     named = ["--encoder", f"{original}/mine.py:mine"]
-    for command in loading(made, original / "data.hdf5").values():
+    commands = loading(made, original / "data.hdf5")
+    del commands["train --config of a live run"]  # a new run, whose encoder need not be that of another
+    for command in commands.values():
         line = refused(run(*command, *named))
         assert "mine.py:mine is not the encoder that" in line
         assert "source or structure has changed" in line

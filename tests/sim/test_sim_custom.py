@@ -46,8 +46,8 @@ def test_success_follows_the_conventions_of_the_field(
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("gone.py:make", "there is no file gone.py for --env"),
-        ("no_such_module:make", "cannot import no_such_module for --env"),
+        ("gone.py:make", "there is no file gone.py for the environment"),
+        ("no_such_module:make", "cannot import no_such_module for the environment"),
         (f"{WALK}:mak", "has no factory 'mak'.*did you mean make"),
         (str(WALK), "names no factory"),
         ("builtins:dict", r"returned a dict, which has no reset\(\); gymnasium's form is"),

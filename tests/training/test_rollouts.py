@@ -11,8 +11,10 @@ import pytest
 import torch
 from fakes import CAMERAS, LOW_DIM, make_dataset
 from training_runs import config, extracted
+from typer.testing import CliRunner
 
 import cache_pipeline.sim.rollout as rollout_module
+from cache_pipeline.cli import app
 from cache_pipeline.errors import ConfigError, RunStopped
 from cache_pipeline.runs.checkpoint import Best, Score, find_checkpoint, read_checkpoint, read_index
 from cache_pipeline.runs.metrics import read_metrics
@@ -187,6 +189,51 @@ def test_the_environment_is_opened_before_anything_is_written(tmp_path: Path) ->
     with pytest.raises(ConfigError, match=r"--rollout-every needs an environment, but the data have no env_args"):
         train(config(tmp_path / "run", cache, saving=saving()), progress=False)
     assert not (tmp_path / "run").exists()
+
+
+OWN = """
+from pathlib import Path
+
+import numpy as np
+
+Path({witness!r}).touch()
+
+
+class Own:
+    def reset(self, *, seed):
+        self.steps = 0
+        return self.obs(), {{}}
+
+    def step(self, action):
+        self.steps += 1
+        return self.obs(), 0.0, False, self.steps == 5, {{"is_success": self.steps == 3}}
+
+    def obs(self):
+        images = {{name: np.zeros(shape, np.uint8) for name, shape in {cameras!r}.items()}}
+        return {{**images, **{{key: np.zeros(width, np.float32) for key, width in {low_dim!r}.items()}}}}
+
+
+def make():
+    return Own()
+"""
+
+
+def test_rollouts_run_in_an_environment_of_the_users_own_if_the_command_names_it(tmp_path: Path) -> None:
+    dataset = make_dataset(tmp_path / "data.hdf5", env_args=None, lengths=(9, 8))
+    cache, witness, own = extracted(dataset, tmp_path / "data.zarr"), tmp_path / "witness", tmp_path / "own.py"
+    own.write_text(OWN.format(witness=str(witness), cameras=CAMERAS, low_dim=LOW_DIM))
+    named = saving(rollout_env=f"{own}:make")
+    result = train(config(tmp_path / "run", cache, steps=2, saving=named), progress=False)
+    assert rates(result.run) == [(2, 1.0)]
+    assert witness.exists()
+    witness.unlink()
+    words = ["train", "--config", tmp_path / "run" / "run.json", "--out", tmp_path / "again"]
+    refused = CliRunner().invoke(app, ["--quiet", *map(str, words)])
+    assert refused.exit_code == 1
+    assert "give --rollout-env FILE.py:make" in refused.stderr
+    with pytest.raises(ConfigError, match=r"there is no file gone\.py for the environment"):
+        train(config(tmp_path / "gone", cache, saving=saving(rollout_env="gone.py:make")), progress=False)
+    assert not witness.exists()
 
 
 def test_fine_tuning_measures_success_before_the_first_step(
