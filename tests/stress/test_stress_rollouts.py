@@ -8,7 +8,6 @@ from pathlib import Path
 
 import h5py
 import pytest
-from simulations import skip_without_simulator
 
 from cache_pipeline.sim.acting import on_fast_path
 from cache_pipeline.sim.config import RolloutConfig
@@ -17,6 +16,7 @@ from cache_pipeline.sim.rollout import open_rollouts
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "sim"))
 from policies import policy_of
+from simulations import skip_without_simulator
 
 pytestmark = [pytest.mark.stress, pytest.mark.sim, pytest.mark.timeout(7200), pytest.mark.filterwarnings("default")]
 
