@@ -1,6 +1,6 @@
-"""Measures after how many steps a cache has paid for its extraction, and what more views bring.
+"""Measures after how many steps a cache has paid for its extraction.
 
-``uv run docs/benchmarks/break_even.py --dataset lift.hdf5`` prints the two tables of docs/benchmarks.md. *Cold* is the
+``uv run docs/benchmarks/break_even.py --dataset lift.hdf5`` prints the table of docs/benchmarks.md. *Cold* is the
 first training from files that are not in the page cache, *warm* the next one. The step at which the cache has paid is
 the time of the whole extraction command over the time that a cached step saves against a live step with a frozen
 encoder of equal precision.
@@ -13,10 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import Table, arguments, command, encoder_options, markdown, spread
+from common import Table, arguments, command, encoder_options, markdown
 
 MODELS = ("resnet18", "resnet50")
-VIEWS = (1, 2, 4, 8)
 SHAPE = ["--obs-horizon", 2, "--action-horizon", 8, "--batch-size", 64]
 HEAD = [
     "encoder",
@@ -27,16 +26,11 @@ HEAD = [
     "cached",
     "has paid after, steps",
 ]
-VIEWS_HEAD = ["views", "extraction, s", "cache, MB", "held-out error"]
 
 
 def main() -> None:
-    parser = arguments(__doc__, "break_even")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--seeds", type=int, default=3)
-    options = parser.parse_args()
-    settings = {name: getattr(options, name) for name in ("steps", "seeds", "weights")}
-    table = Table(options.out, {**settings, "dataset": options.dataset.name})
+    options = arguments(__doc__, "break_even").parse_args()
+    table = Table(options.out, {"weights": options.weights, "dataset": options.dataset.name})
     rows = []
     for model in MODELS:
         cell = table.cell(model, lambda model=model: paid(options.dataset, options.work, model))
@@ -46,20 +40,6 @@ def main() -> None:
             [model, *times, f"{cell['live_ms']:.0f}", f"{cell['cached_ms']:.1f}", round(cell["extraction_s"] / saved)]
         )
     print(markdown(HEAD, rows))
-    rows = []
-    for views in VIEWS:
-        cache = options.work / f"views_{views}.zarr"
-        made = table.cell(f"views {views}", lambda views=views, cache=cache: extracted(options, views, cache))
-        errors = [
-            table.cell(
-                f"views {views}, seed {seed}",
-                lambda views=views, cache=cache, seed=seed: trained(options, views, cache, seed),
-            )
-            for seed in range(options.seeds)
-        ]
-        found = spread([cell["error"] for cell in errors])
-        rows.append([views, f"{made['seconds']:.0f}", f"{made['megabytes']:.0f}", found])
-    print(markdown(VIEWS_HEAD, rows))
 
 
 def paid(dataset: Path, work: Path, model: str) -> dict[str, Any]:
@@ -96,18 +76,6 @@ def drop_from_page_cache(folder: Path) -> None:
             descriptor = os.open(file, os.O_RDONLY)
             os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
             os.close(descriptor)
-
-
-def extracted(options: Any, views: int, cache: Path) -> dict[str, Any]:
-    encoder = encoder_options("resnet18", options.weights)
-    found = command("extract-features", options.dataset, "--out", cache, "--views", views, *encoder).result
-    return {"seconds": found["seconds"], "megabytes": found["bytes"] / 1e6}
-
-
-def trained(options: Any, views: int, cache: Path, seed: int) -> dict[str, Any]:
-    run = options.work / f"views_{views}_{seed}"
-    words = ["--steps", options.steps, "--seed", seed, "--out", run, "--overwrite"]
-    return {"error": command("train", "--from-cache", cache, *words).result["valid_action_mse"]}
 
 
 if __name__ == "__main__":

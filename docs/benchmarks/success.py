@@ -25,6 +25,8 @@ HEAD = ["training", "steps", "success at the end (95 % interval)", "steps to 80 
 def main() -> None:
     parser = arguments(__doc__, "success")
     parser.add_argument("--rgb-model-name", default="resnet50")
+    parser.add_argument("--cut", default="avgpool", help="of the cache, as in extract-features")
+    parser.add_argument("--pooling", help="of a cut below avgpool, as in train; live training pools the same")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=RECIPES)
     parser.add_argument("--cached-steps", type=int, default=4000)
     parser.add_argument("--live-steps", type=int, default=2000)
@@ -34,9 +36,16 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of the rollouts; the result is the same")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    names = ("rgb_model_name", "cached_steps", "live_steps", "rollouts", "live_rollouts", "episodes", "weights")
+    names = ("rgb_model_name", "cut", "pooling", "weights", "cached_steps", "live_steps", "rollouts", "live_rollouts")
+    names = (*names, "episodes")
     table = Table(options.out, {**{name: getattr(options, name) for name in names}, "dataset": options.dataset.name})
-    cache = ["--out", options.work / "cache.zarr", *encoder_options(options.rgb_model_name, options.weights)]
+    cache = [
+        "--out",
+        options.work / "cache.zarr",
+        "--cut",
+        options.cut,
+        *encoder_options(options.rgb_model_name, options.weights),
+    ]
 
     def extract() -> dict[str, Any]:
         return {"seconds": command("extract-features", options.dataset, *cache).result["seconds"]}
@@ -66,6 +75,8 @@ def measure(recipe: str, seed: int, extraction_s: float, options: Any) -> dict[s
         seconds, words = 0.0, ["train", "--dataset", options.dataset, *encoder, "--no-freeze-encoder"]
         if weights == "random":
             words += ["--encoder-lr", "1e-4"]  # robomimic's rate; the default suits pretrained weights
+    if options.pooling and recipe != "frozen, then fine-tuned":
+        words += ["--pooling", options.pooling]
     steps, count = (options.cached_steps, options.rollouts) if cached else (options.live_steps, options.live_rollouts)
     rollouts = ["--rollout-every", max(1, steps // count), "--rollout-episodes", options.episodes]
     rollouts += ["--rollout-workers", options.workers]
