@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.encoders.views import View, ViewBatch, crop_frames, jitter_colors, view_batch
-from cache_pipeline.errors import EncoderError
+from cache_pipeline.errors import ConfigError, EncoderError
 from cache_pipeline.files import typed
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -82,6 +83,25 @@ class Preprocess:
         except ValueError as error:
             raise EncoderError(f"the recorded preprocessing cannot be read: {error}") from error
         return made
+
+
+def check_views(spec: ViewSpec, p: Preprocess, frame: Shape) -> str | None:
+    """Checks what augmented views change of frames (height, width).
+
+    Returns:
+        A sentence if they change colours only, although ``random_crop`` is on; else None.
+
+    Raises:
+        ConfigError: they would all equal the clean view.
+    """
+    if not spec.random_crop or p.crop_shape not in (None, p.resize_shape or frame):
+        return None
+    if not any((spec.brightness, spec.contrast, spec.saturation, spec.hue)):
+        raise ConfigError(
+            "all augmented views would equal the clean view: the crop leaves nothing out and no colour changes; give a "
+            "--crop-shape smaller than the frame, or a jitter such as --brightness 0.3"
+        )
+    return "augmented views differ in colour only: random crops need a --crop-shape smaller than the frame"
 
 
 def preprocess(frames: Tensor, p: Preprocess, view: View | None = None) -> Tensor:

@@ -28,7 +28,7 @@ from cache_pipeline.encoders.frozen import FrozenEncoder, preferred_batch_size
 from cache_pipeline.encoders.identity import collapse_warning, feature_statistics
 from cache_pipeline.encoders.image_encoder import EncoderSpec, ImageEncoder, build_encoder
 from cache_pipeline.encoders.precision import error_over_variation, nearest_precision, resolve_precision
-from cache_pipeline.encoders.preprocess import Preprocess
+from cache_pipeline.encoders.preprocess import Preprocess, check_views
 from cache_pipeline.encoders.saving import load_encoder, load_encoders, save_encoder, saved_spec
 from cache_pipeline.encoders.weights import has_imagenet_file
 from cache_pipeline.errors import ConfigError, EncoderError, OptionError, available
@@ -142,6 +142,7 @@ def for_cameras(
     found = {}
     infos: dict[str, str] = {}
     warnings: dict[str, str] = {}
+    notes: dict[str, str] = {}
     for camera, image_shape in dataset.cameras.items():
         entry = cached.cameras.get(camera) if cached else None
         spec, preprocess = config.encoder_for(camera), config.preprocess_for(camera)
@@ -161,6 +162,9 @@ def for_cameras(
             precision = frozen.precision if free else precision
         identity = _as_json({**frozen.identity(image_shape), "precision": {"compute": precision}})
         views = max(config.views, entry.views if entry else 1)
+        if config.views > (entry.views if entry else 1):
+            note = check_views(config.view_spec, preprocess, image_shape[:2])
+            notes |= {camera: note} if note else {}
         shape = frozen.feature_shape(image_shape)
         made = CameraEntry(shape, image_shape, identity, views, _view_spec(config, entry, views), measured)
         if spec not in files:
@@ -168,7 +172,7 @@ def for_cameras(
             whole = identity["weights"]["digest"] if above is None else built[spec].weights_digest()
             files[spec] = f"encoder/{whole}.safetensors"
         found[camera] = CameraEncoder(built[spec], frozen, made, files[spec])
-    for level, said in ((logging.INFO, infos), (logging.WARNING, warnings)):
+    for level, said in ((logging.INFO, notes), (logging.INFO, infos), (logging.WARNING, warnings)):
         for line in by_name(said, "camera", more="inspect --json has the error of each"):
             logger.log(level, "%s", line)
     return found

@@ -139,7 +139,7 @@ def camera_kwargs(config: FileConfig) -> dict[str, Any]:
 
 def make_identity(config: CollectConfig, env_args: dict[str, Any]) -> dict[str, Any]:
     """Returns what decides an attempt, beside its number. The number of demos and the filter keys do not."""
-    names = ("task", "seed", "noise", "image_size", "gzip_level", "frames_per_chunk")
+    names = ("task", "seed", "noise", "image_size", "gzip_level", "frames_per_chunk", "next_obs")
     return {
         **{name: getattr(config, name) for name in names},
         "cameras": list(config.cameras),
@@ -251,24 +251,26 @@ def record_demo(env: Environment, config: CollectConfig, *, attempt: int) -> Rec
     obs = env.reset(int(episode_seed))
     model_xml = env.model_xml()
     held = 0
-    seen: list[Obs] = []
+    keys = (*config.cameras, *task.low_dim_keys)
+    seen: list[Obs] = [{key: obs[key] for key in keys}]
     rows: list[tuple[NDArray, NDArray, float, bool]] = []
     while len(rows) < task.horizon and held < HOLD_STEPS:
         action = expert.act(obs, noise[len(rows)])
         state = env.state()
-        seen.append({key: obs[key] for key in (*config.cameras, *task.low_dim_keys)})
         obs, reward, success = env.step(action)
+        seen.append({key: obs[key] for key in keys})
         rows.append((state, action, reward, success))
         held = held + 1 if success else 0
     states, actions, rewards, dones = zip(*rows, strict=True)
     return RecordedDemo(
-        obs={key: np.stack([step[key] for step in seen]) for key in seen[0]},
+        obs={key: np.stack([step[key] for step in seen[:-1]]) for key in keys},
         actions=np.stack(actions),
         rewards=np.array(rewards, dtype=np.float64),
         dones=np.array(dones, dtype=np.int64),
         states=np.stack(states),
         model_xml=model_xml,
         success=held == HOLD_STEPS,
+        next_obs={key: np.stack([step[key] for step in seen[1:]]) for key in keys} if config.next_obs else None,
     )
 
 

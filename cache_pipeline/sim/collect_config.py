@@ -93,6 +93,10 @@ class CollectConfig(FileConfig):
         float, Option("Fraction of the demos in the filter key valid.", DATA, least=0, most=1)
     ] = 0.1
     """At least one demo if it is above 0 and there are two or more demos."""
+    next_obs: Annotated[
+        bool, Option("Also write the obs after each step, which robomimic's offline RL reads from the file.", OUTPUT)
+    ] = False
+    """The images then take twice the space. Training here needs none: the next row of a demo is the next obs."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

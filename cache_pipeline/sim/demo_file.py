@@ -26,7 +26,7 @@ DATASET = FileKind("a dataset", _is_dataset)
 
 
 class RecordedDemo(NamedTuple):
-    """T steps. Obs and states at t precede ``actions[t]``; rewards and dones at t follow it."""
+    """T steps. Obs and states at t precede ``actions[t]``; rewards, dones and next obs at t follow it."""
 
     obs: dict[str, NDArray]
     actions: NDArray[np.float64]
@@ -35,25 +35,29 @@ class RecordedDemo(NamedTuple):
     states: NDArray[np.float64]
     model_xml: str
     success: bool
+    next_obs: dict[str, NDArray] | None = None
 
 
 def write_demo(group: h5py.Group, demo: RecordedDemo, config: FileConfig) -> None:
     """Writes one demo into ``data/<demo>``."""
-    write_images(group, {key: values for key, values in demo.obs.items() if key in config.cameras}, config)
-    for key in (key for key in demo.obs if key not in config.cameras):
-        group.create_dataset(f"obs/{key}", data=demo.obs[key])
+    for name, obs in (("obs", demo.obs), ("next_obs", demo.next_obs or {})):
+        write_images(group, {key: values for key, values in obs.items() if key in config.cameras}, config, name)
+        for key in (key for key in obs if key not in config.cameras):
+            group.create_dataset(f"{name}/{key}", data=obs[key])
     for name in ("actions", "rewards", "dones", "states"):
         group.create_dataset(name, data=getattr(demo, name))
     group.attrs["num_samples"] = len(demo.actions)
     group.attrs["model_file"] = demo.model_xml
 
 
-def write_images(group: h5py.Group, images: Mapping[str, NDArray[np.uint8]], config: FileConfig) -> None:
-    """Writes camera → (T, H, W, 3) into the obs of a demo, compressed in chunks of some frames."""
+def write_images(
+    group: h5py.Group, images: Mapping[str, NDArray[np.uint8]], config: FileConfig, name: str = "obs"
+) -> None:
+    """Writes camera → (T, H, W, 3) into the obs or next obs of a demo, compressed in chunks of some frames."""
     for camera, values in images.items():
         chunk = (min(config.frames_per_chunk, len(values)), *values.shape[1:])
         group.create_dataset(
-            f"obs/{camera}", data=values, chunks=chunk, compression="gzip", compression_opts=config.gzip_level
+            f"{name}/{camera}", data=values, chunks=chunk, compression="gzip", compression_opts=config.gzip_level
         )
 
 

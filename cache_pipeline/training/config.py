@@ -223,7 +223,11 @@ class RunConfig:
 
     @classmethod
     def from_json(cls, value: Any) -> Self:
-        """Reads what ``to_json`` wrote; raises CheckpointError on anything else."""
+        """Reads what ``to_json`` wrote; raises CheckpointError on anything else.
+
+        A config names the code that training runs (``encoder_factory``, ``encoder.factory``, ``saving.rollout_env``).
+        Look at these fields before you train with somebody else's file; ``train --config`` runs none of them.
+        """
         return from_json(cls, value, NESTED)
 
 

@@ -41,7 +41,7 @@ from cache_pipeline.training.data.run_data import (
 )
 from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.run import run_session
-from cache_pipeline.training.session import Session, Trainee, assemble, check_resumed, continued
+from cache_pipeline.training.session import Session, Trainee, assemble, augment, check_resumed, continued
 from cache_pipeline.training.update.distributed import current_ranks
 from cache_pipeline.training.update.learner import PolicyLearner
 from cache_pipeline.training.update.unfreezing import (
@@ -205,7 +205,7 @@ def _build(
         encoder.train_batch_norm = config.batchnorm == "update"
         if config.checkpointing:
             encoder.enable_gradient_checkpointing()
-    policy.augmentation = config.augmentation if config.augment else None
+    augment(policy, spec, config.augmentation if config.augment else None)
     policy.obs_encoder.key_model_map.to(memory_format=torch.channels_last)
     return policy.to(device).train()
 

@@ -16,12 +16,15 @@ import torch
 
 from cache_pipeline.encoders.frozen import frozen_encoders
 from cache_pipeline.encoders.image_encoder import ImageEncoder
+from cache_pipeline.encoders.preprocess import check_views
+from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.errors import CheckpointError, counted
 from cache_pipeline.policies.robomimic.policy import RobomimicPolicy
 from cache_pipeline.policies.spec import PolicySpec
 from cache_pipeline.policies.visuomotor import VisuomotorPolicy
 from cache_pipeline.runs.checkpoint import Checkpoint
 from cache_pipeline.runs.record import RunRecord, this_process
+from cache_pipeline.text import by_name
 from cache_pipeline.training.config import FinetuneConfig, TrainConfig
 from cache_pipeline.training.data.run_data import RunData
 from cache_pipeline.training.data.sampler import Sampler
@@ -225,6 +228,20 @@ def assemble(
         sampler=Sampler(windows, batch_size, config.seed, views=plan.views, blocks=plan.blocks),
         unfreezing=unfreezing,
     )
+
+
+def augment(policy: VisuomotorPolicy, spec: PolicySpec, views: ViewSpec | None) -> None:
+    """Turns augmentation of live frames on, or off for None; logs what it cannot change.
+
+    Raises:
+        ConfigError: it would change nothing.
+    """
+    policy.augmentation = views
+    if views is None:
+        return
+    found = {name: check_views(views, policy.preprocessing[name], shape[:2]) for name, shape in spec.cameras.items()}
+    for line in by_name({name: note for name, note in found.items() if note is not None}, "camera"):
+        logger.info("%s", line)
 
 
 def fitting_batch_size(asked: int, windows: int, multiple: int) -> int:

@@ -43,7 +43,7 @@ from cache_pipeline.training.data.source import Source
 from cache_pipeline.training.result import TrainResult
 from cache_pipeline.training.robomimic import RobomimicLearner, fit_robomimic, robomimic_config, robomimic_splits
 from cache_pipeline.training.run import run_session
-from cache_pipeline.training.session import Session, Trainee, assemble, check_resumed, continued
+from cache_pipeline.training.session import Session, Trainee, assemble, augment, check_resumed, continued
 from cache_pipeline.training.update.learner import PolicyLearner
 from cache_pipeline.training.update.unfreezing import ALL, Unfreezing
 
@@ -157,7 +157,7 @@ def _own_trainee(
     assert config.batch_size is not None
     policy = build_policy(spec, encoders, config.seed).to(device)
     policy.feature_noise, policy.feature_dropout = config.feature_noise, config.feature_dropout
-    policy.augmentation = config.augmentation if config.live and config.augment else None
+    augment(policy, spec, config.augmentation if config.live and config.augment else None)
     policy.precision = resolve_precision(config.precision, device)
     if not config.freeze_encoder:
         policy.carries_encoder = True

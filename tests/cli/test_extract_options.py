@@ -118,6 +118,30 @@ def test_views_are_drawn_as_the_encoder_sees_them(dataset, tmp_path):
     assert matplotlib.image.imread(sheet).std() > 0.05
 
 
+STILL = ["--brightness", 0, "--contrast", 0, "--saturation", 0, "--hue", 0]
+
+
+def test_views_without_room_for_a_crop_are_said_or_refused_by_each_command_that_draws_them(dataset, tmp_path):
+    cache, base = tmp_path / "views.zarr", tmp_path / "base"
+    extract = ["extract-features", dataset, "--out", cache, *RANDOM]
+    refused = run(*extract, "--views", 2, *STILL)
+    assert refused.exit_code == 1
+    assert "error: all augmented views would equal the clean view" in refused.output
+    assert not cache.exists()
+    said = CliRunner().invoke(app, [*map(str, extract), "--views", "2"])
+    assert "agentview_image, robot0_eye_in_hand_image: augmented views differ in colour only" in done(said).output
+    assert "augmented views" not in done(CliRunner().invoke(app, [*map(str, extract), "--views", "2"])).output
+
+    short = ["--steps", 2, "--batch-size", 4, "--device", "cpu"]
+    live = ["train", "--dataset", dataset, "--out", base, "--no-pretrained-encoder", *short, "--augment"]
+    assert "all augmented views would equal the clean view" in run(*live, *STILL).output
+    assert not base.exists()
+    assert "differ in colour only" in done(CliRunner().invoke(app, list(map(str, live)))).output
+    tuned = ["finetune", "--live-encoder", "--checkpoint", base, "--out", tmp_path / "tuned", *short, "--augment"]
+    assert "all augmented views would equal the clean view" in run(*tuned, *STILL).output
+    assert not (tmp_path / "tuned").exists()
+
+
 def test_the_error_of_the_precision_is_measured_and_shown(dataset, tmp_path):
     cache = tmp_path / "bf16.zarr"
     done(

@@ -2,7 +2,7 @@ import pytest
 import torch
 import torchvision.transforms.v2.functional as vision
 
-from cache_pipeline.encoders.preprocess import Preprocess, augment
+from cache_pipeline.encoders.preprocess import Preprocess, augment, check_views
 from cache_pipeline.encoders.view_spec import ViewSpec
 from cache_pipeline.encoders.views import ViewParameters, jitter_colors, view_parameters
 from cache_pipeline.errors import ConfigError, EncoderError
@@ -116,6 +116,29 @@ def test_jittered_pixels_stay_between_0_and_1(frames):
 def test_views_that_change_nothing_are_refused():
     with pytest.raises(ConfigError, match="all views are equal to the clean view"):
         ViewSpec(random_crop=False, brightness=0, contrast=0, saturation=0, hue=0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "p", "says"),
+    [
+        (ViewSpec(), Preprocess(), True),
+        (ViewSpec(), Preprocess(crop_shape=(84, 84)), True),
+        (ViewSpec(), Preprocess(resize_shape=(64, 64), crop_shape=(64, 64)), True),
+        (ViewSpec(), Preprocess(crop_shape=(84, 76)), False),
+        (ViewSpec(), Preprocess(resize_shape=(96, 96), crop_shape=(84, 84)), False),
+        (ViewSpec(random_crop=False), Preprocess(), False),
+    ],
+)
+def test_random_crops_that_cannot_move_are_said(spec, p, says):
+    assert ("differ in colour only" in (check_views(spec, p, (84, 84)) or "")) is says
+
+
+@pytest.mark.parametrize("p", [Preprocess(), Preprocess(crop_shape=(84, 84))])
+def test_views_that_would_equal_the_clean_view_for_want_of_a_crop_are_refused(p):
+    still = ViewSpec(brightness=0, contrast=0, saturation=0, hue=0)
+    with pytest.raises(ConfigError, match="all augmented views would equal the clean view"):
+        check_views(still, p, (84, 84))
+    assert check_views(still, Preprocess(crop_shape=(76, 76)), (84, 84)) is None
 
 
 def test_json_gives_the_same_spec_again():

@@ -67,7 +67,8 @@ class Expert:
 @EACH_TASK
 def test_robomimic_reads_a_collected_file_and_a_rollout_runs_in_its_environment(name: str, tmp_path: Path) -> None:
     out = tmp_path / "demos.hdf5"
-    collected = collect(CollectConfig(out=out, task=name, demos=1, cameras=(CAMERA,), image_size=SIZE), progress=False)
+    config = CollectConfig(out=out, task=name, demos=1, cameras=(CAMERA,), image_size=SIZE, next_obs=True)
+    collected = collect(config, progress=False)
     assert (collected.demos, collected.attempts) == (1, 1)
     _read_with_robomimic(out, name, collected.steps)
     config = RolloutConfig(run=Path("expert"), episodes=1, device="cpu")
@@ -89,7 +90,7 @@ def _read_with_robomimic(path: Path, name: str, steps: int) -> None:
             obs_keys=keys,
             dataset_keys=("actions", "rewards", "dones"),
             filter_by_attribute="train",
-            load_next_obs=False,  # as for the BC algorithms
+            load_next_obs=True,  # as for offline RL
             hdf5_use_swmr=False,  # the test has the file open too
         )
     with h5py.File(path) as file:
@@ -98,6 +99,9 @@ def _read_with_robomimic(path: Path, name: str, steps: int) -> None:
         item = dataset[steps - 1]
         for key in keys:
             np.testing.assert_array_equal(item["obs"][key][0], demo[f"obs/{key}"][-1], err_msg=key)
+            np.testing.assert_array_equal(item["next_obs"][key][0], demo[f"next_obs/{key}"][-1], err_msg=key)
+            np.testing.assert_array_equal(demo[f"next_obs/{key}"][:-1], demo[f"obs/{key}"][1:], err_msg=key)
+            assert not np.array_equal(demo[f"next_obs/{key}"][-1], demo[f"obs/{key}"][-1]), key
         np.testing.assert_array_equal(item["actions"][0], demo["actions"][-1])
         assert (item["rewards"][0], item["dones"][0]) == (demo["rewards"][-1], 1)
     dataset.close_and_delete_hdf5_handle()
