@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from common import Table, arguments, command, encoder_options, markdown
+from common import Table, arguments, command, encoder_options, markdown, settings
 
 MODELS = ("resnet18", "resnet50")
 SHAPE = ["--obs-horizon", 2, "--action-horizon", 8, "--batch-size", 64]
@@ -30,7 +30,7 @@ HEAD = [
 
 def main() -> None:
     options = arguments(__doc__, "break_even").parse_args()
-    table = Table(options.out, {"weights": options.weights, "dataset": options.dataset.name})
+    table = Table(options.out, settings(options))
     rows = []
     for model in MODELS:
         cell = table.cell(model, lambda model=model: paid(options.dataset, options.work, model))

@@ -93,6 +93,12 @@ def arguments(text: str | None, name: str) -> argparse.ArgumentParser:
     return parser
 
 
+def settings(options: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Returns the named options, and the names of the files of dataset and weights, without their folders."""
+    files = {"weights": Path(options.weights).name, "dataset": options.dataset.name}
+    return {**{name: getattr(options, name) for name in names}, **files}
+
+
 def encoder_options(model: str, weights: str) -> list[str]:
     """Returns the options of ``extract-features`` and ``train`` that choose the encoder."""
     chosen = ["--no-pretrained-encoder"] if weights == "random" else ["--weights", weights]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from common import Table, arguments, command, encoder_options, markdown, spread
+from common import Table, arguments, command, encoder_options, markdown, settings, spread
 
 CASES = (
     ("avgpool", None),
@@ -29,8 +29,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    settings = {name: getattr(options, name) for name in ("rgb_model_name", "steps", "seeds", "weights")}
-    table = Table(options.out, {**settings, "dataset": options.dataset.name})
+    table = Table(options.out, settings(options, "rgb_model_name", "steps", "seeds"))
     encoder = encoder_options(options.rgb_model_name, options.weights)
     rows = []
     for cut, pooling in CASES:

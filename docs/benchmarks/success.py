@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from common import Table, arguments, command, encoder_options, markdown, spread
+from common import Table, arguments, command, encoder_options, markdown, settings, spread
 
 from cache_pipeline.sim.results import wilson_interval
 
@@ -36,9 +36,8 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=2, help="processes of the rollouts; the result is the same")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
-    names = ("rgb_model_name", "cut", "pooling", "weights", "cached_steps", "live_steps", "rollouts", "live_rollouts")
-    names = (*names, "episodes")
-    table = Table(options.out, {**{name: getattr(options, name) for name in names}, "dataset": options.dataset.name})
+    names = ("rgb_model_name", "cut", "pooling", "cached_steps", "live_steps", "rollouts", "live_rollouts", "episodes")
+    table = Table(options.out, settings(options, *names))
     cache = [
         "--out",
         options.work / "cache.zarr",

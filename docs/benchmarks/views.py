@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from common import Table, arguments, command, encoder_options, markdown, spread
+from common import Table, arguments, command, encoder_options, markdown, settings, spread
 
 from cache_pipeline.sim.results import wilson_interval
 
@@ -21,13 +21,13 @@ def main() -> None:
     parser = arguments(__doc__, "views")
     parser.add_argument("--rgb-model-name", default="resnet18")
     parser.add_argument("--views", type=int, nargs="+", default=VIEWS)
+    parser.add_argument("--extract-options", default="", help="further options of extract-features, as one string")
     parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--episodes", type=int, default=20)
     parser.add_argument("--workers", type=int, default=2, help="processes of the rollouts; the result is the same")
     options = parser.parse_args()
-    names = ("rgb_model_name", "steps", "episodes", "weights")
-    table = Table(options.out, {**{name: getattr(options, name) for name in names}, "dataset": options.dataset.name})
+    table = Table(options.out, settings(options, "rgb_model_name", "extract_options", "steps", "episodes"))
     rows = []
     for views in options.views:
         made = table.cell(f"views {views}", partial(extracted, views, options))
@@ -42,7 +42,8 @@ def main() -> None:
 def extracted(views: int, options: Any) -> dict[str, Any]:
     encoder = encoder_options(options.rgb_model_name, options.weights)
     cache = options.work / f"{views}.zarr"
-    found = command("extract-features", options.dataset, "--out", cache, "--views", views, *encoder).result
+    words = ["--out", cache, "--views", views, *encoder, *options.extract_options.split()]
+    found = command("extract-features", options.dataset, *words).result
     return {"seconds": found["seconds"], "megabytes": found["bytes"] / 1e6}
 
 
