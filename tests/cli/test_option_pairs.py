@@ -41,6 +41,7 @@ SAMPLES: dict[str, list[str]] = {
     "action_steps": ["--action-steps", "2"],
     "demos": ["--demos", "3"],
     "noise": ["--noise", "0.2"],
+    "next_obs": ["--next-obs"],
     "render_flag": ["--render-flag", "shadow=on"],
     "valid_fraction": ["--valid-fraction", "0.2"],
     "env": ["--env", "envs.py:make"],
