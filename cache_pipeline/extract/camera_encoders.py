@@ -161,8 +161,9 @@ def for_cameras(
             warnings |= {camera: result.warning} if result.warning else {}
             precision = frozen.precision if free else precision
         identity = _as_json({**frozen.identity(image_shape), "precision": {"compute": precision}})
-        views = max(config.views, entry.views if entry else 1)
-        if config.views > (entry.views if entry else 1):
+        cached_views = entry.views if entry else 1
+        views = max(config.views, cached_views)
+        if views > cached_views:
             note = check_views(config.view_spec, preprocess, image_shape[:2])
             notes |= {camera: note} if note else {}
         shape = frozen.feature_shape(image_shape)

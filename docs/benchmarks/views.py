@@ -1,7 +1,8 @@
 """Measures what more views of each frame bring: the held-out error and the success of the policy.
 
 ``uv run docs/benchmarks/views.py --dataset lift.hdf5`` prints the table of docs/benchmarks.md. The first view is the
-frame itself; the others are random crops and colours of it (``extract-features --views K``).
+frame itself; the others change its colours (``extract-features --views K``), and with
+``--extract-options "--crop-shape 76,76"`` also the place of the crop.
 """
 
 from __future__ import annotations
